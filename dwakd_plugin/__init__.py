@@ -1,0 +1,24 @@
+"""Cross-tokenizer knowledge distillation (DWA-KD) for axolotl.
+
+Importing this package imports neither torch nor axolotl; the names below load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dwakd_plugin.config import DWAKDConfig
+    from dwakd_plugin.plugin import DWAKDPlugin
+
+__version__ = "0.1.0"
+__all__ = ["DWAKDConfig", "DWAKDPlugin"]
+
+_HOMES = {"DWAKDPlugin": "dwakd_plugin.plugin", "DWAKDConfig": "dwakd_plugin.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

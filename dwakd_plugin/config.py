@@ -1,0 +1,249 @@
+"""The recipe's schema: the `distillation` switch and the `dwakd:` block.
+
+Every field carries its bounds and its description here and nowhere else: the reference table in
+`docs/configuration.md` is generated from it, and the loss takes `LossConfig` and `SoftDTWConfig`
+as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
+]
+Variant = Literal["full", "dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate"]
+
+# The rows of the paper's Table 3, as the settings that they stand for (method, section 7).
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {},
+    "dskd": {"loss": {"student_weighting": "none", "teacher_weighting": "none", "dtw_weight": 0.0}},
+    "dskd_weights": {"loss": {"dtw_weight": 0.0}},
+    "dskd_dtw": {
+        "loss": {"student_weighting": "none", "teacher_weighting": "none"},
+        "soft_dtw": {"band": False},
+    },
+    "dskd_banded_dtw": {"loss": {"student_weighting": "none", "teacher_weighting": "none"}},
+    "no_gate": {"loss": {"student_weighting": "entropy"}},
+}
+
+
+class RecipeError(Exception):
+    """A mistake in the recipe or its surroundings: the message says what is wrong and what to do."""
+
+
+class _Block(BaseModel):
+    """A block of the recipe that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_known_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = list(cls.model_fields)
+        problems = []
+        for key in values:
+            if key in known:
+                continue
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else "known: " + ", ".join(known)
+            problems.append(f"unknown key `{key}`; {hint}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return values
+
+
+class TeacherConfig(_Block):
+    """Where the teacher comes from and how it is held."""
+
+    base_model: str = Field(min_length=1, description="Hub id or folder of the teacher.")
+    tokenizer: str | None = Field(None, description="Hub id or folder; default: `base_model`.")
+    adapter: str | None = Field(None, description="A LoRA of the teacher, attached at load.")
+    revision: str | None = Field(None, description="Revision of the teacher on the hub.")
+    trust_remote_code: bool = Field(
+        False, description="Let the teacher's repository run code of its own."
+    )
+    load_in_8bit: bool = Field(False, description="Hold the teacher's linear layers in 8 bit.")
+    load_in_4bit: bool = Field(False, description="Hold the teacher's linear layers in 4 bit (nf4).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="The teacher's dtype; auto: the checkpoint's, float32 on a CPU."
+    )
+    attn_implementation: str = Field(
+        "auto",
+        description="auto: flash_attention_2 where it is installed and the device can, else sdpa.",
+    )
+    device: str | None = Field(None, description="For example cuda:1; default: the student's.")
+    sequence_len: int | None = Field(
+        None, ge=2, description="Longest teacher sequence in tokens; default: the student's."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja chat template; default: the teacher tokenizer's own."
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder for the teacher's hidden states: filled as rows are first seen, read "
+        "ever after. When it holds every row, the teacher's body is not loaded.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_bare_name(cls, values: Any) -> Any:
+        return {"base_model": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> TeacherConfig:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are both set; choose one")
+        return self
+
+
+class LossConfig(_Block):
+    """Weights and forms of the terms at token level, and the weight of the sequence level."""
+
+    ce_weight: float = Field(0.5, ge=0, description="Weight of the labels' cross-entropy.")
+    kd_weight: float = Field(0.5, ge=0, description="Weight of the dual-space distillation terms.")
+    dtw_weight: float = Field(0.2, ge=0, description="Weight of the soft-DTW terms.")
+    temperature: float = Field(
+        2.0, gt=0, description="Softens both sides of both distillation terms; no τ² factor."
+    )
+    divergence: Divergence = Field(
+        "forward_kl", description="Divergence in the student's space; the teacher's is forward KL."
+    )
+    student_weighting: Literal["entropy_gate", "entropy", "none"] = Field(
+        "entropy_gate",
+        description="Token weights in the student's space: its entropy, gated by the confidence of "
+        "the projected teacher or not.",
+    )
+    teacher_weighting: Literal["confidence", "none"] = Field(
+        "confidence", description="Token weights in the teacher's space: its certainty, or none."
+    )
+    kd_warmup_steps: int = Field(
+        0, ge=0, description="Optimizer steps over which the student-space term ramps up."
+    )
+    chunk_size: int | Literal["auto"] = Field(
+        "auto", description="Tokens per chunk that go through an output head at once."
+    )
+
+    @model_validator(mode="after")
+    def _positive_chunk(self) -> LossConfig:
+        if isinstance(self.chunk_size, int) and self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}; give `auto` or at least 1 token")
+        return self
+
+
+class SoftDTWConfig(_Block):
+    """The sequence level: soft-DTW's smoothing and the attention-entropy band."""
+
+    gamma_start: float = Field(2.0, gt=0, description="Smoothing γ at the first step.")
+    gamma_end: float = Field(0.8, gt=0, description="Smoothing γ at the last step; linear between.")
+    band: bool = Field(True, description="Penalise cells far from where the attention looks.")
+    band_width: float = Field(5.0, ge=0, description="Half width b of the band, in tokens.")
+    band_entropy_coef: float = Field(
+        2.0, ge=0, description="β: tokens of half width per nat of attention entropy."
+    )
+    band_center_blend: float = Field(
+        0.7, ge=0, le=1, description="α: 1 centres on the attention's mean, 0 on the diagonal."
+    )
+    band_penalty: float = Field(1.0, ge=0, description="Added to the cost of cells outside.")
+
+
+class ProjectorConfig(_Block):
+    """The trainable maps between the two models' spaces."""
+
+    learning_rate: float = Field(1.0e-3, gt=0, description="Learning rate of the projectors.")
+    init: Literal["auto", "shared_vocab", "random"] = Field(
+        "auto",
+        description="shared_vocab: least squares on the head rows of the tokens that both "
+        "vocabularies share; auto: that, where enough are shared.",
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Optimizer steps at the start that train the projectors alone."
+    )
+    path: str | None = Field(None, description="A projector file of an earlier run to start from.")
+
+
+class DWAKDConfig(_Block):
+    """The `dwakd:` block of a recipe."""
+
+    teacher: TeacherConfig
+    variant: Variant = Field(
+        "full", description="An ablation of the paper's Table 3 in one word; full is DWA-KD."
+    )
+    loss: LossConfig = Field(default_factory=LossConfig, description="Token level, and weights.")
+    soft_dtw: SoftDTWConfig = Field(
+        default_factory=SoftDTWConfig, description="Sequence level: γ and the band."
+    )
+    projectors: ProjectorConfig = Field(
+        default_factory=ProjectorConfig, description="The maps between the two models."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_variant(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        presets = VARIANTS.get(values.get("variant", "full"), {})
+        values = dict(values)
+        for block, settings in presets.items():
+            given = values.get(block) or {}
+            if not isinstance(given, dict):
+                continue
+            for key, value in settings.items():
+                if key in given and given[key] != value:
+                    raise ValueError(
+                        f"variant `{values['variant']}` stands for {block}.{key}: {value}, and the "
+                        f"recipe says {given[key]}; drop one of the two"
+                    )
+            values[block] = {**given, **settings}
+        return values
+
+
+class DWAKDArgs(BaseModel):
+    """What the plugin adds to axolotl's schema. (Mixed into axolotl's own: nothing forbidden here.)"""
+
+    distillation: Literal["dwakd"] | None = Field(
+        None, description="`dwakd` turns distillation on; without it the plugin does nothing."
+    )
+    dwakd: DWAKDConfig | None = Field(None, description="Settings of the distillation.")
+
+
+def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
+    """The distillation settings of a recipe (the YAML as a dict), or None where it asks for none.
+
+    Raises RecipeError with every problem named by its place in the recipe.
+    """
+    switch = recipe.get("distillation")
+    block = recipe.get("dwakd")
+    if switch is None:
+        if block is not None:
+            raise RecipeError(
+                "The recipe has a `dwakd:` block but not the line that turns it on. Add "
+                "`distillation: dwakd`, or remove the block to train without a teacher."
+            )
+        return None
+    if switch != "dwakd":
+        raise RecipeError(
+            f"`distillation: {switch}` is not known. Write `distillation: dwakd`, or remove the "
+            "line to train without a teacher."
+        )
+    if not isinstance(block, dict) or not block.get("teacher"):
+        raise RecipeError(
+            "`distillation: dwakd` needs a teacher, and the recipe names none. Add\n"
+            "  dwakd:\n    teacher:\n      base_model: <hub id or folder of the teacher>"
+        )
+    try:
+        return DWAKDConfig.model_validate(block)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(["dwakd", *(str(part) for part in problem["loc"])])
+            message = problem["msg"].removeprefix("Value error, ")
+            found = problem.get("input")
+            value = "" if isinstance(found, dict) or found is None else f" (found: {found!r})"
+            lines.append(f"  {place}: {message}{value}")
+        raise RecipeError("The recipe's `dwakd:` block cannot be used:\n" + "\n".join(lines)) from None
