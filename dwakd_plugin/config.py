@@ -32,30 +32,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class RecipeError(Exception):
-    """A mistake in the recipe or its surroundings: the message says what is wrong and what to do."""
+    """A mistake in the recipe or its surroundings: what is wrong, and what to do about it."""
 
 
 class _Block(BaseModel):
-    """A block of the recipe that refuses unknown keys and names the nearest known one."""
+    """A block of the recipe. Unknown keys are refused; `parse_recipe` names the nearest known."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suggest_known_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        known = list(cls.model_fields)
-        problems = []
-        for key in values:
-            if key in known:
-                continue
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else "known: " + ", ".join(known)
-            problems.append(f"unknown key `{key}`; {hint}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return values
 
 
 class TeacherConfig(_Block):
@@ -69,7 +52,9 @@ class TeacherConfig(_Block):
         False, description="Let the teacher's repository run code of its own."
     )
     load_in_8bit: bool = Field(False, description="Hold the teacher's linear layers in 8 bit.")
-    load_in_4bit: bool = Field(False, description="Hold the teacher's linear layers in 4 bit (nf4).")
+    load_in_4bit: bool = Field(
+        False, description="Hold the teacher's linear layers in 4 bit (nf4)."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="The teacher's dtype; auto: the checkpoint's, float32 on a CPU."
     )
@@ -204,7 +189,7 @@ class DWAKDConfig(_Block):
 
 
 class DWAKDArgs(BaseModel):
-    """What the plugin adds to axolotl's schema. (Mixed into axolotl's own: nothing forbidden here.)"""
+    """What the plugin adds to axolotl's schema; mixed into axolotl's own, it forbids nothing."""
 
     distillation: Literal["dwakd"] | None = Field(
         None, description="`dwakd` turns distillation on; without it the plugin does nothing."
@@ -239,11 +224,27 @@ def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
     try:
         return DWAKDConfig.model_validate(block)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = ".".join(["dwakd", *(str(part) for part in problem["loc"])])
-            message = problem["msg"].removeprefix("Value error, ")
-            found = problem.get("input")
-            value = "" if isinstance(found, dict) or found is None else f" (found: {found!r})"
-            lines.append(f"  {place}: {message}{value}")
-        raise RecipeError("The recipe's `dwakd:` block cannot be used:\n" + "\n".join(lines)) from None
+        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise RecipeError(f"The recipe's `dwakd:` block cannot be used:\n{problems}") from None
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's findings in a line: where, what, the value found, and what was meant."""
+    path = [part for part in problem["loc"] if isinstance(part, str)]
+    place = ".".join(["dwakd", *path])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"
+        return f"{place}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = problem.get("input")
+    return f"{place}: {message}" + ("" if isinstance(found, dict) else f" (found: {found!r})")
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """The keys of the block at `path` below `dwakd`."""
+    block: Any = DWAKDConfig
+    for key in path:
+        block = block.model_fields[key].annotation
+    return list(block.model_fields)

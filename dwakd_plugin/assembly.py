@@ -1,0 +1,153 @@
+"""The composition root: from a recipe and axolotl's trainer to everything a run distils with."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+
+import dwakd_plugin
+from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, parameter_count
+from dwakd_plugin.config import DWAKDConfig, RecipeError
+from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
+from dwakd_plugin.preflight import RUN_FILE, run_identity
+from dwakd_plugin.projectors import Projectors, load_projectors, shared_vocabulary_init
+from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
+from dwakd_plugin.tokenizer_pair import shared_vocabulary
+from dwakd_plugin.trainer import Distillation
+
+LOG = get_logger("axolotl.dwakd")
+
+# Below this many shared tokens the least-squares maps have little to go by.
+ENOUGH_SHARED_TOKENS = 300
+
+
+def assemble(
+    cfg: Any, config: DWAKDConfig, trainer: Any, rows: RowReport
+) -> tuple[Distillation, dict[str, Any]]:
+    """Loads the teacher, fills the cache, initialises the projectors, and signs the output folder.
+
+    Returns the distillation and what `describe_run` says of its making. Raises RecipeError.
+    """
+    student = trainer.model
+    device = str(student.device)
+    teacher_tokenizer = load_teacher_tokenizer(config.teacher)
+    if config.teacher.cache is None:
+        teacher = load_teacher(config.teacher, device)
+    else:
+        teacher, cache = cached_teacher(config.teacher, device, _teacher_rows(trainer), _progress())
+        trainer.data_collator.teacher_cache = cache
+        trainer.train_data_collator.teacher_cache = cache
+        trainer.eval_data_collator.teacher_cache = cache
+    pair = {
+        "student": str(cfg.base_model),
+        "teacher": config.teacher.base_model,
+    }
+    shared = shared_vocabulary(teacher_tokenizer, trainer.processing_class)
+    projectors, how = _projectors(config, student, teacher, shared, pair, int(cfg.seed or 42))
+    if teacher.parameters < parameter_count(causal_lm(student)):
+        LOG.warning(
+            "The teacher has fewer parameters (%s) than the student (%s). Were the two swapped?",
+            f"{teacher.parameters:,}",
+            f"{parameter_count(causal_lm(student)):,}",
+        )
+    if trainer.args.should_save:
+        _sign(Path(cfg.output_dir) / RUN_FILE, cfg, config)
+    facts = {
+        "teacher_vocabulary": len(teacher_tokenizer),
+        "student_vocabulary": len(trainer.processing_class),
+        "shared_tokens": len(shared),
+        "initialisation": how,
+    }
+    return Distillation(config, teacher, projectors, rows, pair), facts
+
+
+def _projectors(
+    config: DWAKDConfig,
+    student: nn.Module,
+    teacher: Teacher,
+    shared: list[tuple[int, int]],
+    pair: dict[str, str],
+    seed: int,
+) -> tuple[Projectors, str]:
+    """The projectors on the student's device in float32, and how they were initialised."""
+    head, table = output_head(student), embedding_table(student)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projectors = Projectors(table.weight.shape[1], teacher.hidden_size)
+    how = config.projectors.init
+    if config.projectors.path is not None:
+        load_projectors(projectors, Path(config.projectors.path), pair)
+        how = f"from {config.projectors.path}"
+    elif how == "random" or (how == "auto" and len(shared) < ENOUGH_SHARED_TOKENS):
+        how = f"random ({len(shared):,} shared tokens)" if how == "auto" else "random"
+    elif not shared:
+        raise RecipeError(
+            "dwakd.projectors.init is shared_vocab, and the two vocabularies share no token. "
+            "Use `init: random`."
+        )
+    else:
+        teacher_ids, student_ids = torch.tensor(shared).T
+        shared_vocabulary_init(
+            projectors,
+            student_head=_rows(head.weight, student_ids),
+            teacher_head=_rows(teacher.head.weight, teacher_ids),
+            student_embeddings=_rows(table.weight, student_ids) * table.scale,
+            teacher_embeddings=_rows(teacher.embeddings.weight, teacher_ids)
+            * teacher.embeddings.scale,
+        )
+        how = f"shared_vocab ({len(shared):,} shared tokens)"
+    return projectors.to(student.device), how
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    return table.detach()[ids.to(table.device)].float().cpu()
+
+
+def _teacher_rows(trainer: Any) -> list[tuple[Tensor, Tensor]]:
+    """Teacher ids and labels of every row that training or evaluation will ask for."""
+    rows = []
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        if dataset is None:
+            continue
+        columns = dataset.select_columns(["teacher_input_ids", "teacher_labels"]).with_format(None)
+        rows += [
+            (torch.tensor(row["teacher_input_ids"]), torch.tensor(row["teacher_labels"]))
+            for row in columns
+        ]
+    return rows
+
+
+def _progress() -> Any:
+    """A progress bar with ETA for the cache's missing rows, made when the first are done."""
+    from tqdm import tqdm
+
+    bar: list[Any] = []
+
+    def show(done: int, total: int) -> None:
+        if not bar:
+            bar.append(tqdm(total=total, desc="Teacher states", unit="row"))
+        bar[0].update(done - bar[0].n)
+        if done >= total:
+            bar[0].close()
+
+    return show
+
+
+def _sign(file: Path, cfg: Any, config: DWAKDConfig) -> None:
+    """Says in the output folder whose run it holds, and with what settings."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "identity": run_identity(cfg, config),
+        "version": dwakd_plugin.__version__,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": config.model_dump(),
+    }
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(file)

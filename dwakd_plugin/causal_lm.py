@@ -1,0 +1,117 @@
+"""The three parts of a causal language model that the loss needs: embeddings, body and head.
+
+Student and teacher are taken apart by the same rules. A model whose head is not a plain linear map
+of the body's last hidden state is refused by name, before anything is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from dwakd_plugin.config import RecipeError
+from dwakd_plugin.loss import Head
+
+
+def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model inside, with whatever adapters are injected into its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def body(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """The decoder whose `last_hidden_state` the head reads, after the final norm."""
+    lm = causal_lm(model)
+    decoder = lm.base_model
+    if decoder is lm:
+        raise RecipeError(
+            f"{type(lm).__name__} has no separate decoder (no base_model_prefix), so its hidden "
+            "states cannot be had without its logits. This architecture is not supported."
+        )
+    return decoder
+
+
+def hidden_states(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor, **inputs: Tensor
+) -> Tensor:
+    """Final hidden states (B, L, d) for token ids and attention mask (B, L); no logits are made."""
+    output = body(model)(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
+    return output.last_hidden_state
+
+
+def output_head(model: PreTrainedModel | PeftModel) -> Head:
+    """The head as a linear map with the model's own scaling and soft cap (D9: all its rows).
+
+    Raises RecipeError where the head is anything else.
+    """
+    lm = causal_lm(model)
+    module = lm.get_output_embeddings()
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    if not isinstance(module, nn.Linear) or hasattr(module, "lora_A"):
+        raise RecipeError(
+            f"The output head of {type(lm).__name__} is a {type(module).__name__}, and the loss "
+            "can use a plain linear head only. With LoRA, leave `lm_head` out of "
+            "lora_target_modules; `lora_modules_to_save: [lm_head]` trains it whole."
+        )
+    config = lm.config.get_text_config()
+    hidden_size = lm.get_input_embeddings().weight.shape[1]
+    if module.weight.shape[1] != hidden_size:
+        raise RecipeError(
+            f"{type(lm).__name__} has {hidden_size} features in its embeddings and "
+            f"{module.weight.shape[1]} at its head. Models that project between the two are not "
+            "supported."
+        )
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return Head(module.weight, module.bias, scale, softcap)
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """A model's input embeddings as a table: weight (V, d) and the model's own scaling of it."""
+
+    weight: Tensor
+    scale: float = 1.0
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Token ids (…) to embeddings (…, d). No dropout and no training noise: a lookup."""
+        rows = F.embedding(ids, self.weight)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+
+def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
+    """The input embeddings of a model. Raises RecipeError where an adapter sits on them."""
+    module = causal_lm(model).get_input_embeddings()
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    if hasattr(module, "lora_embedding_A") and len(module.lora_embedding_A):
+        raise RecipeError(
+            "A LoRA on the input embeddings is not supported. Leave the embeddings out of "
+            "lora_target_modules; `lora_modules_to_save: [embed_tokens]` trains them whole."
+        )
+    return EmbeddingTable(module.weight, float(getattr(module, "embed_scale", 1.0)))  # Gemma scales
+
+
+def gather_positions(sequence: Tensor, positions: Tensor) -> Tensor:
+    """Rows of (B, L, …) at positions (B, S): (B, S, …)."""
+    if sequence.dim() == 2:
+        return sequence.gather(1, positions)
+    return sequence.gather(1, positions.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters; 4-bit weights count as what they stand for."""
+    if isinstance(model, PreTrainedModel):
+        return int(model.num_parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,177 @@
+"""Divergences between next-token distributions, and the chunked pass through an output head.
+
+    N tokens   V rows of the head   C tokens of one chunk
+
+Every divergence takes log-probabilities of shape (..., V), the target's first, and returns one
+value per token (...). Callers detach the target. All are 0 at equality and none is ever negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dwakd_plugin.config import Divergence
+from dwakd_plugin.loss.token_weights import entropy
+
+SKEW = 0.1  # λ of the skewed divergences, as in DistiLLM (arXiv 2402.03898)
+HEAD_MASS = 0.5  # μ of adaptive KL: probability mass that makes up the target's head
+AUTO_CHUNK_ELEMENTS = 2**25  # logits of one chunk with chunk_size "auto": 128 MiB in float32
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ_v p (log p − log q)."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """log(weight·p + (1 − weight)·q), finite where both underflow."""
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
+def forward_kl(target: Tensor, student: Tensor) -> Tensor:
+    """KL(target ‖ student): covers the target's modes. The paper's choice (D5)."""
+    return _kl(target, student)
+
+
+def reverse_kl(target: Tensor, student: Tensor) -> Tensor:
+    """KL(student ‖ target): seeks the target's modes."""
+    return _kl(student, target)
+
+
+def skewed_forward_kl(target: Tensor, student: Tensor) -> Tensor:
+    """KL(target ‖ λ·target + (1 − λ)·student), at most −log λ (DistiLLM)."""
+    return _kl(target, _log_mixture(target, student, SKEW))
+
+
+def skewed_reverse_kl(target: Tensor, student: Tensor) -> Tensor:
+    """KL(student ‖ λ·student + (1 − λ)·target), at most −log λ (DistiLLM)."""
+    return _kl(student, _log_mixture(student, target, SKEW))
+
+
+def js(target: Tensor, student: Tensor) -> Tensor:
+    """Jensen-Shannon: ½ KL(target ‖ m) + ½ KL(student ‖ m), m their mean; at most log 2."""
+    mean = _log_mixture(target, student, 0.5)
+    return 0.5 * (_kl(target, mean) + _kl(student, mean))
+
+
+def adaptive_kl(target: Tensor, student: Tensor) -> Tensor:
+    """Forward and reverse KL, mixed by where the two differ (AKL, arXiv 2404.02657).
+
+        g_head, g_tail = Σ |target − student| over the target's head and tail (detached)
+        AKL = (g_head · forward + g_tail · reverse) / (g_head + g_tail)
+
+    The head is the smallest set of most likely tokens that holds half of the target's mass.
+    """
+    with torch.no_grad():
+        target_probs, order = target.exp().sort(dim=-1, descending=True)
+        gap = (target_probs - student.exp().gather(-1, order)).abs()
+        mass_before = target_probs.cumsum(-1) - target_probs
+        head_gap = (gap * (mass_before < HEAD_MASS)).sum(-1)
+        gap_total = gap.sum(-1)
+        # At equality both gaps are 0, and so are both divergences: any share will do.
+        head_share = head_gap / gap_total.clamp_min(torch.finfo(gap.dtype).tiny)
+    return head_share * forward_kl(target, student) + (1 - head_share) * reverse_kl(target, student)
+
+
+DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+    "adaptive_kl": adaptive_kl,
+    "js": js,
+}
+
+
+class StudentStatistics(NamedTuple):
+    """Per student token, each (N,): the first three carry gradients, the others are detached."""
+
+    ce: Tensor  # −log p_s(y)
+    t2s_ce: Tensor  # −log p_t2s(y)
+    divergence: Tensor  # D(p_t2s ‖ p_s) at temperature τ
+    entropy: Tensor  # H(p_s)
+    gate: Tensor  # max_v p_t2s(v)
+    t2s_correct: Tensor  # argmax p_t2s = y
+
+
+class TeacherStatistics(NamedTuple):
+    """Per teacher token, each (N,): the first carries a gradient, the other is detached."""
+
+    divergence: Tensor  # KL(p_t ‖ p_s2t) at temperature τ
+    entropy: Tensor  # H(p_t)
+
+
+def student_statistics(
+    student_logits: Tensor,
+    t2s_logits: Tensor,
+    labels: Tensor,
+    divergence: Divergence,
+    temperature: float,
+) -> StudentStatistics:
+    """What the student-space terms need of each token (Eq. 3-6, 11, 12).
+
+    The target p_t2s is detached in the divergence: cross-entropy alone trains it.
+
+    Shapes: student_logits and t2s_logits (C, Vs), labels (C,).
+    """
+    log_probs = student_logits.log_softmax(-1)
+    t2s_log_probs = t2s_logits.log_softmax(-1)
+    return StudentStatistics(
+        ce=F.nll_loss(log_probs, labels, reduction="none"),
+        t2s_ce=F.nll_loss(t2s_log_probs, labels, reduction="none"),
+        divergence=DIVERGENCES[divergence](
+            (t2s_logits.detach() / temperature).log_softmax(-1),
+            (student_logits / temperature).log_softmax(-1),
+        ),
+        entropy=entropy(log_probs),
+        gate=t2s_log_probs.detach().max(-1).values.exp(),
+        t2s_correct=t2s_log_probs.detach().argmax(-1) == labels,
+    )
+
+
+def teacher_statistics(
+    teacher_logits: Tensor, s2t_logits: Tensor, temperature: float
+) -> TeacherStatistics:
+    """What the teacher-space term needs of each token (Eq. 8, 14); always forward KL (D5).
+
+    Shapes: teacher_logits and s2t_logits (C, Vt).
+    """
+    teacher_logits = teacher_logits.detach()
+    return TeacherStatistics(
+        divergence=forward_kl(
+            (teacher_logits / temperature).log_softmax(-1),
+            (s2t_logits / temperature).log_softmax(-1),
+        ),
+        entropy=entropy(teacher_logits.log_softmax(-1)),
+    )
+
+
+def tokens_per_chunk(chunk_size: int | Literal["auto"], vocab_size: int) -> int:
+    """Tokens that go through a head of `vocab_size` rows at once."""
+    return max(1, AUTO_CHUNK_ELEMENTS // vocab_size) if chunk_size == "auto" else chunk_size
+
+
+def map_token_chunks(
+    statistics: Callable[..., tuple[Tensor, ...]], chunk_size: int, *tokens: Tensor
+) -> tuple[Tensor, ...]:
+    """Apply `statistics` to chunks of tokens and join what it returns per token.
+
+    Each chunk is recomputed in backward, so that its logits live only while it is at work: memory
+    is O(chunk · V) instead of O(N · V), for one more forward through the head. Zero tokens pass as
+    one empty chunk, and keep their graph.
+
+    Shapes: each of `tokens` (N, ...) → each result (N,).
+    """
+    chunks = zip(*(torch.split(tensor, chunk_size) for tensor in tokens), strict=True)
+    results = [
+        checkpoint(statistics, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    return tuple(torch.cat(column) for column in zip(*results, strict=True))

@@ -1,0 +1,520 @@
+"""The DWA-KD objective (arXiv 2602.21669): dual-space distillation plus time-warped alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwakd_plugin.config import LossConfig, SoftDTWConfig
+from dwakd_plugin.loss.alignment import (
+    attention_band,
+    attention_entropy,
+    band_penalty,
+    cross_model_attention,
+    standardise_scale,
+    valid_positions,
+)
+from dwakd_plugin.loss.divergence import (
+    StudentStatistics,
+    TeacherStatistics,
+    map_token_chunks,
+    student_statistics,
+    teacher_statistics,
+    tokens_per_chunk,
+)
+from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
+from dwakd_plugin.loss.token_weights import student_token_weights, teacher_token_weights
+
+DEFAULT_LOSS = LossConfig.model_validate({})
+DEFAULT_SOFT_DTW = SoftDTWConfig.model_validate({})
+
+
+class ProjectorSet(Protocol):
+    """Anything with the four projections (see `dwakd_plugin.projectors.Projectors`)."""
+
+    query: Callable[[Tensor], Tensor]  # 2d → 2D
+    t2s: Callable[[Tensor], Tensor]  # D → d
+    s2t: Callable[[Tensor], Tensor]  # d → D
+    embed_t2s: Callable[[Tensor], Tensor]  # D → d
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output head: logits = softcap(scale · (hidden weightᵀ + bias)).
+
+    weight (V, d), bias (V,); `scale` and `softcap` for the families that have them (Cohere,
+    Granite; Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, d) → (N, V): the product in the weight's dtype, the rest in float32 at least (D3)."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return logits
+
+    def detached(self) -> Head:
+        """The same head as a constant."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
+
+@dataclass(frozen=True)
+class ResponseStates:
+    """One model's view of a batch of responses: response positions only, gathered in order (D1).
+
+    input_embeds    (B, L, d)  embedding of the token read at a position (e_in, f_in)
+    target_embeds   (B, L, d)  embedding of the token predicted there (e_tgt, f_tgt)
+    hidden          (B, L, d)  the head's input, after the final norm (h, g)
+    lengths         (B,) long  response positions of each sample; the rest is padding on the right
+    head            the model's output head
+    labels          (B, L) long, −100 at padding; required of the student, unused of the teacher
+
+    Padding may hold anything, NaN included.
+    """
+
+    input_embeds: Tensor
+    target_embeds: Tensor
+    hidden: Tensor
+    lengths: Tensor
+    head: Head
+    labels: Tensor | None = None
+
+    def detached(self) -> ResponseStates:
+        """The same states as constants."""
+        return replace(
+            self,
+            input_embeds=self.input_embeds.detach(),
+            target_embeds=self.target_embeds.detach(),
+            hidden=self.hidden.detach(),
+            head=self.head.detached(),
+        )
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Sums over tokens and samples, as scalar tensors. The terms are not weighted by any λ.
+
+    With a graph, 0 where the configuration leaves a term out:
+
+    ce              Σ −log p_s(y)
+    t2s_ce          Σ −log p_t2s(y)
+    student_kd      Σ w_s D(p_t2s ‖ p_s)
+    teacher_kd      Σ w_t KL(p_t ‖ p_s2t)
+    hidden_dtw      Σ nDTW(h, t2s(g))
+    embed_dtw       Σ nDTW(e_tgt, embed_t2s(f_tgt))
+
+    Detached, for reports:
+
+    student_tokens      student tokens with a label: the denominator of `ce`
+    teacher_tokens      teacher tokens in samples that have a student side: of `teacher_kd`
+    distilled_tokens    student tokens in samples that have a teacher side: of `student_kd`,
+                        `t2s_ce`, and the three figures below
+    t2s_correct         where the projected teacher's argmax is the label
+    gate                Σ g, the confidence of the projected teacher
+    attention_entropy   Σ H(A_i), in nats
+    band_cells_inside   cells (i, j) within the band, of
+    band_cells          all cells; both 0 without a band
+    """
+
+    ce: Tensor
+    t2s_ce: Tensor
+    student_kd: Tensor
+    teacher_kd: Tensor
+    hidden_dtw: Tensor
+    embed_dtw: Tensor
+    student_tokens: Tensor
+    teacher_tokens: Tensor
+    distilled_tokens: Tensor
+    t2s_correct: Tensor
+    gate: Tensor
+    attention_entropy: Tensor
+    band_cells_inside: Tensor
+    band_cells: Tensor
+
+    def total(self, loss: LossConfig, kd_ramp: float = 1.0) -> Tensor:
+        """The objective: sums weighted by the λ of `loss`.
+
+            λ_CE ce + λ_KD (kd_ramp · student_kd + teacher_kd + t2s_ce)
+                    + λ_DTW (hidden_dtw + embed_dtw)
+
+        The trainer divides it by the label tokens of the whole optimizer step.
+        `kd_ramp` is the warm-up of the student-space term (D6). Terms of weight 0 stay out of the
+        graph, so that backward does not visit them.
+        """
+        weighted = [
+            (loss.ce_weight, self.ce),
+            (loss.kd_weight * kd_ramp, self.student_kd),
+            (loss.kd_weight, self.teacher_kd),
+            (loss.kd_weight, self.t2s_ce),
+            (loss.dtw_weight, self.hidden_dtw),
+            (loss.dtw_weight, self.embed_dtw),
+        ]
+        kept = [weight * term for weight, term in weighted if weight != 0]
+        return torch.stack(kept).sum() if kept else 0.0 * self.ce
+
+
+def dwakd_loss(
+    student: ResponseStates,
+    teacher: ResponseStates,
+    projectors: ProjectorSet,
+    *,
+    loss: LossConfig = DEFAULT_LOSS,
+    soft_dtw: SoftDTWConfig = DEFAULT_SOFT_DTW,
+    gamma: float | None = None,
+) -> LossTerms:
+    """The terms of DWA-KD for one batch, as sums.
+
+    Shapes::
+
+        B      samples                     S, T    student / teacher response positions
+        d, D   student / teacher width     Vs, Vt  rows of the student / teacher head
+
+        student   e_in, e_tgt, h  (B, S, d)   Ws (Vs, d)   y (B, S)
+        teacher   f_in, f_tgt, g  (B, T, D)   Wt (Vt, D)
+
+    Equations (per sample; numbers of arXiv 2602.21669)::
+
+        A, B     = softmax of query([e_in; e_tgt]) · N([f_in; f_tgt])ᵀ / √(2D)            (1, 2)
+        p_t2s    = softmax(A t2s(N(f_tgt) + N(g)) Wsᵀ)      p_s2t = softmax(B s2t(h) Wtᵀ)
+        w_s      ∝ H(p_s) · max p_t2s                       w_t   ∝ 1 − H(p_t) / log Vt   (11-14)
+        KD       = Σ w_s D(p_t2s ‖ p_s) + Σ w_t KL(p_t ‖ p_s2t) + CE(p_t2s, y)            (15, 16)
+        DTW      = nDTW(h, t2s(g)) + nDTW(e_tgt, embed_t2s(f_tgt))                        (17-25)
+
+    Decisions where the paper is silent:
+
+    - D1  positions are those with a label, gathered in order: `ResponseStates` holds nothing else.
+    - D2  std, weights and band are per sample; padding and the other samples change nothing.
+    - D3  everything but the heads' products is in float32 at least, under autocast too.
+    - D4  temperature τ on both sides of both divergences, without a factor τ²; entropies, gate
+      and cross-entropies at temperature 1.
+    - D5  `loss.divergence` chooses D; the teacher-space term is always forward KL.
+    - D6  the ramp of the student-space term is `LossTerms.total`'s.
+    - D7  in DTW, `t2s` is applied to the raw g, and e_tgt is not detached.
+    - D8  `gamma` is the schedule's current value; default: `soft_dtw.gamma_start`.
+    - D9  Vs and Vt are the heads' rows.
+
+    Constants: everything of the teacher, the embeddings in the query, Ws in p_t2s, p_t2s as the
+    target of D, all weights, and the band.
+
+    A term whose weight is 0 is not computed. A sample without a teacher side contributes its `ce`
+    only; one without a student side contributes nothing. With no label at all every term is 0 with
+    a graph, and the student's states, its head and the projectors get zero gradients (not None).
+
+    >>> import torch
+    >>> from dwakd_plugin.projectors import Projectors
+    >>> seed = torch.manual_seed(0)
+    >>> def states(positions, width, vocab, lengths):
+    ...     embeds = torch.randn(3, 2, positions, width)
+    ...     labels = torch.randint(vocab, (2, positions))
+    ...     head = Head(torch.randn(vocab, width))
+    ...     return ResponseStates(*embeds, torch.tensor(lengths), head, labels)
+    >>> student = states(5, width=8, vocab=50, lengths=[5, 3])
+    >>> teacher = states(7, width=12, vocab=90, lengths=[7, 2])
+    >>> terms = dwakd_loss(student, teacher, Projectors(8, 12))
+    >>> int(terms.student_tokens), int(terms.band_cells)
+    (8, 41)
+    >>> (terms.total(LossConfig()) / terms.student_tokens).backward()
+    """
+    distill, warp = loss.kd_weight > 0, loss.dtw_weight > 0
+    if min(*student.hidden.shape[:2], teacher.hidden.shape[1]) == 0:
+        distill = warp = False
+    # A sample with one side only has no positions in the two-sided terms.
+    paired = (student.lengths > 0) & (teacher.lengths > 0)
+    student_lengths, teacher_lengths = student.lengths * paired, teacher.lengths * paired
+    dtype = torch.promote_types(student.hidden.dtype, teacher.hidden.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+
+    sums: dict[str, Tensor] = {}
+    if distill or warp:
+        student_side = _side(student, student_lengths, dtype)
+        teacher_side = _side(teacher.detached(), teacher_lengths, dtype)
+        # Autocast would take the attention and the costs back to half precision (D3).
+        with torch.autocast(student.hidden.device.type, enabled=False):
+            if distill or soft_dtw.band:
+                attention, reverse_attention = _attend(student_side, teacher_side, projectors)
+                sums["attention_entropy"] = attention_entropy(attention).sum()
+            if distill:
+                t2s_hidden = attention @ _values(teacher_side, projectors)
+                s2t_hidden = reverse_attention @ _project(projectors.s2t, student_side.hidden)
+            if warp:
+                penalty = None
+                if soft_dtw.band:
+                    inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+                    penalty = band_penalty(inside, soft_dtw, dtype)
+                    sums["band_cells_inside"] = inside.sum()
+                    sums["band_cells"] = (student_lengths * teacher_lengths).sum()
+                gamma = soft_dtw.gamma_start if gamma is None else gamma
+                sums |= _sequence_level(student_side, teacher_side, projectors, penalty, gamma)
+    if distill:
+        sums |= _student_space(student, student_side.valid, t2s_hidden, loss)
+        sums |= _teacher_space(teacher, teacher_side.valid, s2t_hidden, loss)
+    elif loss.ce_weight > 0:
+        sums["ce"] = _cross_entropy(student, loss)
+
+    zero = _zero_with_graph(student, projectors, with_head=loss.ce_weight == 0)
+    zero = zero.to(dtype)
+
+    def term(name: str) -> Tensor:
+        return zero + sums[name] if name in sums else zero
+
+    def figure(name: str) -> Tensor:
+        return sums.get(name, zero).detach().to(dtype)
+
+    return LossTerms(
+        ce=term("ce"),
+        t2s_ce=term("t2s_ce"),
+        student_kd=term("student_kd"),
+        teacher_kd=term("teacher_kd"),
+        hidden_dtw=term("hidden_dtw"),
+        embed_dtw=term("embed_dtw"),
+        student_tokens=student.lengths.sum(),
+        teacher_tokens=teacher_lengths.sum(),
+        distilled_tokens=student_lengths.sum(),
+        t2s_correct=figure("t2s_correct"),
+        gate=figure("gate"),
+        attention_entropy=figure("attention_entropy"),
+        band_cells_inside=figure("band_cells_inside"),
+        band_cells=figure("band_cells"),
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One model's states in the loss's dtype, zero at padding, of the samples with both sides."""
+
+    input_embeds: Tensor
+    target_embeds: Tensor
+    hidden: Tensor
+    lengths: Tensor  # (B,)
+    valid: Tensor  # (B, L)
+
+
+def _side(states: ResponseStates, lengths: Tensor, dtype: torch.dtype) -> _Side:
+    """Zero the padding once, so that what it holds reaches no sum, forward or backward."""
+    valid = valid_positions(lengths, states.hidden.shape[1])
+
+    def clean(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).where(valid[..., None], 0.0)
+
+    return _Side(
+        clean(states.input_embeds),
+        clean(states.target_embeds),
+        clean(states.hidden),
+        lengths,
+        valid,
+    )
+
+
+def _project(projector: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Apply a projector in its own dtype and come back to the dtype of the states."""
+    parameter = next(_parameters(projector), states)
+    return projector(states.to(parameter.dtype)).to(states.dtype)
+
+
+def _parameters(projector: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    return projector.parameters() if isinstance(projector, nn.Module) else iter(())
+
+
+def _zero_with_graph(student: ResponseStates, projectors: ProjectorSet, with_head: bool) -> Tensor:
+    """0 whose backward gives zeros to all that trains here and that no term may reach.
+
+    Without it an ablation, or a batch without labels, leaves gradients None; DDP then waits for
+    them, and optimizers skip what other ranks step. Empty slices: padding may hold NaN.
+    """
+    trained = [student.hidden, student.target_embeds]
+    for projector in (projectors.query, projectors.t2s, projectors.s2t, projectors.embed_t2s):
+        trained.extend(_parameters(projector))
+    if with_head:  # a zero of the head's size: only where no cross-entropy reaches it anyway
+        trained.append(student.head.weight)
+        if student.head.bias is not None:
+            trained.append(student.head.bias)
+    return torch.stack([tensor[:0].sum().float() for tensor in trained]).sum()
+
+
+def _attend(student: _Side, teacher: _Side, projectors: ProjectorSet) -> tuple[Tensor, Tensor]:
+    """A (B, S, T) and B (B, T, S) from queries of the student and keys of the teacher (Eq. 1)."""
+    read = torch.cat([student.input_embeds, student.target_embeds], -1).detach()
+    key = torch.cat([teacher.input_embeds, teacher.target_embeds], -1)
+    return cross_model_attention(
+        _project(projectors.query, read),
+        standardise_scale(key, teacher.valid),
+        student.valid,
+        teacher.valid,
+    )
+
+
+def _values(teacher: _Side, projectors: ProjectorSet) -> Tensor:
+    """v = t2s(N(f_tgt) + N(g)): (B, T, d) (Eq. 1, Appendix C)."""
+    return _project(
+        projectors.t2s,
+        standardise_scale(teacher.target_embeds, teacher.valid)
+        + standardise_scale(teacher.hidden, teacher.valid),
+    )
+
+
+def _valid_index(valid: Tensor) -> Tensor:
+    """Indices of the valid positions in the flattened batch: (B, L) → (N,)."""
+    return valid.flatten().nonzero().squeeze(1)
+
+
+def _gathered(states: Tensor, index: Tensor) -> Tensor:
+    """(B, L, ...) → (N, ...)."""
+    return states.flatten(0, 1).index_select(0, index)
+
+
+def _padded(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """Put per-token values back in their places: (N,) → (B, L), 0 elsewhere."""
+    return values.new_zeros(valid.numel()).index_copy(0, index, values).view_as(valid)
+
+
+def _labels(student: ResponseStates) -> Tensor:
+    if student.labels is None:
+        raise ValueError(
+            "student.labels is None; give the student's labels (B, S), −100 at padding"
+        )
+    return student.labels
+
+
+def _cross_entropy(student: ResponseStates, loss: LossConfig) -> Tensor:
+    """Σ −log p_s(y), without a teacher."""
+    index = _valid_index(valid_positions(student.lengths, student.hidden.shape[1]))
+
+    def statistics(hidden: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(student.head.logits(hidden), labels, reduction="none"),)
+
+    (ce,) = map_token_chunks(
+        statistics,
+        tokens_per_chunk(loss.chunk_size, student.head.weight.shape[0]),
+        _gathered(student.hidden, index),
+        _gathered(_labels(student), index),
+    )
+    return ce.sum()
+
+
+def _student_space(
+    student: ResponseStates, paired: Tensor, t2s_hidden: Tensor, loss: LossConfig
+) -> dict[str, Tensor]:
+    """Sums in the student's space, with CE of every sample and the rest of paired ones (Eq. 11-16).
+
+    Shapes: paired (B, S) bool, positions of samples with a teacher side; t2s_hidden (B, S, d).
+    """
+    index = _valid_index(valid_positions(student.lengths, student.hidden.shape[1]))
+    constant_head = student.head.detached()
+
+    def statistics(hidden: Tensor, projected: Tensor, labels: Tensor) -> StudentStatistics:
+        return student_statistics(
+            student.head.logits(hidden),
+            constant_head.logits(projected),
+            labels,
+            loss.divergence,
+            loss.temperature,
+        )
+
+    flat = map_token_chunks(
+        statistics,
+        tokens_per_chunk(loss.chunk_size, student.head.weight.shape[0]),
+        _gathered(student.hidden, index),
+        _gathered(t2s_hidden, index),
+        _gathered(_labels(student), index),
+    )
+    tokens = StudentStatistics(*(_padded(values, index, paired) for values in flat))
+    weights = student_token_weights(tokens.entropy, tokens.gate, paired, loss.student_weighting)
+    sums = {
+        "t2s_ce": tokens.t2s_ce.where(paired, 0.0).sum(),
+        "student_kd": (weights * tokens.divergence).sum(),
+        "t2s_correct": (tokens.t2s_correct & paired).sum(),
+        "gate": tokens.gate.where(paired, 0.0).sum(),
+    }
+    if loss.ce_weight > 0:
+        sums["ce"] = tokens.ce.sum()
+    return sums
+
+
+def _teacher_space(
+    teacher: ResponseStates, paired: Tensor, s2t_hidden: Tensor, loss: LossConfig
+) -> dict[str, Tensor]:
+    """Σ w_t KL(p_t ‖ p_s2t) (Eq. 14, 15). Shapes: paired (B, T) bool, s2t_hidden (B, T, D)."""
+    index = _valid_index(paired)
+    head = teacher.head.detached()
+
+    def statistics(hidden: Tensor, projected: Tensor) -> TeacherStatistics:
+        return teacher_statistics(head.logits(hidden), head.logits(projected), loss.temperature)
+
+    flat = map_token_chunks(
+        statistics,
+        tokens_per_chunk(loss.chunk_size, head.weight.shape[0]),
+        _gathered(teacher.hidden.detach(), index),
+        _gathered(s2t_hidden, index),
+    )
+    tokens = TeacherStatistics(*(_padded(values, index, paired) for values in flat))
+    weights = teacher_token_weights(
+        tokens.entropy, head.weight.shape[0], paired, loss.teacher_weighting
+    )
+    return {"teacher_kd": (weights * tokens.divergence).sum()}
+
+
+def _unit(states: Tensor) -> Tensor:
+    """x / ‖x‖; the zero vector stays zero, and takes no gradient."""
+    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return torch.where(norm > 0, states / norm.where(norm > 0, 1.0), 0.0)
+
+
+def normalised_soft_dtw(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor,
+    y_lengths: Tensor,
+    penalty: Tensor | None,
+    gamma: float,
+) -> Tensor:
+    """nDTW(x, y) = sDTW(x, y) − ½ (sDTW(x, x) + sDTW(y, y)) on cosine costs (Eq. 17-20, 24).
+
+    cost_ij = 1 − cos(x_i, y_j), 1 where a vector is zero; `penalty` is added between x and y only.
+
+    Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
+    """
+    x, y = _unit(x), _unit(y)
+    cost = 1 - x @ y.transpose(1, 2)
+    if penalty is not None:
+        cost = cost + penalty
+    across = soft_dtw_distance(cost, x_lengths, y_lengths, gamma)
+    x_self = soft_dtw_distance(1 - x @ x.transpose(1, 2), x_lengths, x_lengths, gamma)
+    y_self = soft_dtw_distance(1 - y @ y.transpose(1, 2), y_lengths, y_lengths, gamma)
+    return across - 0.5 * (x_self + y_self)
+
+
+def _sequence_level(
+    student: _Side, teacher: _Side, projectors: ProjectorSet, penalty: Tensor | None, gamma: float
+) -> dict[str, Tensor]:
+    """Σ nDTW(h, t2s(g)) and Σ nDTW(e_tgt, embed_t2s(f_tgt)), one batch of both pairs (Eq. 25)."""
+    x = torch.cat([student.hidden, student.target_embeds])
+    y = torch.cat(
+        [
+            _project(projectors.t2s, teacher.hidden),
+            _project(projectors.embed_t2s, teacher.target_embeds),
+        ]
+    )
+    distances = normalised_soft_dtw(
+        x,
+        y,
+        student.lengths.repeat(2),
+        teacher.lengths.repeat(2),
+        None if penalty is None else penalty.repeat(2, 1, 1),
+        gamma,
+    )
+    hidden, embeds = distances.view(2, -1).sum(1)
+    return {"hidden_dtw": hidden, "embed_dtw": embeds}

@@ -1,0 +1,366 @@
+"""Soft-DTW on the CPU, compiled by numba; float32 and float64, one thread per sample.
+
+The recurrence runs on Z = exp(−R/γ), where softmin is a plain sum,
+
+    Z_ij = exp(−cost_ij/γ) · (Z_{i−1,j−1} + Z_{i−1,j} + Z_{i,j−1}),   Z_00 = 1, other borders 0,
+
+with Z held as mantissa · 2^exponent (both floats, the exponent a whole number), so that a cell needs
+no log, and nothing under- or overflows at a small γ. The shares of the three terms in the sum are
+the softmin weights, by which `gradient` sends the expected alignment back from (n, m) to (1, 1).
+
+A matrix is cut into strips of LANES rows. In a strip, lane l works on column t − l at step t: the
+cells of one step lie on an anti-diagonal, are independent and fill the SIMD lanes. Arrays in this
+layout are called skewed, (steps, LANES). `value` keeps the last row of every strip, the edges, and
+`gradient` computes each strip anew from the edge above it. So the scratch is one strip per thread
+and edges of 2/LANES of the cost's size.
+
+Legend: b sample, i row, j column, t step, l lane; h ≤ LANES rows in the strip, m columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+LANES = 32
+TILE = 16  # columns moved at a time between layouts, so that their cache lines stay in L1
+
+# The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
+# it counts as zero, so the kernel needs no branch and meets no 0/0.
+NOTHING = -1e30
+
+Array = Any  # numba reads no annotations; numpy's would not say the shape either
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Values (B,); state: the edges (B, 2, strips + 1, T + 1), and the samples done in float64."""
+    samples, s, t = cost.shape
+    scaling = _scaling(cost.dtype, gamma)
+    edges = cost.new_empty(samples, 2, -(-s // LANES) + 1, t + 1)
+    costs, edges_, n_, m_ = _array(cost), edges.numpy(), n.tolist(), m.tolist()
+
+    def one(b: int) -> tuple[float, float]:
+        if not (n_[b] and m_[b]):
+            return 0.0, 0.0
+        z, e, largest, sound = _value(costs[b], n_[b], m_[b], *scaling, edges_[b])
+        if not sound:
+            return math.nan, 0.0
+        log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + float(e)
+        return -gamma * math.log(2) * log2, float(largest)
+
+    values, largest = torch.tensor(_in_threads(one, samples), dtype=torch.float64).T
+    # Where the exponents may outgrow the whole numbers of float32, float64 has them.
+    bound = (n + m) * (largest / (gamma * math.log(2)) + 2)
+    wide = ((bound > 2**23) & (cost.dtype == torch.float32)).nonzero()[:, 0]
+    if len(wide):
+        values[wide] = value(cost[wide].double(), n[wide], m[wide], gamma)[0]
+    return values.to(cost.dtype), (edges, wide)
+
+
+def gradient(
+    cost: Tensor, n: Tensor, m: Tensor, gamma: float, state: Sequence[Tensor], seed: Tensor
+) -> Tensor:
+    """seed · E (B, S, T)."""
+    edges, wide = state
+    grad = torch.empty_like(cost, memory_format=torch.contiguous_format)
+    scaling = _scaling(cost.dtype, gamma)
+    costs, seeds, edges_, grads = _array(cost), _array(seed), edges.numpy(), grad.numpy()
+    n_, m_ = n.tolist(), m.tolist()
+
+    def one(b: int) -> None:
+        _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], grads[b])
+
+    _in_threads(one, len(cost))
+    if len(wide):
+        again = cost[wide].double(), n[wide], m[wide], gamma
+        grad[wide] = gradient(*again, value(*again)[1], seed[wide].double()).to(cost.dtype)
+    return grad
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().contiguous().numpy()
+
+
+def _in_threads(work: Callable[[int], Any], samples: int) -> list[Any]:
+    """work(0), work(1), …, on as many threads as torch uses; the kernels let go of the GIL.
+
+    Not numba's own threads: its OpenMP layer spins, which costs milliseconds on a busy machine,
+    and its other layer aborts when two threads of a process call it.
+    """
+    threads = min(torch.get_num_threads(), samples)
+    if threads < 2:
+        return [work(b) for b in range(samples)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, range(samples)))
+
+
+def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:
+    """The kernel's constants: the factor of x = −cost · log2(e)/γ in two parts, and a barred cost.
+
+    The factor is split in two, so that x is known beyond the dtype's own precision: at γ = 0.01 a
+    cost of 2 has x = −289, and float32 would leave only 15 bits to its fraction.
+    """
+    real = np.float32 if dtype == torch.float32 else np.float64
+    factor = -math.log2(math.e) / gamma
+    high = real(factor)
+    return high, real(factor - float(high)), real(min(-NOTHING * gamma, 1e38))
+
+
+# ---- Bits of a float, as LLVM instructions: numba would make every integer 64 bits wide, and that
+# ---- halves the lanes of float32.
+
+_typed_intrinsic: Callable[[F], F] = intrinsic
+
+
+def _layout(real: Any) -> tuple[Any, int, int]:
+    """The integer type of a float's width, the bits of its mantissa, the bias of its exponent."""
+    return (ir.IntType(32), 23, 127) if real == types.float32 else (ir.IntType(64), 52, 1023)
+
+
+@_typed_intrinsic
+def _fma(_: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return a(a, b, c), emit
+
+
+@_typed_intrinsic
+def _power_of_whole(_: Any, x: Any) -> Any:
+    """2^x for a whole x ≤ bias, and 0 from x = −bias down."""
+    integer, mantissa_bits, bias = _layout(x)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        real = args[0].type
+        least = real(-bias)
+        clamped = builder.select(builder.fcmp_ordered(">", args[0], least), args[0], least)
+        # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
+        shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
+        bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
+        return builder.bitcast(bits, real)
+
+    return x(x), emit
+
+
+@_typed_intrinsic
+def _power_of_fraction(_: Any, x: Any) -> Any:
+    """2^x for |x| ≤ ½, to the last bit, by the Taylor series."""
+    degree = 7 if x == types.float32 else 13
+    series = [math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)]
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        real = args[0].type
+        power = real(series[0])
+        for coefficient in series[1:]:
+            power = builder.fma(power, args[0], real(coefficient))
+        return power
+
+    return x(x), emit
+
+
+@_typed_intrinsic
+def _exponent(_: Any, x: Any) -> Any:
+    """The exponent of x > 0, as a float; within −bias .. bias + 1 for any bits."""
+    integer, mantissa_bits, bias = _layout(x)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        real = args[0].type
+        bits = builder.lshr(builder.bitcast(args[0], integer), integer(mantissa_bits))
+        bits = builder.and_(bits, integer(2 * bias + 1))
+        # The float 2^mantissa_bits, with the exponent in its low bits.
+        bits = builder.or_(bits, integer((mantissa_bits + bias) << mantissa_bits))
+        return builder.fsub(builder.bitcast(bits, real), real(2.0**mantissa_bits + bias))
+
+    return x(x), emit
+
+
+@_typed_intrinsic
+def _mantissa(_: Any, x: Any) -> Any:
+    """The mantissa of x > 0; within [1, 2) for any bits."""
+    integer, mantissa_bits, bias = _layout(x)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.and_(builder.bitcast(args[0], integer), integer((1 << mantissa_bits) - 1))
+        bits = builder.or_(bits, integer(bias << mantissa_bits))
+        return builder.bitcast(bits, args[0].type)
+
+    return x(x), emit
+
+
+# ---- The kernel. A loop over lanes writes one scratch array and few others, and reads the lane
+# ---- before it through a local variable: only so does the compiler turn it into SIMD.
+
+_jit: Callable[[F], F] = numba.njit(
+    cache=True, nogil=True, fastmath={"contract"}, error_model="numpy"
+)
+
+# Rows of the scratch arrays (·, LANES).
+Z, E, DIAGONAL_Z, DIAGONAL_E, LARGEST, NAN = range(6)
+LEFT, UP, DIAGONAL = range(3)
+
+
+@_jit
+def _skew(
+    cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array
+) -> None:
+    """Rows i0 .. i0 + h of cost (S, T) into `skewed`."""
+    # Left of the matrix there is nothing. To its right and below, any finite cost will do, as no
+    # cell within the lengths comes after those.
+    skewed[m:] = 0
+    for t in range(h - 1):
+        skewed[t, t + 1 :] = barred
+    skewed[:, h:] = 0
+    for j0 in range(0, m, TILE):
+        for l in range(h):
+            for j in range(j0, min(j0 + TILE, m)):
+                c = cost[i0 + l, j]
+                skewed[j + l, l] = barred if c >= barred else c
+
+
+@_jit
+def _unskew(mirrored: Array, i0: int, h: int, m: int, matrix: Array) -> None:
+    """Skewed and mirrored (lane l at [LANES − 1 − l]) into rows i0 .. i0 + h of matrix (S, T)."""
+    for j0 in range(0, m, TILE):
+        for l in range(h):
+            for j in range(j0, min(j0 + TILE, m)):
+                matrix[i0 + l, j] = mirrored[j + l, LANES - 1 - l]
+
+
+@_jit
+def _descend(
+    skewed: Array, h: int, m: int, high: float, low: float, barred: float,
+    above: Array, above_e: Array, below: Array, below_e: Array, left_w: Array, up_w: Array,
+) -> tuple[float, float, float, bool]:
+    """Z along a strip, from the edge above it to its last row, the edge below.
+
+    Edges (T + 1,), mantissa and exponent: [j + 1] is column j, [0] is what lies left of column 0.
+    The softmin weights go to left_w and up_w, skewed and mirrored, unless these are None.
+
+    Gives mantissa and exponent of the strip's last cell (h − 1, m − 1), the largest finite |cost|,
+    and whether every cost was a number above −∞.
+    """
+    lanes = np.empty((6, LANES), skewed.dtype)
+    for l in range(LANES):
+        lanes[Z, l], lanes[E, l], lanes[LARGEST, l], lanes[NAN, l] = 1, NOTHING, 0, 0
+        lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = 1, NOTHING
+    lanes[DIAGONAL_Z, 0], lanes[DIAGONAL_E, 0] = above[0], above_e[0]
+    below[0], below_e[0] = 1, NOTHING
+    zero = barred - barred  # of its type: a literal would make float32 code float64
+    for t in range(m + h - 1):
+        up_z, up_e = above[min(t, m - 1) + 1], above_e[min(t, m - 1) + 1]
+        for l in range(LANES):
+            c = skewed[t, l]
+            whole = np.rint(c * high)
+            fraction = _fma(c, high, -whole) + c * low
+            left_z, left_e = lanes[Z, l], lanes[E, l]
+            diagonal_z, diagonal_e = lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l]
+            top = max(max(left_e, up_e), diagonal_e)
+            left = left_z * _power_of_whole(left_e - top)
+            up = up_z * _power_of_whole(up_e - top)
+            total = left + up + diagonal_z * _power_of_whole(diagonal_e - top)
+            here = _power_of_fraction(fraction) * total
+            lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = up_z, up_e
+            lanes[Z, l], lanes[E, l] = _mantissa(here), top + _exponent(here) + whole
+            up_z, up_e = left_z, left_e
+            if left_w is None:
+                size = abs(c)
+                lanes[LARGEST, l] = max(lanes[LARGEST, l], size if size < barred else zero)
+                lanes[NAN, l] += c - c  # NaN for an infinity, too
+            else:
+                left_w[t, LANES - 1 - l] = left / total
+                up_w[t, LANES - 1 - l] = up / total
+        if t >= LANES - 1:
+            below[t - LANES + 2] = lanes[Z, LANES - 1]
+            below_e[t - LANES + 2] = lanes[E, LANES - 1]
+    sound = not np.isnan(lanes[NAN].sum())
+    return lanes[Z, h - 1], lanes[E, h - 1], lanes[LARGEST].max(), sound
+
+
+@_jit
+def _ascend(
+    left_w: Array, up_w: Array, h: int, m: int, seed: float, edge: Array, mass: Array
+) -> None:
+    """The expected alignment along a strip, into `mass`; skewed and mirrored like the weights.
+
+    edge (T,) is what the row below the strip sends up, by the column that gets it; it is replaced by
+    what the strip's first row sends up. `seed` is added to the strip's last cell, (h − 1, m − 1).
+    """
+    lanes = np.empty((3, LANES), mass.dtype)
+    for l in range(LANES):
+        lanes[LEFT, l], lanes[UP, l], lanes[DIAGONAL, l] = 0, 0, 0
+    zero = lanes[LEFT, 0]  # of its type: a literal would make float32 code float64
+    lanes[LEFT, LANES - h] = seed
+    for t in range(m + h - 2, -1, -1):
+        j = t - LANES + 1
+        sent = edge[j] if j >= 0 else zero
+        for l in range(LANES):
+            here = lanes[LEFT, l] + sent
+            mass[t, l] = here
+            left = left_w[t, l] * here
+            up = up_w[t, l] * here
+            sent = lanes[UP, l]
+            lanes[UP, l] = up + lanes[DIAGONAL, l]
+            lanes[LEFT, l] = left
+            lanes[DIAGONAL, l] = here - left - up
+        if t < m:
+            edge[t] = lanes[UP, LANES - 1]
+
+
+@_jit
+def _value(
+    cost: Array, n: int, m: int, high: float, low: float, barred: float, edges: Array
+) -> tuple[float, float, float, bool]:
+    """Mantissa and exponent of Z_nm, the largest finite |cost|, and whether all were numbers."""
+    skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
+    edges[0, 0], edges[1, 0] = 1, NOTHING
+    edges[1, 0, 0] = 0  # Z_00 = 1
+    z, e, largest, sound = barred, barred, barred - barred, True
+    for strip in range((n + LANES - 1) // LANES):
+        h = min(LANES, n - strip * LANES)
+        _skew(cost, strip * LANES, h, m, barred, skewed)
+        above, above_e = edges[0, strip], edges[1, strip]
+        below, below_e = edges[0, strip + 1], edges[1, strip + 1]
+        z, e, found, clean = _descend(
+            skewed, h, m, high, low, barred, above, above_e, below, below_e, None, None
+        )
+        largest, sound = max(largest, found), sound and clean
+    return z, e, largest, sound
+
+
+@_jit
+def _gradient(
+    cost: Array, n: int, m: int, high: float, low: float, barred: float, edges: Array,
+    seed: float, grad: Array,
+) -> None:
+    """seed · E into grad (S, T), zero outside the lengths."""
+    if n == 0 or m == 0:
+        n, m = 0, 0
+    grad[:n, m:] = 0
+    grad[n:] = 0
+    skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
+    left_w, up_w = np.empty_like(skewed), np.empty_like(skewed)
+    edge = np.zeros(m, cost.dtype)
+    for strip in range((n + LANES - 1) // LANES - 1, -1, -1):
+        h = min(LANES, n - strip * LANES)
+        _skew(cost, strip * LANES, h, m, barred, skewed)
+        above, above_e = edges[0, strip], edges[1, strip]
+        below, below_e = edges[0, strip + 1], edges[1, strip + 1]
+        _descend(
+            skewed, h, m, high, low, barred, above, above_e, below, below_e, left_w, up_w
+        )
+        _ascend(left_w, up_w, h, m, seed, edge, skewed)
+        seed = barred - barred  # the seed enters at the last strip only
+        _unskew(skewed, strip * LANES, h, m, grad)

@@ -1,0 +1,76 @@
+"""Token weights of the two distillation terms (Eq. 11-16). All of them are detached.
+
+    B batch   L positions of one side (right-padded)
+
+Weights are normalised per sample, after the gate, to sum to the sample's length on that side: they
+move attention between the tokens of a sample and leave the size of the term alone (D2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """H(p) in nats, detached: (..., V) → (...)."""
+    log_probs = log_probs.detach()
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def normalise_per_sample(weights: Tensor, valid: Tensor) -> Tensor:
+    """w · (count / Σ w) per sample: (B, L), valid (B, L) bool → (B, L), 0 at padding.
+
+    Where all weights of a sample are 0 they say nothing about its tokens, and each counts 1.
+    """
+    weights = weights.where(valid, 0.0)
+    # By the largest first: weights near the smallest float would overflow count / Σ w.
+    peak = weights.max(-1, keepdim=True).values
+    weights = torch.where(peak > 0, weights / peak, valid.to(weights.dtype))
+    count = valid.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True)
+    return weights * (count / total.where(total > 0, 1.0))
+
+
+def student_token_weights(
+    student_entropy: Tensor,
+    gate: Tensor,
+    valid: Tensor,
+    weighting: Literal["entropy_gate", "entropy", "none"],
+) -> Tensor:
+    """w_s: where the student is unsure, as far as the projected teacher is sure (Eq. 11-13).
+
+        w_s,i ∝ H(p_s,i) · g_i,   g_i = max_v p_t2s,i(v)      both at temperature 1
+
+    `entropy` leaves the gate out, `none` weighs every token 1.
+
+    Shapes: student_entropy, gate and valid (bool) (B, S) → (B, S).
+    """
+    if weighting == "none":
+        return valid.to(student_entropy.dtype)
+    weights = student_entropy.detach()
+    if weighting == "entropy_gate":
+        weights = weights * gate.detach()
+    return normalise_per_sample(weights, valid)
+
+
+def teacher_token_weights(
+    teacher_entropy: Tensor,
+    vocab_size: int,
+    valid: Tensor,
+    weighting: Literal["confidence", "none"],
+) -> Tensor:
+    """w_t,j ∝ 1 − H(p_t,j) / log Vt: where the teacher is sure (Eq. 14).
+
+    Vt counts the rows of the teacher's head, padding rows included, as its softmax does (D9).
+
+    Shapes: teacher_entropy and valid (bool) (B, T) → (B, T).
+    """
+    if weighting == "none":
+        return valid.to(teacher_entropy.dtype)
+    # Rounding can put the entropy of a uniform distribution a hair above log Vt.
+    confidence = (1 - teacher_entropy.detach() / math.log(vocab_size)).clamp_min(0)
+    return normalise_per_sample(confidence, valid)

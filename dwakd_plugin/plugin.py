@@ -1,0 +1,124 @@
+"""axolotl's hooks, and nothing else: each hands over to the module that does the work.
+
+Every hook is inert in a recipe without `distillation: dwakd`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+from dwakd_plugin.config import DWAKDConfig, RecipeError, parse_recipe
+from dwakd_plugin.preflight import check_output_folder, check_recipe
+from dwakd_plugin.run_report import describe_run, final_words
+
+LOG = get_logger("axolotl.dwakd")
+
+Result = TypeVar("Result")
+
+
+def _without_traceback(hook: Callable[..., Result]) -> Callable[..., Result]:
+    """Ends the process with the message alone where the recipe or its surroundings are wrong."""
+
+    @wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return hook(*args, **kwargs)
+        except RecipeError as error:
+            LOG.error("dwakd: %s", error, main_process_only=False)
+            raise SystemExit(1) from None
+
+    return guarded
+
+
+class DWAKDPlugin(BasePlugin):
+    """Cross-tokenizer distillation, for recipes that say `distillation: dwakd`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: Any = None
+        self._trainer: Any = None
+
+    def get_input_args(self) -> str:
+        return "dwakd_plugin.config.DWAKDArgs"
+
+    @_without_traceback
+    def register(self, cfg: DictDefault) -> None:
+        """Sees the recipe before axolotl's schema does, so that our messages come first."""
+        config = _settings(cfg)
+        if config is not None:
+            check_recipe(cfg)
+            LOG.info(
+                "Distillation is on: %s teaches %s", config.teacher.base_model, cfg["base_model"]
+            )
+
+    @_without_traceback
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
+        config = _settings(cfg)
+        if config is None:
+            return None
+        from axolotl.common.datasets import load_datasets
+
+        from dwakd_plugin.dual_tokenization import dual_tokenization
+        from dwakd_plugin.teacher import teacher_config
+
+        teacher_config(config.teacher)
+        if not preprocess:
+            check_output_folder(cfg, config)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+            cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
+        with dual_tokenization(cfg, config.teacher) as rows:
+            datasets = load_datasets(cfg=cfg)
+        self._rows = rows
+        return datasets
+
+    def get_trainer_cls(self, cfg: DictDefault) -> Any:
+        if _settings(cfg) is None:
+            return None
+        from dwakd_plugin.trainer import DWAKDTrainer
+
+        return DWAKDTrainer
+
+    def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
+        if _settings(cfg) is None:
+            return None
+        from dwakd_plugin.collator import DualCollator
+
+        return DualCollator, {}
+
+    @_without_traceback
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        config = _settings(cfg)
+        if config is None:
+            return
+        from dwakd_plugin.assembly import assemble
+
+        distillation, initialisation = assemble(cfg, config, trainer, self._rows)
+        trainer.begin_distillation(distillation)
+        self._trainer = trainer
+        LOG.info("%s", describe_run(cfg, trainer, initialisation))
+
+    def post_train(self, cfg: DictDefault, model: Any) -> None:
+        # Called before and after the final save: the first time the projectors leave the student.
+        if self._trainer is not None and self._trainer.args.should_save:
+            self._trainer.save_projectors(Path(cfg.output_dir))
+        if self._trainer is not None:
+            self._trainer.end_distillation()
+
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        if self._trainer is not None:
+            LOG.info("%s", final_words(cfg))
+            self._trainer = None
+
+
+def _settings(cfg: DictDefault) -> DWAKDConfig | None:
+    recipe = cfg.to_dict() if isinstance(cfg, DictDefault) else dict(cfg)
+    return parse_recipe(recipe)

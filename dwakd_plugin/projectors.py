@@ -1,0 +1,118 @@
+"""The trainable maps between the two models' spaces (method, section 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dwakd_plugin.config import RecipeError
+
+
+class Projectors(nn.Module):
+    """Four linear layers with bias between student width d and teacher width D.
+
+    query      2d → 2D   [e_in ; e_tgt] of the student, into the space of the teacher's keys
+    t2s         D → d    teacher states into the student's space
+    s2t         d → D    student states into the teacher's space
+    embed_t2s   D → d    teacher embeddings into the student's embedding space (soft-DTW only)
+
+    They train beside the student and are never part of it: no exported student contains them.
+    """
+
+    def __init__(self, student_hidden_size: int, teacher_hidden_size: int) -> None:
+        super().__init__()
+        d, D = student_hidden_size, teacher_hidden_size
+        self.query = nn.Linear(2 * d, 2 * D)
+        self.t2s = nn.Linear(D, d)
+        self.s2t = nn.Linear(d, D)
+        self.embed_t2s = nn.Linear(D, d)
+
+
+def shared_vocabulary_init(
+    projectors: Projectors,
+    *,
+    student_head: Tensor,
+    teacher_head: Tensor,
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+) -> None:
+    """Sets the projectors from the tokens that both vocabularies share, by least squares.
+
+    All four arguments are rows of the n shared tokens, in the same order: heads and embeddings,
+    (n, d) and (n, D). With Ws, Wt the heads and Es, Et the embeddings (DSKDv2, arXiv 2504.11426)::
+
+        t2s        M  = argmin ‖Wt − Ws Mᵀ‖      g M has the teacher's logits on shared tokens
+        s2t        M' = argmin ‖Ws − Wt M'ᵀ‖     h M' has the student's
+        embed_t2s      argmin ‖Es − Et Pᵀ‖       teacher embeddings onto the student's
+        query          argmin ‖Et − Es Qᵀ‖, for e_in and e_tgt alike, scaled so that a token's
+                       query and key are alike: attention starts on the same text
+
+    Biases become 0. Solved in float64 with a small ridge.
+    """
+    with torch.no_grad():
+        _set_linear(projectors.t2s, _least_squares(student_head, teacher_head).T)
+        _set_linear(projectors.s2t, _least_squares(teacher_head, student_head).T)
+        _set_linear(projectors.embed_t2s, _least_squares(teacher_embeddings, student_embeddings))
+        onto_teacher = _least_squares(student_embeddings, teacher_embeddings)
+        onto_teacher = onto_teacher / teacher_embeddings.double().std()
+        _set_linear(projectors.query, torch.block_diag(onto_teacher, onto_teacher))
+
+
+def _least_squares(inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> Tensor:
+    """The weight W (out, in) of the linear map that takes inputs (n, in) to targets (n, out).
+
+    The ridge is relative to the inputs' mean square, so that it means the same at any scale.
+    """
+    x, y = inputs.double(), targets.double()
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, x.T @ y).T
+
+
+def _set_linear(layer: nn.Linear, weight: Tensor) -> None:
+    layer.weight.copy_(weight.to(layer.weight))
+    layer.bias.zero_()
+
+
+def save_projectors(projectors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Writes the projectors' tensors as safetensors, complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in projectors.items()},
+        partial,
+        metadata=metadata,
+    )
+    partial.replace(file)
+
+
+def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]) -> None:
+    """Reads projectors that `save_projectors` wrote for the same pair of models.
+
+    Raises RecipeError where the file is missing, damaged, or belongs to another pair: `metadata`
+    must agree in every entry that both have.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            found = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"The projectors {file} cannot be read: {error}") from error
+    differing = [
+        f"  {key}: {found[key]} in the file, {value} in this run"
+        for key, value in metadata.items()
+        if key in found and found[key] != value
+    ]
+    expected = {name: tuple(tensor.shape) for name, tensor in projectors.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        differing.append(f"  shapes: {shapes} in the file, {expected} in this run")
+    if differing:
+        raise RecipeError(
+            f"The projectors {file} belong to another pair of models:\n" + "\n".join(differing)
+        )
+    projectors.load_state_dict(tensors)

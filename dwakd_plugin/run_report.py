@@ -1,0 +1,60 @@
+"""What a run says of itself at its start and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dwakd_plugin.causal_lm import causal_lm
+from dwakd_plugin.trainer import PROJECTOR_FILE
+
+
+def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
+    """The block at the start: both models, both tokenizers, the rows, the projectors, the loss."""
+    distillation = trainer.distillation
+    config, teacher, rows = distillation.config, distillation.teacher, distillation.rows
+    student = trainer.model
+    lm = causal_lm(student)
+    projectors = sum(parameter.numel() for parameter in distillation.projectors.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad) - projectors
+    loss, dtw = config.loss, config.soft_dtw
+    evaluated = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
+    lines = {
+        "teacher": f"{config.teacher.base_model}: {_count(teacher.parameters)}, "
+        f"{teacher.precision}, attention {teacher.attention}",
+        "student": f"{cfg.base_model}: {_count(lm.num_parameters() - projectors)}, "
+        f"{_count(trained)} trained ({cfg.adapter or 'full fine-tuning'}), "
+        f"{str(lm.dtype).removeprefix('torch.')}, attention "
+        f"{lm.config._attn_implementation}, on {student.device}",
+        "tokenizers": f"teacher {facts['teacher_vocabulary']:,} tokens, student "
+        f"{facts['student_vocabulary']:,}; {facts['shared_tokens']:,} in both",
+        "rows": f"{len(trainer.train_dataset):,} to train on, {evaluated:,} to evaluate on; "
+        + "; ".join(f"{count:,} {status}" for status, count in sorted(rows.counts.items())),
+        "projectors": f"{_count(projectors)}, {facts['initialisation']}, "
+        f"learning rate {config.projectors.learning_rate:g}",
+        "loss": f"{loss.ce_weight:g} CE + {loss.kd_weight:g} KD ({loss.divergence}, "
+        f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
+        f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
+        + ("" if config.variant == "full" else f"; variant {config.variant}"),
+        "cache": config.teacher.cache or "none: the teacher runs in every step",
+    }
+    width = max(map(len, lines))
+    block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
+    return f"Distillation is on (DWA-KD)\n{block}"
+
+
+def final_words(cfg: Any) -> str:
+    """Where the student is, and how to go on."""
+    folder = Path(cfg.output_dir)
+    kind = "The student's adapter" if cfg.adapter else "The student"
+    return (
+        f"{kind} is in {folder}, without projectors. "
+        f"They are in {folder / PROJECTOR_FILE}, for `dwakd.projectors.path` of a later run."
+    )
+
+
+def _count(parameters: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= limit:
+            return f"{parameters / limit:.1f}{unit} parameters"
+    return f"{parameters} parameters"

@@ -1,0 +1,345 @@
+"""axolotl's trainer, with the distillation loss computed inside the student's wrapped forward.
+
+The projectors are a submodule of the student while it trains, so that DDP, FSDP and DeepSpeed wrap,
+synchronise and step them; checkpoints keep them in a folder of their own, and the student is saved
+without them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from transformers import Trainer
+
+from dwakd_plugin.causal_lm import (
+    causal_lm,
+    embedding_table,
+    gather_positions,
+    hidden_states,
+    output_head,
+)
+from dwakd_plugin.collator import DISTILLATION_KEYS
+from dwakd_plugin.config import DWAKDConfig
+from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
+from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
+from dwakd_plugin.projectors import Projectors, load_projectors, save_projectors
+from dwakd_plugin.teacher import Teacher
+
+LOG = get_logger(__name__)
+
+PROJECTORS = "dwakd_projectors"  # the submodule's name on the student
+PROJECTOR_FILE = Path("dwakd") / "projectors.safetensors"  # within a checkpoint or output folder
+
+# What is logged, as (name, sum, count): both are fields of LossTerms.
+METRICS = (
+    ("ce", "ce", "student_tokens"),
+    ("t2s_ce", "t2s_ce", "distilled_tokens"),
+    ("student_kd", "student_kd", "distilled_tokens"),
+    ("teacher_kd", "teacher_kd", "teacher_tokens"),
+    ("hidden_dtw", "hidden_dtw", "distilled_tokens"),
+    ("embed_dtw", "embed_dtw", "distilled_tokens"),
+    ("t2s_accuracy", "t2s_correct", "distilled_tokens"),
+    ("gate", "gate", "distilled_tokens"),
+    ("attention_entropy", "attention_entropy", "distilled_tokens"),
+    ("band_share", "band_cells_inside", "band_cells"),
+)
+LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw")
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; the message names the term and the row."""
+
+
+@dataclass
+class Distillation:
+    """What a run distils with."""
+
+    config: DWAKDConfig
+    teacher: Teacher
+    projectors: Projectors
+    rows: RowReport
+    pair: dict[str, str]  # which two models the projectors belong to
+
+
+class _DistillationLog(Trainer):
+    """Adds the loss's terms to each log line; sits below AxolotlTrainer, to correct its `ppl`."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        distillation = getattr(self, "distillation", None)
+        if distillation is not None and ("loss" in logs or "eval_loss" in logs):
+            prefix = "" if "loss" in logs else "eval_"
+            logs.update(self._take_metrics(prefix))
+            if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
+                logs[f"{prefix}ppl"] = round(_exp(logs[f"{prefix}ce"]), 5)
+        super().log(logs, start_time)
+
+
+class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
+    """AxolotlTrainer, inert until `begin_distillation`."""
+
+    distillation: Distillation | None = None
+
+    def begin_distillation(self, distillation: Distillation) -> None:
+        """Attaches the projectors and the loss to the student. Once, before training."""
+        self.distillation = distillation
+        self._sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        # Sums are divided by the label count of the whole optimizer step (method, section 6), which
+        # the trainer counts only for models that say they take it.
+        self.model_accepts_loss_kwargs = True
+        self.args.average_tokens_across_devices = True
+        setattr(self.model, PROJECTORS, distillation.projectors)
+        lm = causal_lm(self.model)
+        lm._keys_to_ignore_on_save = {
+            *(lm._keys_to_ignore_on_save or ()),
+            *(f"{PROJECTORS}.{name}" for name in distillation.projectors.state_dict()),
+        }
+        self._student_forward = self.model.forward
+
+        @wraps(self._student_forward)  # the trainer reads its signature
+        def forward(*args: Any, **inputs: Any) -> Any:
+            return self._distilling_forward(*args, **inputs)
+
+        self.model.forward = forward
+
+    def end_distillation(self) -> bool:
+        """Makes the student what it was, without projectors. False where that was done before."""
+        if self.distillation is None or not hasattr(self.model, PROJECTORS):
+            return False
+        delattr(self.model, PROJECTORS)
+        self.model.forward = self._student_forward
+        return True
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    def _distilling_forward(self, *args: Any, **inputs: Any) -> Any:
+        """The student's forward: with a teacher's batch beside it, the loss instead of logits."""
+        if "teacher_input_ids" not in inputs:
+            return self._student_forward(*args, **inputs)
+        batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
+        label_tokens = inputs.pop("num_items_in_batch", None)
+        terms = self.loss_terms(batch, **inputs)
+        if not self.model.training:
+            loss = terms.ce / terms.student_tokens.clamp(min=1)
+        else:
+            assert self.distillation is not None
+            count = terms.student_tokens if label_tokens is None else label_tokens
+            total = terms.total(self.distillation.config.loss, self._kd_ramp())
+            loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        detached = {field.name: getattr(terms, field.name).detach() for field in fields(terms)}
+        return {"loss": loss, "terms": detached}
+
+    def loss_terms(
+        self,
+        batch: dict[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        **inputs: Tensor,
+    ) -> LossTerms:
+        """The loss's terms for one collated batch; further inputs go to the student's body."""
+        assert self.distillation is not None
+        config = self.distillation.config
+        student = self.model
+        positions = batch["student_positions"]
+        table = embedding_table(student)
+        targets = gather_positions(labels, positions + 1)
+        real = torch.arange(positions.shape[1], device=positions.device)
+        real = real < batch["student_lengths"].unsqueeze(1)
+        student_states = ResponseStates(
+            input_embeds=table(gather_positions(input_ids, positions)),
+            target_embeds=table(gather_positions(input_ids, positions + 1)),
+            hidden=gather_positions(
+                hidden_states(student, input_ids, attention_mask, **inputs), positions
+            ),
+            lengths=batch["student_lengths"],
+            head=output_head(student),
+            labels=targets.where(real, -100),
+        )
+        loss = (
+            config.loss if student.training else config.loss.model_copy(update={"ce_weight": 1.0})
+        )
+        return dwakd_loss(
+            student_states,
+            self.distillation.teacher.states(batch),
+            getattr(student, PROJECTORS),
+            loss=loss,
+            soft_dtw=config.soft_dtw,
+            gamma=self._gamma(),
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if self.distillation is None:
+            inputs = {key: value for key, value in inputs.items() if key not in DISTILLATION_KEYS}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(self._explain_non_finite(inputs))
+        sums = self._sums["" if model.training else "eval_"]
+        for name, value in outputs["terms"].items():
+            sums[name] = sums.get(name, 0) + value.double()
+        return (loss, outputs) if return_outputs else loss
+
+    def _gamma(self) -> float:
+        """γ, linear from the first optimizer step to the last (D8)."""
+        assert self.distillation is not None
+        config = self.distillation.config.soft_dtw
+        progress = min(1.0, self.state.global_step / max(1, self.state.max_steps - 1))
+        return config.gamma_start + (config.gamma_end - config.gamma_start) * progress
+
+    def _kd_ramp(self) -> float:
+        """The weight of the student-space term while it ramps up (D6)."""
+        assert self.distillation is not None
+        steps = self.distillation.config.loss.kd_warmup_steps
+        return 1.0 if steps == 0 else min(1.0, self.state.global_step / steps)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except NonFiniteLoss as error:
+            LOG.error(str(error), main_process_only=False)
+            raise SystemExit(1) from error
+
+    @torch.no_grad()
+    def _explain_non_finite(self, inputs: dict[str, Any]) -> str:
+        """Which term of which row is not finite, found by computing each row alone."""
+        assert self.distillation is not None
+        found = "no single row by itself; the parameters may have become non-finite"
+        for index in range(len(inputs["input_ids"])):
+            row = {key: value[index : index + 1] for key, value in inputs.items()}
+            batch = {key: row.pop(key) for key in DISTILLATION_KEYS if key in row}
+            terms = self.loss_terms(batch, **row)
+            bad = [
+                f"{name} = {getattr(terms, name).item()}"
+                for name in LOSS_TERMS
+                if not torch.isfinite(getattr(terms, name))
+            ]
+            if bad:
+                source = int(batch[SOURCE_COLUMN]) if SOURCE_COLUMN in batch else -1
+                place = self.distillation.rows.locate(source) if source >= 0 else f"row {index}"
+                text = self.processing_class.decode(row["input_ids"][0][:200])
+                found = f"{', '.join(bad)} in {place}: {text!r}"
+                break
+        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
+        kept = f"Checkpoints are kept in {self.args.output_dir}." if checkpoints else ""
+        return (
+            f"The loss is not finite at step {self.state.global_step + 1}: {found}\n"
+            f"Training stops here. {kept} Lower learning_rate or dwakd.projectors.learning_rate, "
+            "set max_grad_norm, or remove the row; then resume from the last checkpoint."
+        )
+
+    # -- metrics ----------------------------------------------------------------------------------
+
+    def _take_metrics(self, prefix: str) -> dict[str, float]:
+        """Means since the last log line, over the tokens of all ranks; forgets the sums."""
+        assert self.distillation is not None
+        sums = self._sums.pop(prefix, {})
+        if not sums:
+            return {}
+        names = list(sums)
+        values = torch.stack([torch.as_tensor(sums[name]).float() for name in names])
+        totals = dict(
+            zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True)
+        )
+        active = _active_terms(self.distillation.config)
+        metrics = {
+            prefix + name: round(totals[total] / totals[count], 5)
+            for name, total, count in METRICS
+            if totals[count] > 0 and (name not in LOSS_TERMS or name in active or prefix)
+        }
+        if self.distillation.config.loss.dtw_weight > 0 and not prefix:
+            metrics["gamma"] = round(self._gamma(), 5)
+        return metrics
+
+    # -- columns, optimizer, checkpoints ----------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for column in (*TEACHER_COLUMNS, SOURCE_COLUMN):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model=model)
+        if self.distillation is not None:
+            rate = self.distillation.config.projectors.learning_rate
+            _give_projectors_their_rate(optimizer, self.model if model is None else model, rate)
+        return optimizer
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        super()._save(output_dir, state_dict)
+        if self.distillation is not None:
+            self.save_projectors(Path(output_dir or self.args.output_dir), state_dict)
+
+    def save_projectors(self, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes the projectors below `folder`; from a gathered state dict where there is one."""
+        assert self.distillation is not None
+        gathered = {
+            name.split(f"{PROJECTORS}.", 1)[1]: tensor
+            for name, tensor in (state_dict or {}).items()
+            if f"{PROJECTORS}." in name
+        }
+        tensors = gathered or self.distillation.projectors.state_dict()
+        save_projectors(tensors, folder / PROJECTOR_FILE, self.distillation.pair)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.distillation is not None:
+            file = Path(resume_from_checkpoint) / PROJECTOR_FILE
+            load_projectors(self.distillation.projectors, file, self.distillation.pair)
+
+
+def _active_terms(config: DWAKDConfig) -> set[str]:
+    """The terms that the settings ask for; the others are 0 and not worth a line."""
+    active = set()
+    if config.loss.ce_weight > 0:
+        active.add("ce")
+    if config.loss.kd_weight > 0:
+        active |= {"t2s_ce", "student_kd", "teacher_kd"}
+    if config.loss.dtw_weight > 0:
+        active |= {"hidden_dtw", "embed_dtw"}
+    return active
+
+
+def _give_projectors_their_rate(
+    optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float
+) -> None:
+    """Moves the projectors' parameters into parameter groups of their own."""
+    projectors = {
+        id(parameter) for name, parameter in model.named_parameters() if f"{PROJECTORS}." in name
+    }
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in projectors]
+        if not mine:
+            continue
+        group["params"] = [
+            parameter for parameter in group["params"] if id(parameter) not in projectors
+        ]
+        optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
