@@ -1,0 +1,1 @@
+"""Recipes that ship with dwakd, as package data."""
