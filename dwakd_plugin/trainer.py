@@ -167,13 +167,14 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         loss = (
             config.loss if student.training else config.loss.model_copy(update={"ce_weight": 1.0})
         )
+        self._last_gamma = self._gamma()
         return dwakd_loss(
             student_states,
             self.distillation.teacher.states(batch),
             getattr(student, PROJECTORS),
             loss=loss,
             soft_dtw=config.soft_dtw,
-            gamma=self._gamma(),
+            gamma=self._last_gamma,
         )
 
     def compute_loss(
@@ -264,7 +265,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             if totals[count] > 0 and (name not in LOSS_TERMS or name in active or prefix)
         }
         if self.distillation.config.loss.dtw_weight > 0 and not prefix:
-            metrics["gamma"] = round(self._gamma(), 5)
+            metrics["gamma"] = round(self._last_gamma, 5)
         return metrics
 
     # -- columns, optimizer, checkpoints ----------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tests.conftest import ROWS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -28,7 +30,7 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_distils_and_leaves_only_the_student(recipe: Recipe, train: Train, lab: Path) -> None:
-    settings = recipe({}, val_set_size=0.2, evals_per_epoch=1)
+    settings = recipe({}, val_set_size=0.2, eval_steps=2)
     log = train(settings)
 
     # The plugin was truly active: axolotl trains plain SFT where one fails to import.
@@ -37,7 +39,8 @@ def test_a_run_distils_and_leaves_only_the_student(recipe: Recipe, train: Train,
     assert {f"eval_{name}" for name in TERMS} <= set(evaluated[-1])
     assert evaluated[-1]["eval_loss"] == pytest.approx(evaluated[-1]["eval_ce"], rel=0.05)
     assert log[0]["ppl"] == pytest.approx(math.exp(log[0]["ce"]), rel=1e-3)
-    assert [line["gamma"] for line in log if "loss" in line][0] < 2.0
+    gammas = [line["gamma"] for line in log if "loss" in line]
+    assert gammas == pytest.approx([2.0, 1.6, 1.2, 0.8])
     first, last = (line for line in log if "loss" in line and line["step"] in (1, 4))
     assert last["ce"] < first["ce"]
 
@@ -177,12 +180,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     teacher = tmp_path / "broken"
     shutil.copytree(lab / "teacher", teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    (poisoned,) = {*tokenizer("数")["input_ids"]} - {*tokenizer("größte sum list")["input_ids"]} or {
-        tokenizer("数")["input_ids"][-1]
-    }
+    ids = [{*tokenizer(row["output"])["input_ids"]} for row in ROWS]
+    poisoned = min(ids[8] - set().union(*(ids[i] for i in range(len(ROWS)) if i % 10 != 8)))
     with torch.no_grad():
         model.model.embed_tokens.weight[poisoned] = float("nan")
     model.save_pretrained(teacher)
@@ -190,8 +190,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     with pytest.raises(SystemExit) as stopped:
         train(settings)
     message = str(stopped.value.__cause__)
-    assert "row 8 of" in message or "row 18 of" in message or "row 28 of" in message
-    assert "rows.jsonl" in message
+    assert re.search(r"in row [123]?8 of \S+rows\.jsonl", message)
     assert "nan" in message
     out = Path(settings["output_dir"])
     assert all((folder / "trainer_state.json").is_file() for folder in out.glob("checkpoint-*"))
