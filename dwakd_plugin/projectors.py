@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from dwakd_plugin.config import RecipeError
 
+# The states that `t2s` reads are N(g) + N(f_tgt), of unit scale each, where the solution is for the
+# raw g; on the measured pair a smaller map starts better calibrated and learns as fast.
+T2S_SCALE = 0.3
+RIDGE = 0.1
+
 
 class Projectors(nn.Module):
     """Four linear layers with bias between student width d and teacher width D.
@@ -43,34 +48,48 @@ def shared_vocabulary_init(
     """Sets the projectors from the tokens that both vocabularies share, by least squares.
 
     All four arguments are rows of the n shared tokens, in the same order: heads and embeddings,
-    (n, d) and (n, D). With Ws, Wt the heads and Es, Et the embeddings (DSKDv2, arXiv 2504.11426)::
+    (n, d) and (n, D). With Ws, Wt the heads and Es, Et the embeddings, each less its mean row
+    (after DSKDv2, arXiv 2504.11426)::
 
-        t2s        M  = argmin ‖Wt − Ws Mᵀ‖      g M has the teacher's logits on shared tokens
-        s2t        M' = argmin ‖Ws − Wt M'ᵀ‖     h M' has the student's
-        embed_t2s      argmin ‖Es − Et Pᵀ‖       teacher embeddings onto the student's
-        query          argmin ‖Et − Es Qᵀ‖, for e_in and e_tgt alike, scaled so that a token's
-                       query and key are alike: attention starts on the same text
+        t2s        scale · argmin ‖Wt − Ws Mᵀ‖   g M has the teacher's logits on shared tokens
+        s2t                argmin ‖Ws − Wt M'ᵀ‖  h M' has the student's
+        embed_t2s          argmin ‖Es − Et Pᵀ‖   teacher embeddings onto the student's
+        query              argmin ‖Et − Es Qᵀ‖ / std(Et), for e_in and e_tgt alike: a token's query
+                           resembles its key, so that attention starts on the same text
 
-    Biases become 0. Solved in float64 with a small ridge.
+    A mean row adds the same to every logit, which the softmax ignores; leaving it in would spend
+    the fit on it. Biases become 0. Solved in float64 with a small ridge. What `T2S_SCALE` and the
+    rest are worth is measured in docs/projectors.md.
     """
     with torch.no_grad():
-        _set_linear(projectors.t2s, _least_squares(student_head, teacher_head).T)
-        _set_linear(projectors.s2t, _least_squares(teacher_head, student_head).T)
-        _set_linear(projectors.embed_t2s, _least_squares(teacher_embeddings, student_embeddings))
-        onto_teacher = _least_squares(student_embeddings, teacher_embeddings)
-        onto_teacher = onto_teacher / teacher_embeddings.double().std()
-        _set_linear(projectors.query, torch.block_diag(onto_teacher, onto_teacher))
+        ws, wt = _centred(student_head), _centred(teacher_head)
+        es, et = _centred(student_embeddings), _centred(teacher_embeddings)
+        _set_linear(projectors.t2s, T2S_SCALE * _least_squares(ws, wt).T)
+        _set_linear(projectors.s2t, _least_squares(wt, ws).T)
+        _set_linear(projectors.embed_t2s, _least_squares(et, es))
+        onto_teacher = _least_squares(es, et) / et.std()
+        _set_linear(projectors.query, _twice(onto_teacher))
 
 
-def _least_squares(inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> Tensor:
+def _twice(weight: Tensor) -> Tensor:
+    """Block-diagonal: the same map (D, d) for both halves of the input, (2D, 2d)."""
+    zero = torch.zeros_like(weight)
+    return torch.cat([torch.cat([weight, zero], 1), torch.cat([zero, weight], 1)])
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows.double() - rows.double().mean(0)
+
+
+def _least_squares(inputs: Tensor, targets: Tensor) -> Tensor:
     """The weight W (out, in) of the linear map that takes inputs (n, in) to targets (n, out).
 
     The ridge is relative to the inputs' mean square, so that it means the same at any scale.
     """
-    x, y = inputs.double(), targets.double()
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, x.T @ y).T
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    solution: Tensor = torch.linalg.solve(gram, inputs.T @ targets)
+    return solution.T
 
 
 def _set_linear(layer: nn.Linear, weight: Tensor) -> None:

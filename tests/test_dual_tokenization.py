@@ -1,0 +1,245 @@
+"""Each row through axolotl's strategies twice: the same text on both sides, or a reason why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from dwakd_plugin.config import RecipeError, parse_recipe
+from dwakd_plugin.dual_tokenization import (
+    LABELS_ONLY,
+    NO_RESPONSE,
+    STUDENT_TOO_LONG,
+    STUDENT_TRUNCATED,
+    TEACHER_TOO_LONG,
+    RowReport,
+    dual_tokenization,
+)
+from tests.conftest import ROWS, write_rows
+
+Recipe = Callable[..., dict[str, Any]]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": row["instruction"]},
+            {"role": "assistant", "content": row["output"]},
+            {"role": "user", "content": "And then?"},
+            {"role": "assistant", "content": "Nothing more."},
+        ]
+    }
+    for row in ROWS
+]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[[dict[str, Any]], tuple[Any, RowReport]]:
+    """A recipe's prepared training rows, and the report on them."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.integrations.base import PluginManager
+
+    def run(settings: dict[str, Any]) -> tuple[Any, RowReport]:
+        file = tmp_path / "recipe.yml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        PluginManager.get_instance().plugins.clear()
+        cfg = load_cfg(str(file))
+        config = parse_recipe(settings)
+        assert config is not None
+        with dual_tokenization(cfg, config.teacher) as report:
+            datasets = load_datasets(cfg=cfg)
+        return datasets, report
+
+    return run
+
+
+def texts(lab: Path, row: dict[str, Any]) -> tuple[str, str]:
+    """What the labels of both sides say, without special tokens."""
+    sides = (("student", "labels"), ("teacher", "teacher_labels"))
+    student, teacher = (
+        AutoTokenizer.from_pretrained(lab / model).decode(
+            [label for label in row[column] if label != -100], skip_special_tokens=True
+        )
+        for model, column in sides
+    )
+    return student, teacher
+
+
+FORMATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "alpaca": ({"type": "alpaca"}, ROWS),
+    "chat_template": (
+        {"type": "chat_template", "chat_template": "chatml", "field_messages": "messages"},
+        CHATS,
+    ),
+    "user_defined": (
+        {
+            "type": {
+                "field_instruction": "instruction",
+                "field_output": "output",
+                "format": "Q: {instruction}\nA: ",
+                "no_input_format": "Q: {instruction}\nA: ",
+            }
+        },
+        ROWS,
+    ),
+    "input_output": (
+        {"type": "input_output"},
+        [
+            {
+                "segments": [
+                    {"label": False, "text": f"Q: {row['instruction']}\nA: "},
+                    {"label": True, "text": row["output"]},
+                ]
+            }
+            for row in ROWS
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_both_sides_have_the_same_response(
+    name: str, recipe: Recipe, prepare: Any, lab: Path, tmp_path: Path
+) -> None:
+    entry, rows = FORMATS[name]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    settings = recipe({}, datasets=[{"path": path, **entry}], sequence_len=512)
+    datasets, report = prepare(settings)
+    assert len(datasets.train_dataset) == len(rows) == report.kept
+    for row in datasets.train_dataset:
+        student, teacher = texts(lab, row)
+        # A chat template may end a turn with a newline after its end token, on one side only.
+        assert student.strip() == teacher.strip()
+        source = rows[row["source_row"]]
+        said = source.get("output") or (
+            source["segments"][1]["text"]
+            if "segments" in source
+            else source["messages"][1]["content"]
+        )
+        assert said in student
+        assert len(row["teacher_input_ids"]) == len(row["teacher_labels"])
+
+
+def test_the_teacher_gets_its_own_chat_template(
+    recipe: Recipe, prepare: Any, lab: Path, tmp_path: Path
+) -> None:
+    path = str(write_rows(tmp_path / "rows.jsonl", CHATS))
+    entry = {"path": path, "type": "chat_template", "chat_template": "alpaca"}
+    datasets, _ = prepare(recipe({}, datasets=[entry], sequence_len=512))
+    teacher = AutoTokenizer.from_pretrained(lab / "teacher")
+    student = AutoTokenizer.from_pretrained(lab / "student")
+    row = datasets.train_dataset[0]
+    assert "<|im_start|>assistant" in teacher.decode(row["teacher_input_ids"])
+    assert "### Response" in student.decode(row["input_ids"])
+
+
+def test_rows_left_out_are_counted_with_the_reason(
+    recipe: Recipe, prepare: Any, tmp_path: Path
+) -> None:
+    empty = {"instruction": "Say nothing.", "input": "", "output": ""}
+    long = {"instruction": "Talk.", "input": "", "output": "blah zork quux " * 100}
+    path = str(write_rows(tmp_path / "rows.jsonl", [*ROWS, long]))
+    entry = [{"path": path, "type": "alpaca"}]
+    _, report = prepare(recipe({}, datasets=entry))
+    assert report.counts[STUDENT_TOO_LONG] == 1
+    assert report.kept == len(ROWS)
+
+    _, report = prepare(
+        recipe({"teacher": {"sequence_len": 256}}, datasets=entry, sequence_len=2048)
+    )
+    assert report.counts[TEACHER_TOO_LONG] == 1
+
+    silent = [
+        {"segments": [{"label": False, "text": row["instruction"]}, {"label": True, "text": ""}]}
+        for row in (empty, *ROWS[:1])
+    ]
+    spoken = [{"segments": [{"label": True, "text": "A word or two."}]}]
+    path = str(write_rows(tmp_path / "segments.jsonl", silent + spoken))
+    _, report = prepare(recipe({}, datasets=[{"path": path, "type": "input_output"}]))
+    assert report.counts[NO_RESPONSE] == 2
+    assert report.kept == 1
+
+
+def test_truncation_may_take_a_response_from_one_side(
+    recipe: Recipe, prepare: Any, tmp_path: Path
+) -> None:
+    long_prompt = {"instruction": "Why? " * 200, "input": "", "output": "Because."}
+    path = str(write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], long_prompt]))
+    settings = recipe(
+        {"teacher": {"sequence_len": 256}},
+        datasets=[{"path": path, "type": "alpaca"}],
+        sequence_len=2048,
+        excess_length_strategy="truncate",
+    )
+    datasets, report = prepare(settings)
+    assert report.counts[LABELS_ONLY] == 1
+    assert len(datasets.train_dataset) == 4
+    assert all(len(row["teacher_input_ids"]) <= 256 for row in datasets.train_dataset)
+
+    settings |= {"sequence_len": 256, "dataset_prepared_path": str(tmp_path / "again")}
+    _, report = prepare(settings)
+    assert report.counts[STUDENT_TRUNCATED] == 1
+
+
+def test_prepared_rows_of_another_teacher_are_not_reused(
+    recipe: Recipe, prepare: Any, lab: Path, tmp_path: Path
+) -> None:
+    first, _ = prepare(recipe({}))
+    reused, report = prepare(recipe({}))
+    assert report.kept == len(ROWS)  # the report is kept with the rows
+    assert report.locate(3).endswith("row 3 of " + str(lab / "rows.jsonl"))
+    assert reused.train_dataset.to_list() == first.train_dataset.to_list()
+    template = {"teacher": {"sequence_len": 200}}
+    prepare(recipe(template))
+    assert len(list((tmp_path / "prepared").glob("dwakd-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "entry", "message"),
+    [
+        ([{"text": "Some text."}], {"type": "completion"}, "chunks of two tokenizers do not match"),
+        ([{"question": "?"}], {"type": "alpaca"}, "does not fit its type: KeyError"),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}],
+            {"type": None},
+            "tokenised already",
+        ),
+    ],
+)
+def test_what_cannot_be_tokenised_twice_is_refused(
+    rows: list[dict[str, Any]],
+    entry: dict[str, Any],
+    message: str,
+    recipe: Recipe,
+    prepare: Any,
+    tmp_path: Path,
+) -> None:
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(RecipeError, match=message):
+        prepare(recipe({}, datasets=[{"path": path, **entry}]))
+
+
+def test_no_row_left_is_an_error(recipe: Recipe, prepare: Any) -> None:
+    with pytest.raises(RecipeError, match="No row of the data is left"):
+        prepare(recipe({}, sequence_len=16))
+
+
+def test_axolotl_still_has_what_the_plugin_replaces() -> None:
+    """A canary for axolotl's releases: these names are replaced while the data is loaded."""
+    import axolotl.utils.data.sft as sft
+    import axolotl.utils.data.wrappers as wrappers
+
+    assert sft.get_dataset_wrapper is wrappers.get_dataset_wrapper
+    assert callable(wrappers.wrap_dataset_for_tokenized_prompt)
+
+
+def test_row_report_locates_rows() -> None:
+    report = RowReport(sources=[("a.jsonl", 0), ("b.jsonl", 10)])
+    assert report.locate(9) == "row 9 of a.jsonl"
+    assert report.locate(10) == "row 0 of b.jsonl"
+    assert json.dumps(report.counts) == "{}"
