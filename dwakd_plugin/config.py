@@ -8,7 +8,7 @@ as they are.
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -71,8 +71,8 @@ class TeacherConfig(_Block):
     )
     cache: str | None = Field(
         None,
-        description="Folder for the teacher's hidden states: filled as rows are first seen, read "
-        "ever after. When it holds every row, the teacher's body is not loaded.",
+        description="Folder for the teacher's hidden states. Rows that it lacks are computed "
+        "before training; when it holds every row, the teacher itself is not loaded.",
     )
 
     @model_validator(mode="before")
@@ -155,7 +155,7 @@ class ProjectorConfig(_Block):
 class DWAKDConfig(_Block):
     """The `dwakd:` block of a recipe."""
 
-    teacher: TeacherConfig
+    teacher: TeacherConfig = Field(description="The big model, and how it is held.")
     variant: Variant = Field(
         "full", description="An ablation of the paper's Table 3 in one word; full is DWA-KD."
     )
@@ -248,3 +248,50 @@ def _known_keys(path: list[str]) -> list[str]:
     for key in path:
         block = block.model_fields[key].annotation
     return list(block.model_fields)
+
+
+def configuration_table() -> str:
+    """Every key of the `dwakd:` block as Markdown tables, one a block, from the schema."""
+    sections = []
+    for prefix, block in (
+        ("dwakd", DWAKDConfig),
+        ("dwakd.teacher", TeacherConfig),
+        ("dwakd.loss", LossConfig),
+        ("dwakd.soft_dtw", SoftDTWConfig),
+        ("dwakd.projectors", ProjectorConfig),
+    ):
+        lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
+        for name, field in block.model_fields.items():
+            values = _values(field.annotation)
+            default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+            if values == "block":
+                default = "see below"
+            lines.append(f"| `{name}` | {values} | {default} | {field.description} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def _values(annotation: Any) -> str:
+    """A field's type in a reader's words."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "block"
+    words = []
+    for part in get_args(annotation) or (annotation,):
+        if get_origin(part) is Literal:
+            words += [f"`{value}`" for value in get_args(part)]
+        elif isinstance(part, type):
+            names = {str: "text", bool: "true, false", float: "number", int: "whole number"}
+            words.append(names.get(part, "null"))
+        else:
+            words.append(f"`{part}`")
+    return ", ".join(words)
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    print(configuration_table())

@@ -14,7 +14,7 @@ from dwakd_plugin.config import RecipeError
 # The states that `t2s` reads are N(g) + N(f_tgt), of unit scale each, where the solution is for the
 # raw g; on the measured pair a smaller map starts better calibrated and learns as fast.
 T2S_SCALE = 0.3
-RIDGE = 0.1
+RIDGE = 1e-3
 
 
 class Projectors(nn.Module):

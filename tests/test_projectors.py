@@ -1,0 +1,87 @@
+"""Projectors: what shared tokens say of them, and how they are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dwakd_plugin.config import RecipeError
+from dwakd_plugin.projectors import (
+    T2S_SCALE,
+    Projectors,
+    load_projectors,
+    save_projectors,
+    shared_vocabulary_init,
+)
+from dwakd_plugin.tokenizer_pair import shared_vocabulary, token_bytes
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def test_shared_vocabulary_init_recovers_maps_that_exist() -> None:
+    """Where one model's rows are a linear map of the other's, up to a mean, the fit finds it."""
+    generator = torch.manual_seed(0)
+    student = torch.randn(500, 6, generator=generator)
+    up = torch.randn(6, 9, generator=generator)
+    teacher = student @ up + 3.0
+    projectors = Projectors(6, 9)
+    shared_vocabulary_init(
+        projectors,
+        student_head=student,
+        teacher_head=teacher,
+        student_embeddings=student,
+        teacher_embeddings=teacher,
+    )
+    hidden = torch.randn(4, 9, generator=generator)
+    with torch.no_grad():
+        student_logits = projectors.t2s(hidden) @ student.T / T2S_SCALE
+        teacher_logits = hidden @ teacher.T
+        # The ridge shrinks the map by a thousandth.
+        assert torch.allclose(
+            student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), rtol=0.02, atol=0.1
+        )
+        read = torch.cat([student[:3], student[3:6]], 1)
+        key = torch.cat([teacher[:3], teacher[3:6]], 1) - 3.0
+        assert torch.allclose(projectors.query(read) * teacher.std(), key, rtol=0.02, atol=0.2)
+
+
+def test_projector_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    projectors, pair = Projectors(4, 6), {"student": "small", "teacher": "big"}
+    file = tmp_path / "dwakd" / "projectors.safetensors"
+    save_projectors(projectors.state_dict(), file, pair)
+    other = Projectors(4, 6)
+    load_projectors(other, file, pair)
+    for name, tensor in projectors.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    with pytest.raises(RecipeError, match="teacher: big in the file, other in this run"):
+        load_projectors(other, file, {"student": "small", "teacher": "other"})
+    with pytest.raises(RecipeError, match="shapes"):
+        load_projectors(Projectors(5, 6), file, pair)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_projectors(other, tmp_path / "none.safetensors", pair)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_projectors(other, file, pair)
+
+
+def test_token_bytes() -> None:
+    assert token_bytes("Ã©", byte_level=True) == "é".encode()
+    assert token_bytes("é", byte_level=False) == "é".encode()
+    assert token_bytes("Ċ", byte_level=True) == token_bytes("<0x0A>", byte_level=False) == b"\n"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs real tokenizers, which are not part of this")
+def test_shared_vocabulary_of_real_pairs() -> None:
+    from transformers import AutoTokenizer
+
+    truth = json.loads((SHARED / "pairs_truth.json").read_text())
+    for pair in truth["pairs"]:
+        teacher, student = (
+            AutoTokenizer.from_pretrained(SHARED / "tokenizers" / pair[side])
+            for side in ("teacher", "student")
+        )
+        assert len(shared_vocabulary(teacher, student)) == pair["byte_overlap"]
