@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dwakd_plugin.config import Divergence
@@ -158,6 +159,65 @@ def teacher_statistics(
 def tokens_per_chunk(chunk_size: int | Literal["auto"], vocab_size: int) -> int:
     """Tokens that go through a head of `vocab_size` rows at once."""
     return max(1, AUTO_CHUNK_ELEMENTS // vocab_size) if chunk_size == "auto" else chunk_size
+
+
+class _TeacherSpace(torch.autograd.Function):
+    """`teacher_statistics` chunk by chunk, with the gradient formed in forward.
+
+    A token's divergence depends on its own projected state alone, and the head is constant. So one
+    row (D,) per token is all that backward needs, and a chunk's logits are computed once, where
+    recomputing them in backward would take two more products with the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        hidden: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        temperature: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        divergences, entropies, gradients = [], [], []
+        chunks = (torch.split(tensor, chunk_size) for tensor in (projected, hidden))
+        for projected_chunk, hidden_chunk in zip(*chunks, strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = projected_chunk.detach().requires_grad_(ctx.needs_input_grad[0])
+                divergence, token_entropy = teacher_statistics(
+                    logits(hidden_chunk), logits(leaf), temperature
+                )
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(divergence.sum(), leaf)
+            divergences.append(divergence.detach())
+            entropies.append(token_entropy)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else projected)
+        entropies_ = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies_)
+        return torch.cat(divergences), entropies_
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (grads[0][:, None] * gradient).to(gradient.dtype), None, None, None, None
+
+
+def teacher_space_statistics(
+    hidden: Tensor,
+    projected: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    temperature: float,
+    chunk_size: int,
+) -> TeacherStatistics:
+    """`teacher_statistics` of every token, a chunk of logits at a time.
+
+    Shapes: the teacher's hidden states and the student's projected ones (N, D), `logits` their
+    constant head → each result (N,). The gradient reaches `projected` only.
+    """
+    divergence, token_entropy = _TeacherSpace.apply(  # type: ignore[no-untyped-call]
+        projected, hidden, logits, temperature, chunk_size
+    )
+    return TeacherStatistics(divergence, token_entropy)
 
 
 def map_token_chunks(

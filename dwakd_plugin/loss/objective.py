@@ -24,7 +24,7 @@ from dwakd_plugin.loss.divergence import (
     TeacherStatistics,
     map_token_chunks,
     student_statistics,
-    teacher_statistics,
+    teacher_space_statistics,
     tokens_per_chunk,
 )
 from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
@@ -451,14 +451,12 @@ def _teacher_space(
     index = _valid_index(paired)
     head = teacher.head.detached()
 
-    def statistics(hidden: Tensor, projected: Tensor) -> TeacherStatistics:
-        return teacher_statistics(head.logits(hidden), head.logits(projected), loss.temperature)
-
-    flat = map_token_chunks(
-        statistics,
-        tokens_per_chunk(loss.chunk_size, head.weight.shape[0]),
+    flat = teacher_space_statistics(
         _gathered(teacher.hidden.detach(), index),
         _gathered(s2t_hidden, index),
+        head.logits,
+        loss.temperature,
+        tokens_per_chunk(loss.chunk_size, head.weight.shape[0]),
     )
     tokens = TeacherStatistics(*(_padded(values, index, paired) for values in flat))
     weights = teacher_token_weights(

@@ -34,7 +34,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 LANES = 32
-TILE = 16  # columns moved at a time between layouts, so that their cache lines stay in L1
+TILE = 32  # columns moved at a time between layouts, so that their cache lines stay in L1
 
 # The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
 # it counts as zero, so the kernel needs no branch and meets no 0/0.
@@ -54,11 +54,11 @@ def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tup
     def one(b: int) -> tuple[float, float]:
         if not (n_[b] and m_[b]):
             return 0.0, 0.0
-        z, e, largest, sound = _value(costs[b], n_[b], m_[b], *scaling, edges_[b])
-        if not sound:
+        z, e, largest = _value(costs[b], n_[b], m_[b], *scaling, edges_[b])
+        if math.isnan(largest) or e == math.inf:  # a NaN, or a cost of −∞
             return math.nan, 0.0
-        log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + float(e)
-        return -gamma * math.log(2) * log2, float(largest)
+        log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + e
+        return -gamma * math.log(2) * log2, largest
 
     values, largest = torch.tensor(_in_threads(one, samples), dtype=torch.float64).T
     # Where the exponents may outgrow the whole numbers of float32, float64 has them.
@@ -201,6 +201,31 @@ def _mantissa(_: Any, x: Any) -> Any:
     return x(x), emit
 
 
+@_typed_intrinsic
+def _size(_: Any, x: Any) -> Any:
+    """|x| as an integer of the same order: 0 for an infinity, and a NaN comes last."""
+    integer, mantissa_bits, bias = _layout(x)
+    result = types.int32 if x == types.float32 else types.int64
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        infinity = integer((2 * bias + 1) << mantissa_bits)
+        sign = 1 << (integer.width - 1)
+        bits = builder.and_(builder.bitcast(args[0], integer), integer(sign - 1))
+        return builder.select(builder.icmp_signed("==", bits, infinity), integer(0), bits)
+
+    return result(x), emit
+
+
+@_typed_intrinsic
+def _of_size(_: Any, size: Any, x: Any) -> Any:
+    """The float of x's type which has this `_size`."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], args[1].type)
+
+    return x(size, x), emit
+
+
 # ---- The kernel. A loop over lanes writes one scratch array and few others, and reads the lane
 # ---- before it through a local variable: only so does the compiler turn it into SIMD.
 
@@ -209,8 +234,19 @@ _jit: Callable[[F], F] = numba.njit(
 )
 
 # Rows of the scratch arrays (·, LANES).
-Z, E, DIAGONAL_Z, DIAGONAL_E, LARGEST, NAN = range(6)
+Z, E, DIAGONAL_Z, DIAGONAL_E = range(4)
 LEFT, UP, DIAGONAL = range(3)
+
+
+@_jit
+def _largest_size(cost: Array, i0: int, h: int, m: int) -> int:
+    """The largest `_size` in rows i0 .. i0 + h of cost (S, T)."""
+    largest = _size(cost[i0, 0])
+    for l in range(h):
+        row = cost[i0 + l]
+        for j in range(m):
+            largest = max(largest, _size(row[j]))
+    return largest
 
 
 @_jit
@@ -222,20 +258,23 @@ def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) ->
     for t in range(h - 1):
         skewed[t, t + 1 :] = barred
     skewed[:, h:] = 0
-    for j0 in range(0, m, TILE):
+    for j in range(0, m, TILE):
         for l in range(h):
-            for j in range(j0, min(j0 + TILE, m)):
-                c = cost[i0 + l, j]
-                skewed[j + l, l] = barred if c >= barred else c
+            row = cost[i0 + l, j : min(j + TILE, m)]
+            lane = skewed[j + l :, l]
+            for k in range(len(row)):
+                lane[k] = barred if row[k] >= barred else row[k]
 
 
 @_jit
 def _unskew(mirrored: Array, i0: int, h: int, m: int, matrix: Array) -> None:
     """Skewed and mirrored (lane l at [LANES − 1 − l]) into rows i0 .. i0 + h of matrix (S, T)."""
-    for j0 in range(0, m, TILE):
+    for j in range(0, m, TILE):
         for l in range(h):
-            for j in range(j0, min(j0 + TILE, m)):
-                matrix[i0 + l, j] = mirrored[j + l, LANES - 1 - l]
+            row = matrix[i0 + l, j : min(j + TILE, m)]
+            lane = mirrored[j + l :, LANES - 1 - l]
+            for k in range(len(row)):
+                row[k] = lane[k]
 
 
 @_jit
@@ -245,29 +284,26 @@ def _descend(
     m: int,
     high: float,
     low: float,
-    barred: float,
     above: Array,
     above_e: Array,
     below: Array,
     below_e: Array,
-    left_w: Array,
-    up_w: Array,
-) -> tuple[float, float, float, bool]:
+    weights: Array,
+) -> tuple[float, float]:
     """Z along a strip, from the edge above it to its last row, the edge below.
 
     Edges (T + 1,), mantissa and exponent: [j + 1] is column j, [0] is what lies left of column 0.
-    The softmin weights go to left_w and up_w, skewed and mirrored, unless these are None.
+    The softmin weights go to `weights` (steps, 2 · LANES) unless that is None: those of the left
+    neighbour and then those of the upper one, skewed, and mirrored, so lane l at [LANES − 1 − l].
 
-    Gives mantissa and exponent of the strip's last cell (h − 1, m − 1), the largest finite |cost|,
-    and whether every cost was a number above −∞.
+    Gives mantissa and exponent of the strip's last cell, (h − 1, m − 1).
     """
-    lanes = np.empty((6, LANES), skewed.dtype)
+    lanes = np.empty((4, LANES), skewed.dtype)
     for l in range(LANES):
-        lanes[Z, l], lanes[E, l], lanes[LARGEST, l], lanes[NAN, l] = 1, NOTHING, 0, 0
+        lanes[Z, l], lanes[E, l] = 1, NOTHING
         lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = 1, NOTHING
     lanes[DIAGONAL_Z, 0], lanes[DIAGONAL_E, 0] = above[0], above_e[0]
     below[0], below_e[0] = 1, NOTHING
-    zero = barred - barred  # of its type: a literal would make float32 code float64
     for t in range(m + h - 1):
         up_z, up_e = above[min(t, m - 1) + 1], above_e[min(t, m - 1) + 1]
         for l in range(LANES):
@@ -284,46 +320,40 @@ def _descend(
             lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = up_z, up_e
             lanes[Z, l], lanes[E, l] = _mantissa(here), top + _exponent(here) + whole
             up_z, up_e = left_z, left_e
-            if left_w is None:
-                size = abs(c)
-                lanes[LARGEST, l] = max(lanes[LARGEST, l], size if size < barred else zero)
-                lanes[NAN, l] += c - c  # NaN for an infinity, too
-            else:
-                left_w[t, LANES - 1 - l] = left / total
-                up_w[t, LANES - 1 - l] = up / total
+            if weights is not None:
+                weights[t, LANES - 1 - l] = left / total
+                weights[t, 2 * LANES - 1 - l] = up / total
         if t >= LANES - 1:
             below[t - LANES + 2] = lanes[Z, LANES - 1]
             below_e[t - LANES + 2] = lanes[E, LANES - 1]
-    sound = not np.isnan(lanes[NAN].sum())
-    return lanes[Z, h - 1], lanes[E, h - 1], lanes[LARGEST].max(), sound
+    return lanes[Z, h - 1], lanes[E, h - 1]
 
 
 @_jit
-def _ascend(
-    left_w: Array, up_w: Array, h: int, m: int, seed: float, edge: Array, mass: Array
-) -> None:
-    """The expected alignment along a strip, into `mass`; skewed and mirrored like the weights.
+def _ascend(weights: Array, h: int, m: int, seed: float, edge: Array, steps: Array) -> None:
+    """The expected alignment along a strip, in place of the left half of `weights`.
 
     edge (T,) is what the row below the strip sends up, by the column that gets it; it becomes
     what the strip's first row sends up. `seed` is added to the strip's last cell, (h − 1, m − 1).
+    steps is (m + h − 1,): m + h − 2, …, 1, 0.
     """
-    lanes = np.empty((3, LANES), mass.dtype)
+    lanes = np.empty((3, LANES), weights.dtype)
     for l in range(LANES):
         lanes[LEFT, l], lanes[UP, l], lanes[DIAGONAL, l] = 0, 0, 0
     zero = lanes[LEFT, 0]  # of its type: a literal would make float32 code float64
     lanes[LEFT, LANES - h] = seed
-    for t in range(m + h - 2, -1, -1):
-        j = t - LANES + 1
-        sent = edge[j] if j >= 0 else zero
+    for t in steps:
+        sent = edge[t - LANES + 1] if t >= LANES - 1 else zero
         for l in range(LANES):
+            sends = lanes[UP, l]  # at the last step
             here = lanes[LEFT, l] + sent
-            mass[t, l] = here
-            left = left_w[t, l] * here
-            up = up_w[t, l] * here
-            sent = lanes[UP, l]
-            lanes[UP, l] = up + lanes[DIAGONAL, l]
+            left = weights[t, l] * here
+            up = weights[t, LANES + l] * here
+            weights[t, l] = here
             lanes[LEFT, l] = left
+            lanes[UP, l] = up + lanes[DIAGONAL, l]
             lanes[DIAGONAL, l] = here - left - up
+            sent = sends
         if t < m:
             edge[t] = lanes[UP, LANES - 1]
 
@@ -331,22 +361,20 @@ def _ascend(
 @_jit
 def _value(
     cost: Array, n: int, m: int, high: float, low: float, barred: float, edges: Array
-) -> tuple[float, float, float, bool]:
-    """Mantissa and exponent of Z_nm, the largest finite |cost|, and whether all were numbers."""
+) -> tuple[float, float, float]:
+    """Mantissa and exponent of Z_nm, and the largest finite |cost|, NaN where there is one."""
     skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
     edges[0, 0], edges[1, 0] = 1, NOTHING
     edges[1, 0, 0] = 0  # Z_00 = 1
-    z, e, largest, sound = barred, barred, barred - barred, True
+    z, e, largest = barred, barred, _size(barred - barred)
     for strip in range((n + LANES - 1) // LANES):
         h = min(LANES, n - strip * LANES)
+        largest = max(largest, _largest_size(cost, strip * LANES, h, m))
         _skew(cost, strip * LANES, h, m, barred, skewed)
         above, above_e = edges[0, strip], edges[1, strip]
         below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-        z, e, found, clean = _descend(
-            skewed, h, m, high, low, barred, above, above_e, below, below_e, None, None
-        )
-        largest, sound = max(largest, found), sound and clean
-    return z, e, largest, sound
+        z, e = _descend(skewed, h, m, high, low, above, above_e, below, below_e, None)
+    return z, e, _of_size(largest, barred)
 
 
 @_jit
@@ -367,14 +395,17 @@ def _gradient(
     grad[:n, m:] = 0
     grad[n:] = 0
     skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
-    left_w, up_w = np.empty_like(skewed), np.empty_like(skewed)
+    weights = np.empty((m + LANES - 1, 2 * LANES), cost.dtype)
     edge = np.zeros(m, cost.dtype)
+    # The steps backwards as an array, for what the compiler makes of `_ascend`: it would test once,
+    # for all steps of a loop, that no two arrays overlap, a test that only forward loops can pass.
+    steps = np.arange(m + LANES - 2, -1, -1)
     for strip in range((n + LANES - 1) // LANES - 1, -1, -1):
         h = min(LANES, n - strip * LANES)
         _skew(cost, strip * LANES, h, m, barred, skewed)
         above, above_e = edges[0, strip], edges[1, strip]
         below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-        _descend(skewed, h, m, high, low, barred, above, above_e, below, below_e, left_w, up_w)
-        _ascend(left_w, up_w, h, m, seed, edge, skewed)
+        _descend(skewed, h, m, high, low, above, above_e, below, below_e, weights)
+        _ascend(weights, h, m, seed, edge, steps[LANES - h :])
         seed = barred - barred  # the seed enters at the last strip only
-        _unskew(skewed, strip * LANES, h, m, grad)
+        _unskew(weights, strip * LANES, h, m, grad)
