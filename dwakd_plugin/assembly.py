@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
+from axolotl.utils.train import determine_last_checkpoint
 from torch import Tensor, nn
 
 import dwakd_plugin
@@ -20,6 +21,7 @@ from dwakd_plugin.projectors import Projectors, load_projectors, shared_vocabula
 from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
 from dwakd_plugin.tokenizer_pair import shared_vocabulary
 from dwakd_plugin.trainer import Distillation
+from dwakd_plugin.warmup import warm_up
 
 LOG = get_logger("axolotl.dwakd")
 
@@ -40,7 +42,9 @@ def assemble(
     if config.teacher.cache is None:
         teacher = load_teacher(config.teacher, device)
     else:
-        teacher, cache = cached_teacher(config.teacher, device, _teacher_rows(trainer), _progress())
+        teacher, cache = cached_teacher(
+            config.teacher, device, _teacher_rows(trainer), _progress("Teacher states", "row")
+        )
         trainer.data_collator.teacher_cache = cache
         trainer.train_data_collator.teacher_cache = cache
         trainer.eval_data_collator.teacher_cache = cache
@@ -50,6 +54,21 @@ def assemble(
     }
     shared = shared_vocabulary(teacher_tokenizer, trainer.processing_class)
     projectors, how = _projectors(config, student, teacher, shared, pair, int(cfg.seed or 42))
+    # Where a run resumes, the checkpoint's projectors replace these before the first step.
+    if config.projectors.warmup_steps > 0 and determine_last_checkpoint(cfg) is None:
+        how += "; " + str(
+            warm_up(
+                projectors,
+                student,
+                teacher,
+                trainer.train_dataset,
+                trainer.train_data_collator,
+                config,
+                batch_size=trainer.args.per_device_train_batch_size,
+                seed=int(cfg.seed or 42),
+                progress=_progress("Projector warm-up", "step"),
+            )
+        )
     if teacher.parameters < parameter_count(causal_lm(student)):
         LOG.warning(
             "The teacher has fewer parameters (%s) than the student (%s). Were the two swapped?",
@@ -123,15 +142,15 @@ def _teacher_rows(trainer: Any) -> list[tuple[Tensor, Tensor]]:
     return rows
 
 
-def _progress() -> Any:
-    """A progress bar with ETA for the cache's missing rows, made when the first are done."""
+def _progress(title: str, unit: str) -> Any:
+    """A progress bar with ETA, made when the first pieces are done."""
     from tqdm import tqdm
 
     bar: list[Any] = []
 
     def show(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(total=total, desc="Teacher states", unit="row"))
+            bar.append(tqdm(total=total, desc=title, unit=unit))
         bar[0].update(done - bar[0].n)
         if done >= total:
             bar[0].close()

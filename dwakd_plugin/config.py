@@ -147,7 +147,10 @@ class ProjectorConfig(_Block):
         "vocabularies share; auto: that, where enough are shared.",
     )
     warmup_steps: int = Field(
-        0, ge=0, description="Optimizer steps at the start that train the projectors alone."
+        0, ge=0, description="Steps before training in which the projectors learn alone."
+    )
+    warmup_learning_rate: float = Field(
+        3.0e-3, gt=0, description="Learning rate of the projectors while they warm up."
     )
     path: str | None = Field(None, description="A projector file of an earlier run to start from.")
 

@@ -30,8 +30,8 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
         f"{facts['student_vocabulary']:,}; {facts['shared_tokens']:,} in both",
         "rows": f"{len(trainer.train_dataset):,} to train on, {evaluated:,} to evaluate on; "
         + "; ".join(f"{count:,} {status}" for status, count in sorted(rows.counts.items())),
-        "projectors": f"{_count(projectors)}, {facts['initialisation']}, "
-        f"learning rate {config.projectors.learning_rate:g}",
+        "projectors": f"{_count(projectors)}, learning rate {config.projectors.learning_rate:g}, "
+        f"{facts['initialisation']}",
         "loss": f"{loss.ce_weight:g} CE + {loss.kd_weight:g} KD ({loss.divergence}, "
         f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"

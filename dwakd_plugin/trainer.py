@@ -20,18 +20,13 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import Trainer
 
-from dwakd_plugin.causal_lm import (
-    causal_lm,
-    embedding_table,
-    gather_positions,
-    hidden_states,
-    output_head,
-)
+from dwakd_plugin.causal_lm import causal_lm
 from dwakd_plugin.collator import DISTILLATION_KEYS
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
-from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
+from dwakd_plugin.loss import LossTerms, dwakd_loss
 from dwakd_plugin.projectors import Projectors, load_projectors, save_projectors
+from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher
 
 LOG = get_logger(__name__)
@@ -149,27 +144,13 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         assert self.distillation is not None
         config = self.distillation.config
         student = self.model
-        positions = batch["student_positions"]
-        table = embedding_table(student)
-        targets = gather_positions(labels, positions + 1)
-        real = torch.arange(positions.shape[1], device=positions.device)
-        real = real < batch["student_lengths"].unsqueeze(1)
-        student_states = ResponseStates(
-            input_embeds=table(gather_positions(input_ids, positions)),
-            target_embeds=table(gather_positions(input_ids, positions + 1)),
-            hidden=gather_positions(
-                hidden_states(student, input_ids, attention_mask, **inputs), positions
-            ),
-            lengths=batch["student_lengths"],
-            head=output_head(student),
-            labels=targets.where(real, -100),
-        )
+        states = student_states(student, batch, input_ids, attention_mask, labels, **inputs)
         loss = (
             config.loss if student.training else config.loss.model_copy(update={"ce_weight": 1.0})
         )
         self._last_gamma = self._gamma()
         return dwakd_loss(
-            student_states,
+            states,
             self.distillation.teacher.states(batch),
             getattr(student, PROJECTORS),
             loss=loss,

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dwakd_cli.embedded import alpaca_prompt
 from tests.conftest import ROWS
 
 Recipe = Callable[..., dict[str, Any]]
@@ -35,15 +36,14 @@ def test_a_run_distils_and_leaves_only_the_student(recipe: Recipe, train: Train,
     log = train(settings)
 
     # The plugin was truly active: axolotl trains plain SFT where one fails to import.
-    assert set(log[0]) >= TERMS | FIGURES
+    trained = [line for line in log if "loss" in line]
+    assert set(trained[0]) >= TERMS | FIGURES
     evaluated = [line for line in log if "eval_loss" in line]
     assert {f"eval_{name}" for name in TERMS} <= set(evaluated[-1])
     assert evaluated[-1]["eval_loss"] == pytest.approx(evaluated[-1]["eval_ce"], rel=0.05)
-    assert log[0]["ppl"] == pytest.approx(math.exp(log[0]["ce"]), rel=1e-3)
-    gammas = [line["gamma"] for line in log if "loss" in line]
-    assert gammas == pytest.approx([2.0, 1.6, 1.2, 0.8])
-    first, last = (line for line in log if "loss" in line and line["step"] in (1, 4))
-    assert last["ce"] < first["ce"]
+    assert trained[0]["ppl"] == pytest.approx(math.exp(trained[0]["ce"]), rel=1e-3)
+    assert [line["gamma"] for line in trained] == pytest.approx([2.0, 1.6, 1.2, 0.8])
+    assert trained[-1]["ce"] < trained[0]["ce"]
 
     out = Path(settings["output_dir"])
     for folder in (out, out / "checkpoint-4"):
@@ -180,7 +180,10 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     shutil.copytree(lab / "teacher", teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    ids = [{*tokenizer(row["output"])["input_ids"]} for row in ROWS]
+    ids = [
+        {*tokenizer(alpaca_prompt(row))["input_ids"], *tokenizer(row["output"])["input_ids"]}
+        for row in ROWS
+    ]
     poisoned = min(ids[8] - set().union(*(ids[i] for i in range(len(ROWS)) if i % 10 != 8)))
     with torch.no_grad():
         model.model.embed_tokens.weight[poisoned] = float("nan")
@@ -193,3 +196,28 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     assert "nan" in message
     out = Path(settings["output_dir"])
     assert all((folder / "trainer_state.json").is_file() for folder in out.glob("checkpoint-*"))
+
+
+def test_warm_up_trains_the_projectors_and_not_the_student(
+    recipe: Recipe, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # With all rates at 0 afterwards, what differs at the end is the warm-up's doing.
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 1, "save_steps": 1}
+    frozen = {"learning_rate": 1e-12}
+    results = {}
+    for steps in (0, 60):
+        out = tmp_path / f"out-{steps}"
+        projectors = {
+            **frozen,
+            "init": "random",
+            "warmup_steps": steps,
+            "warmup_learning_rate": 0.05,
+        }
+        log = train(recipe({"projectors": projectors}, output_dir=str(out), **still))
+        results[steps] = log[0], weights(out), load_file(out / "dwakd" / "projectors.safetensors")
+    cold, warm = results[0], results[60]
+    assert warm[0]["t2s_ce"] < 0.9 * cold[0]["t2s_ce"]
+    assert warm[0]["ce"] == cold[0]["ce"]
+    assert all(torch.equal(warm[1][name], tensor) for name, tensor in cold[1].items())
+    assert not torch.equal(warm[2]["query.weight"], cold[2]["query.weight"])
+    assert torch.equal(warm[2]["s2t.weight"], cold[2]["s2t.weight"])

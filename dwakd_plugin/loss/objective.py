@@ -175,6 +175,7 @@ def dwakd_loss(
     loss: LossConfig = DEFAULT_LOSS,
     soft_dtw: SoftDTWConfig = DEFAULT_SOFT_DTW,
     gamma: float | None = None,
+    teacher_space: bool = True,
 ) -> LossTerms:
     """The terms of DWA-KD for one batch, as sums.
 
@@ -210,8 +211,9 @@ def dwakd_loss(
     Constants: everything of the teacher, the embeddings in the query, Ws in p_t2s, p_t2s as the
     target of D, all weights, and the band.
 
-    A term whose weight is 0 is not computed. A sample without a teacher side contributes its `ce`
-    only; one without a student side contributes nothing. With no label at all every term is 0 with
+    A term whose weight is 0 is not computed, nor is `teacher_kd` with `teacher_space=False` (the
+    dearest term: two products with the teacher's head). A sample without a teacher side contributes
+    its `ce` only; one without a student side contributes nothing. With no label at all every term is 0 with
     a graph, and the student's states, its head and the projectors get zero gradients (not None).
 
     >>> import torch
@@ -261,7 +263,8 @@ def dwakd_loss(
                 sums |= _sequence_level(student_side, teacher_side, projectors, penalty, gamma)
     if distill:
         sums |= _student_space(student, student_side.valid, t2s_hidden, loss)
-        sums |= _teacher_space(teacher, teacher_side.valid, s2t_hidden, loss)
+        if teacher_space:
+            sums |= _teacher_space(teacher, teacher_side.valid, s2t_hidden, loss)
     elif loss.ce_weight > 0:
         sums["ce"] = _cross_entropy(student, loss)
 

@@ -6,8 +6,8 @@ Shapes: B samples, S student positions, T teacher positions. A backend is a modu
     gradient(cost, n, m, gamma, state, seed)  -> seed_b · ∂value_b/∂cost_b (B, S, T)
 
 where n, m (B,) int64 are the lengths and `state` is a tuple of tensors that `gradient` wants back
-from `value`. A backend gives +inf where every path is barred, NaN where it read a NaN, and 0 for an
-empty sample.
+from `value`. A backend gives +inf where every path is barred, NaN where it read a NaN or −inf, and
+0 for an empty sample.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 from types import ModuleType
 from typing import Any, Literal
 
@@ -55,9 +56,9 @@ def soft_dtw(
             installed or the device is another.
 
     Returns:
-        (B,) in the dtype of `cost`. 0 with a zero gradient where n or m is 0; NaN (value, and
-        gradient over `[:n, :m]`) where a NaN was read; +inf with a zero gradient where every path
-        is barred. The gradient outside `[:n, :m]` is 0.
+        (B,) in the dtype of `cost`. 0 with a zero gradient where n or m is 0; NaN, also for the
+        gradient over `[:n, :m]`, where a NaN or −inf was read; +inf with a zero gradient where
+        every path is barred. The gradient outside `[:n, :m]` is 0.
 
     Raises:
         TypeError: `cost` is neither float32 nor float64, or the lengths are not integers.
@@ -68,8 +69,8 @@ def soft_dtw(
 
     >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     >>> two = torch.tensor([2])
-    >>> soft_dtw(cost, two, two, gamma=0.01)
-    tensor([0.])
+    >>> soft_dtw(cost, two, two, gamma=1.0)  # −log(1 + 2/e): one path costs 0, two cost 1
+    tensor([-0.5514])
     """
     if cost.dim() != 3:
         raise ValueError(f"cost must have the shape (B, S, T), got {tuple(cost.shape)}")
@@ -104,18 +105,16 @@ def _checked_lengths(name: str, lengths: Tensor, cost: Tensor, dim: int) -> Tens
 
 def _backend(name: Backend, device: str) -> ModuleType:
     """The backend's module; numba and triton are imported here, not with this package."""
-    special = {"cpu": "numba", "cuda": "triton"}.get(device)
     if name == "auto":
-        name = "torch"
-        if special == "numba" and importlib.util.find_spec(__name__ + ".cpu"):
-            name = "numba"
-        elif special == "triton" and importlib.util.find_spec(__name__ + ".gpu"):
-            name = "triton"
+        fast: Backend = "numba" if device == "cpu" else "triton"
+        served = device in ("cpu", "cuda") and importlib.util.find_spec(fast)
+        name = fast if served else "torch"
     if name not in _MODULES:
         raise ValueError(f"backend must be auto, torch, numba or triton, got {name!r}")
-    # Triton's interpreter runs on CPU tensors, so triton is refused only by triton itself.
     if name == "numba" and device != "cpu":
         raise ValueError(f"backend 'numba' needs a CPU tensor, got one on {device}")
+    if name == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend 'triton' needs a CUDA tensor, got one on {device}")
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 

@@ -60,7 +60,7 @@ def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tup
         log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + e
         return -gamma * math.log(2) * log2, largest
 
-    values, largest = torch.tensor(_in_threads(one, samples), dtype=torch.float64).T
+    values, largest = cost.new_tensor(_in_threads(one, samples), dtype=torch.float64).T
     # Where the exponents may outgrow the whole numbers of float32, float64 has them.
     bound = (n + m) * (largest / (gamma * math.log(2)) + 2)
     wide = ((bound > 2**23) & (cost.dtype == torch.float32)).nonzero()[:, 0]
@@ -80,7 +80,8 @@ def gradient(
     n_, m_ = n.tolist(), m.tolist()
 
     def one(b: int) -> None:
-        _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], grads[b])
+        tiny = abs(seeds[b]) * seeds.dtype.type(1e-20)
+        _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], tiny, grads[b])
 
     _in_threads(one, len(cost))
     if len(wide):
@@ -141,13 +142,17 @@ def _fma(_: Any, a: Any, b: Any, c: Any) -> Any:
 
 @_typed_intrinsic
 def _power_of_whole(_: Any, x: Any) -> Any:
-    """2^x for a whole x ≤ bias, and 0 from x = −bias down."""
+    """2^x for a whole x ≤ bias, and 0 where that is nothing beside 1.
+
+    Nothing is 2^(−2 · mantissa_bits), so that products of weights keep clear of subnormal numbers,
+    at which processors are slow.
+    """
     integer, mantissa_bits, bias = _layout(x)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         real = args[0].type
-        least = real(-bias)
-        clamped = builder.select(builder.fcmp_ordered(">", args[0], least), args[0], least)
+        much = builder.fcmp_ordered(">", args[0], real(-2.0 * mantissa_bits))
+        clamped = builder.select(much, args[0], real(-bias))
         # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
         shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
         bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
@@ -241,7 +246,7 @@ LEFT, UP, DIAGONAL = range(3)
 @_jit
 def _largest_size(cost: Array, i0: int, h: int, m: int) -> int:
     """The largest `_size` in rows i0 .. i0 + h of cost (S, T)."""
-    largest = _size(cost[i0, 0])
+    largest: int = _size(cost[i0, 0])
     for l in range(h):
         row = cost[i0 + l]
         for j in range(m):
@@ -330,12 +335,14 @@ def _descend(
 
 
 @_jit
-def _ascend(weights: Array, h: int, m: int, seed: float, edge: Array, steps: Array) -> None:
+def _ascend(
+    weights: Array, h: int, m: int, seed: float, tiny: float, edge: Array, steps: Array
+) -> None:
     """The expected alignment along a strip, in place of the left half of `weights`.
 
     edge (T,) is what the row below the strip sends up, by the column that gets it; it becomes
     what the strip's first row sends up. `seed` is added to the strip's last cell, (h − 1, m − 1).
-    steps is (m + h − 1,): m + h − 2, …, 1, 0.
+    Masses below `tiny` are dropped, again for the sake of speed. steps is m + h − 2, …, 1, 0.
     """
     lanes = np.empty((3, LANES), weights.dtype)
     for l in range(LANES):
@@ -347,6 +354,7 @@ def _ascend(weights: Array, h: int, m: int, seed: float, edge: Array, steps: Arr
         for l in range(LANES):
             sends = lanes[UP, l]  # at the last step
             here = lanes[LEFT, l] + sent
+            here = zero if abs(here) < tiny else here  # this way round, a NaN stays
             left = weights[t, l] * here
             up = weights[t, LANES + l] * here
             weights[t, l] = here
@@ -387,6 +395,7 @@ def _gradient(
     barred: float,
     edges: Array,
     seed: float,
+    tiny: float,
     grad: Array,
 ) -> None:
     """seed · E into grad (S, T), zero outside the lengths."""
@@ -406,6 +415,6 @@ def _gradient(
         above, above_e = edges[0, strip], edges[1, strip]
         below, below_e = edges[0, strip + 1], edges[1, strip + 1]
         _descend(skewed, h, m, high, low, above, above_e, below, below_e, weights)
-        _ascend(weights, h, m, seed, edge, steps[LANES - h :])
+        _ascend(weights, h, m, seed, tiny, edge, steps[LANES - h :])
         seed = barred - barred  # the seed enters at the last strip only
         _unskew(weights, strip * LANES, h, m, grad)

@@ -1,12 +1,15 @@
 """Soft-DTW on CUDA, in Triton: one program per sample, one launch for the batch.
 
 The recurrence, its mantissas and exponents, the strips and the lanes are those of `cpu`, where they
-are explained; here a strip has as many rows as a warp has threads, a lane's state stays in registers
-and reaches the next lane by `tl.gather`, so that neither S nor T is limited. Exponents are int64:
-whether float32 would do cannot be asked without waiting for the device.
+are explained. Here a strip has as many rows as a warp has threads, and a lane's state stays in
+registers and reaches the next lane by `tl.gather`; neither S nor T is limited. Exponents are int64:
+to ask whether float32 would do is to wait for the device.
 
 Legend: b sample, i row, j column, t step; h ≤ LANES rows in the strip, n rows and m columns.
 """
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (Triton reads the annotations of a kernel, so that only its own may stand there.)
 
 from __future__ import annotations
 
@@ -49,8 +52,19 @@ def gradient(
     edge = cost.new_zeros(samples, t)
     with torch.cuda.device_of(cost):
         _gradient_kernel[(samples,)](
-            cost.contiguous(), n, m, *state, seed.contiguous(), weights, edge, grad, s, t,
-            *_factor(gamma), LANES=LANES, num_warps=1,
+            cost.contiguous(),
+            n,
+            m,
+            *state,
+            seed.contiguous(),
+            weights,
+            edge,
+            grad,
+            s,
+            t,
+            *_factor(gamma),
+            LANES=LANES,
+            num_warps=1,
         )
     return grad
 
@@ -90,8 +104,19 @@ def _split(x):
 
 @triton.jit
 def _descend(
-    cost, edges, edges_e, weights, strip, n, m, T, high, middle, low,
-    LANES: tl.constexpr, KEEP: tl.constexpr,
+    cost,
+    edges,
+    edges_e,
+    weights,
+    strip,
+    n,
+    m,
+    T,
+    high,
+    middle,
+    low,
+    LANES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Z along a strip; its last row to the edges, the softmin weights to `weights` if KEEP.
 
@@ -157,9 +182,7 @@ def _ascend(weights, seed, edge, grad, strip, n, m, T, LANES: tl.constexpr):
         t = m + h - 2 - back
         j = t - lane
         below = tl.load(edge + j, mask=(lane == LANES - 1) & (j >= 0) & (j < m), other=0.0)
-        sent = tl.where(
-            lane == LANES - 1, below, tl.gather(up, tl.minimum(lane + 1, LANES - 1), 0)
-        )
+        sent = tl.where(lane == LANES - 1, below, tl.gather(up, tl.minimum(lane + 1, LANES - 1), 0))
         here = left + sent
         tl.store(row + j, here, mask=(j >= 0) & (j < m) & (lane < h))
         left = tl.load(weights + t * 2 * LANES + lane) * here
@@ -170,9 +193,7 @@ def _ascend(weights, seed, edge, grad, strip, n, m, T, LANES: tl.constexpr):
 
 
 @triton.jit
-def _value_kernel(
-    cost, n, m, edges, edges_e, values, S, T, high, middle, low, LANES: tl.constexpr
-):
+def _value_kernel(cost, n, m, edges, edges_e, values, S, T, high, middle, low, LANES: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n_b = tl.load(n + b).to(tl.int32)
     m_b = tl.load(m + b).to(tl.int32)
@@ -184,17 +205,28 @@ def _value_kernel(
     any_nan = lane < 0
     for strip in range(tl.cdiv(n_b, LANES)):
         z, e, nan = _descend(
-            cost + b * S * T, edges, edges_e, edges, strip, n_b, m_b, T, high, middle, low,
-            LANES, False,
+            cost + b * S * T,
+            edges,
+            edges_e,
+            edges,
+            strip,
+            n_b,
+            m_b,
+            T,
+            high,
+            middle,
+            low,
+            LANES,
+            False,
         )
         any_nan = any_nan | nan
         tl.debug_barrier()  # the next strip reads the edge that another thread wrote
-    end = lane == (n_b - 1) % LANES
-    log2 = tl.sum(tl.where(end, e, 0)).to(tl.float64) + tl.log2(
-        tl.sum(tl.where(end, z, 0.0))
-    ).to(tl.float64)
+    end = lane == tl.maximum(n_b - 1, 0) % LANES
+    log2 = tl.sum(tl.where(end, e, 0)).to(tl.float64) + tl.log2(tl.sum(tl.where(end, z, 0.0))).to(
+        tl.float64
+    )
     # log2 Z = R · factor
-    factor = high.to(tl.float64) + middle.to(tl.float64) + low.to(tl.float64)
+    factor = tl.zeros([], tl.float64) + high + middle + low
     result = tl.where(log2 < NOTHING // 2, float("inf"), log2 / factor)
     result = tl.where(tl.max(any_nan.to(tl.int32)) > 0, float("nan"), result)
     tl.store(values + b, tl.where((n_b > 0) & (m_b > 0), result, 0.0))
@@ -202,7 +234,20 @@ def _value_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    cost, n, m, edges, edges_e, seed, weights, edge, grad, S, T, high, middle, low,
+    cost,
+    n,
+    m,
+    edges,
+    edges_e,
+    seed,
+    weights,
+    edge,
+    grad,
+    S,
+    T,
+    high,
+    middle,
+    low,
     LANES: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -215,8 +260,19 @@ def _gradient_kernel(
     for back in range(strips):
         strip = strips - 1 - back
         _descend(
-            cost + b * S * T, edges, edges_e, weights, strip, n_b, m_b, T, high, middle, low,
-            LANES, True,
+            cost + b * S * T,
+            edges,
+            edges_e,
+            weights,
+            strip,
+            n_b,
+            m_b,
+            T,
+            high,
+            middle,
+            low,
+            LANES,
+            True,
         )
         here = tl.where(back == 0, tl.load(seed + b), 0.0)
         _ascend(weights, here, edge + b * T, grad + b * S * T, strip, n_b, m_b, T, LANES)

@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor]]:
     """Values (B,), and R skewed (B, S, S + T − 1) in float64 as the state of `gradient`."""
     skewed = _skew(torch.where(_inside(cost, n, m), cost, math.inf).double())
+    skewed[skewed == -math.inf] = math.nan
     r = torch.empty_like(skewed)
     for d in range(skewed.shape[2]):
-        softmin, _ = _softmin(_predecessors(r, d), gamma)
-        r[:, :, d] = skewed[:, :, d] + softmin
+        r[:, :, d] = skewed[:, :, d] - gamma * _logsumexp(_predecessors(r, d) / -gamma)
     batch = torch.arange(len(cost), device=cost.device)
     end = r[batch, (n - 1).clamp(min=0), (n + m - 2).clamp(min=0)]
     return torch.where((n > 0) & (m > 0), end, 0.0).to(cost.dtype), (r,)
@@ -37,7 +37,10 @@ def gradient(
     for d in reversed(range(r.shape[2])):
         at_end = (rows == (n - 1)[:, None]) & ((n + m - 2)[:, None] == d)
         mass[:, :, d] += torch.where(at_end, seed[:, None].double(), 0.0)
-        _, (diagonal, up, left) = _softmin(_predecessors(r, d), gamma)
+        scaled = _predecessors(r, d) / -gamma
+        total = _logsumexp(scaled)
+        weights = torch.exp2((scaled - total) * math.log2(math.e))
+        diagonal, up, left = weights.masked_fill(total == -math.inf, 0.0)
         here = mass[:, :, d]
         if d > 0:
             mass[:, :, d - 1] += left * here
@@ -81,11 +84,10 @@ def _predecessors(r: Tensor, d: int) -> Tensor:
     return found
 
 
-def _softmin(a: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """softmin over the first axis, and its weights; +inf and zero weights where all are +inf."""
-    low = a.amin(0)
-    low = low.masked_fill(low == math.inf, 0.0)  # inf − inf
-    scaled = torch.exp((low - a) / gamma)
-    total = scaled.sum(0)
-    weights = torch.where(total == 0.0, 0.0, scaled / total)
-    return low - gamma * total.log(), weights
+def _logsumexp(a: Tensor) -> Tensor:
+    """(3, B, S) -> (B, S), over the first axis.
+
+    With exp2 above, it spares the loop torch's exp, log and softmax: on the CPU, these wake a pool
+    of threads, which takes longer than a diagonal.
+    """
+    return torch.logaddexp(torch.logaddexp(a[0], a[1]), a[2])

@@ -1,0 +1,39 @@
+"""The student's side of the loss: its states at response positions, with their graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwakd_plugin.causal_lm import embedding_table, gather_positions, hidden_states, output_head
+from dwakd_plugin.loss import ResponseStates
+
+
+def student_states(
+    student: Any,
+    batch: dict[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    **inputs: Tensor,
+) -> ResponseStates:
+    """What the loss needs of the student, for a collated batch; one forward through its body.
+
+    `batch` holds what the collator found out about positions; input_ids, attention_mask and labels
+    are (B, L), and further inputs go to the body as they are.
+    """
+    positions, lengths = batch["student_positions"], batch["student_lengths"]
+    table = embedding_table(student)
+    targets = gather_positions(labels, positions + 1)
+    real = torch.arange(positions.shape[1], device=positions.device) < lengths.unsqueeze(1)
+    hidden = hidden_states(student, input_ids, attention_mask, **inputs)
+    return ResponseStates(
+        input_embeds=table(gather_positions(input_ids, positions)),
+        target_embeds=table(gather_positions(input_ids, positions + 1)),
+        hidden=gather_positions(hidden, positions),
+        lengths=lengths,
+        head=output_head(student),
+        labels=targets.where(real, -100),
+    )
