@@ -121,6 +121,11 @@ def _projectors(
             * teacher.embeddings.scale,
         )
         how = f"shared_vocab ({len(shared):,} shared tokens)"
+    if not all(parameter.isfinite().all() for parameter in projectors.parameters()):
+        raise RecipeError(
+            f"The projectors start with values that are not finite ({how}): the embeddings or the "
+            "head of teacher or student hold NaN or infinity. Check both checkpoints."
+        )
     return projectors.to(student.device), how
 
 

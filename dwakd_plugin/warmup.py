@@ -62,7 +62,9 @@ def warm_up(
     settings = config.projectors
     # Terms of weight 0 cost nothing; the teacher's space, the dearest, would train s2t alone.
     loss = config.loss.model_copy(update={"ce_weight": 0.0})
-    optimizer = torch.optim.AdamW(projectors.parameters(), lr=settings.warmup_learning_rate)
+    optimizer = torch.optim.AdamW(
+        projectors.parameters(), lr=settings.warmup_learning_rate, weight_decay=0.0
+    )
     figures = []
     was_training = student.training
     student.eval()

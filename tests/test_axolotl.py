@@ -188,7 +188,11 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     with torch.no_grad():
         model.model.embed_tokens.weight[poisoned] = float("nan")
     model.save_pretrained(teacher)
-    settings = recipe({"teacher": {"base_model": str(teacher)}}, max_steps=20, save_steps=1)
+    settings = recipe(
+        {"teacher": {"base_model": str(teacher)}, "projectors": {"init": "random"}},
+        max_steps=20,
+        save_steps=1,
+    )
     with pytest.raises(SystemExit) as stopped:
         train(settings)
     message = str(stopped.value.__cause__)

@@ -213,8 +213,9 @@ def dwakd_loss(
 
     A term whose weight is 0 is not computed, nor is `teacher_kd` with `teacher_space=False` (the
     dearest term: two products with the teacher's head). A sample without a teacher side contributes
-    its `ce` only; one without a student side contributes nothing. With no label at all every term is 0 with
-    a graph, and the student's states, its head and the projectors get zero gradients (not None).
+    its `ce` only; one without a student side contributes nothing. With no label at all every term
+    is 0 with a graph, and the student's states, its head and the projectors get zero gradients (not
+    None).
 
     >>> import torch
     >>> from dwakd_plugin.projectors import Projectors
