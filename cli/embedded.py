@@ -85,6 +85,8 @@ SHARED_SENTENCE_CHARS = 40  # a longer sentence in common is a leak
 SHINGLE_WORDS, MAX_SHINGLE_OVERLAP = 4, 0.5  # so is half of the held-out text's word windows
 
 
+EMBEDDING_STD = 0.04  # of the compressed rows: what two passes of pretraining arrive at
+
 # Folders ------------------------------------------------------------------------------------
 
 
@@ -455,8 +457,13 @@ def create_student(
     heads: int,
     intermediate_size: int,
     seed: int,
+    teacher: Path | None = None,
 ) -> Path:
-    """Save an untrained Llama with tied embeddings and 512 positions, and its tokenizer."""
+    """Save an untrained Llama with tied embeddings and 512 positions, and its tokenizer.
+
+    With a `teacher` folder, the embeddings start as the teacher's, compressed to `hidden_size`: a
+    real student's embeddings know the language, and so do these.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -476,10 +483,40 @@ def create_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    if teacher is not None:
+        _compress_embeddings(model.model.embed_tokens.weight, tokenizer, teacher)
     with _new_folder(dest) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return dest
+
+
+def _compress_embeddings(weight: Any, tokenizer: PreTrainedTokenizerFast, teacher: Path) -> None:
+    """Set `weight` (V, d) to the teacher's rows of the same texts, on their d principal axes.
+
+    A token that the teacher lacks gets the mean of the tokens that the teacher writes it with.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dwakd_plugin.tokenizer_pair import vocabulary_bytes
+
+    theirs = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    rows = theirs.get_input_embeddings().weight.detach().double()
+    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher)
+    known = vocabulary_bytes(teacher_tokenizer)
+    spelled: dict[int, list[int]] = {}
+    for piece, index in vocabulary_bytes(tokenizer).items():
+        text = piece.decode("utf-8", errors="ignore")
+        ids = [known[piece]] if piece in known else teacher_tokenizer(text)["input_ids"]
+        if ids:
+            spelled[index] = ids
+    means = torch.stack([rows[ids].mean(0) for ids in spelled.values()])
+    axes = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[: weight.shape[1]]
+    compressed = (means - means.mean(0)) @ axes.T
+    with torch.no_grad():
+        scale = EMBEDDING_STD / compressed.std()
+        weight[list(spelled)] = (compressed * scale).to(weight)
 
 
 # Measurement --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from rich.table import Table
 from dwakd_cli import embedded
 from dwakd_plugin.config import RecipeError
 
-TRAIN_ROWS = 600
+TRAIN_ROWS = 400
 HELD_OUT_ROWS = 120
 VOCABULARY = 4096
 STUDENT = {"hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 704, "seed": 7}
@@ -101,7 +101,9 @@ def prepare(folder: Path) -> list[embedded.Row]:
     _write_lines(folder / "data" / "pretraining.jsonl", pretraining)
     if not (folder / "untrained").is_dir():
         tokenizer = embedded.train_tokenizer([*texts, *documentation.pretraining_texts], VOCABULARY)
-        embedded.create_student(folder / "untrained", tokenizer, **STUDENT)
+        embedded.create_student(
+            folder / "untrained", tokenizer, **STUDENT, teacher=folder / "teacher"
+        )
     for name in RECIPES:
         recipe = resources.files("dwakd_recipes").joinpath(f"quickstart-{name}.yml").read_text()
         (folder / f"{name}.yml").write_text(recipe, encoding="utf-8")

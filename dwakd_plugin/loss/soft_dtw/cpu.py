@@ -34,7 +34,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 LANES = 32
-TILE = 32  # columns moved at a time between layouts, so that their cache lines stay in L1
+CELLS_PER_THREAD = 50_000  # about what is worth starting a thread for, 0.1 ms
+TILE = 128  # columns moved at a time between layouts, so that their cache lines stay in L1
 
 # The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
 # it counts as zero, so the kernel needs no branch and meets no 0/0.
@@ -60,7 +61,7 @@ def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tup
         log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + e
         return -gamma * math.log(2) * log2, largest
 
-    values, largest = cost.new_tensor(_in_threads(one, samples), dtype=torch.float64).T
+    values, largest = cost.new_tensor(_in_threads(one, cost), dtype=torch.float64).T
     # Where the exponents may outgrow the whole numbers of float32, float64 has them.
     bound = (n + m) * (largest / (gamma * math.log(2)) + 2)
     wide = ((bound > 2**23) & (cost.dtype == torch.float32)).nonzero()[:, 0]
@@ -83,7 +84,7 @@ def gradient(
         tiny = abs(seeds[b]) * seeds.dtype.type(1e-20)
         _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], tiny, grads[b])
 
-    _in_threads(one, len(cost))
+    _in_threads(one, cost)
     if len(wide):
         again = cost[wide].double(), n[wide], m[wide], gamma
         grad[wide] = gradient(*again, value(*again)[1], seed[wide].double()).to(cost.dtype)
@@ -94,17 +95,17 @@ def _array(tensor: Tensor) -> Array:
     return tensor.detach().contiguous().numpy()
 
 
-def _in_threads(work: Callable[[int], Any], samples: int) -> list[Any]:
-    """work(0), work(1), …, on as many threads as torch uses; the kernels let go of the GIL.
+def _in_threads(work: Callable[[int], Any], cost: Tensor) -> list[Any]:
+    """work(b) for each sample, on as many threads as torch uses; the kernels let go of the GIL.
 
     Not numba's own threads: its OpenMP layer spins, which costs milliseconds on a busy machine,
     and its other layer aborts when two threads of a process call it.
     """
-    threads = min(torch.get_num_threads(), samples)
+    threads = min(torch.get_num_threads(), len(cost), cost.numel() // CELLS_PER_THREAD)
     if threads < 2:
-        return [work(b) for b in range(samples)]
+        return [work(b) for b in range(len(cost))]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, range(samples)))
+        return list(pool.map(work, range(len(cost))))
 
 
 def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:
