@@ -41,6 +41,8 @@ _STEP = re.compile(rb"(\d+)/(\d+) \[")
 
 def run(folder: Path, *, json_output: bool) -> None:
     """Prepares, trains, measures and reports; what is there already is kept."""
+    # One progress display: the libraries' own bars are for the trainings' logs.
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     console = Console(stderr=json_output)
     console.print(
         Panel(
@@ -128,6 +130,7 @@ def train(folder: Path, name: str, on_step: Callable[[int, int], None]) -> None:
     shutil.rmtree(output, ignore_errors=True)  # an interrupted run starts over: it takes a minute
     log = folder / f"{name}.log"
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TQDM_DISABLE", None)  # its steps are the progress shown here
     command = [sys.executable, "-m", "axolotl.cli.main", "train", f"{name}.yml"]
     with (
         log.open("wb") as stream,
