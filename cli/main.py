@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import dwakd_plugin
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 
 app = typer.Typer(
     name="dwakd",
@@ -65,7 +65,7 @@ def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 an error with a message, 130 interrupted."""
     try:
         app()
-    except RecipeError as error:
+    except UserError as error:
         if "--debug" in sys.argv:
             raise
         typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)

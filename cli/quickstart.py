@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from dwakd_cli import embedded
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 
 TRAIN_ROWS = 400
 HELD_OUT_ROWS = 120
@@ -122,7 +122,7 @@ def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
 def train(folder: Path, name: str, on_step: Callable[[int, int], None]) -> None:
     """Runs axolotl on one of the recipes, unless that was done; `on_step` hears its progress.
 
-    Raises RecipeError with the end of axolotl's log where it fails.
+    Raises UserError with the end of axolotl's log where it fails.
     """
     output, done = folder / name, folder / name / "quickstart-done"
     if done.is_file():
@@ -154,7 +154,7 @@ def train(folder: Path, name: str, on_step: Callable[[int, int], None]) -> None:
             raise
     if process.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        raise RecipeError(
+        raise UserError(
             f"axolotl ended with exit code {process.returncode} on {folder / name}.yml. The end of "
             f"{log}:\n" + "\n".join(f"  {line}" for line in tail)
         )

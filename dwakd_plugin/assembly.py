@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dwakd_plugin
 from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, parameter_count
-from dwakd_plugin.config import DWAKDConfig, RecipeError
+from dwakd_plugin.config import DWAKDConfig, UserError
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.preflight import RUN_FILE, run_identity
 from dwakd_plugin.projectors import Projectors, load_projectors, shared_vocabulary_init
@@ -34,7 +34,7 @@ def assemble(
 ) -> tuple[Distillation, dict[str, Any]]:
     """Loads the teacher, fills the cache, initialises the projectors, and signs the output folder.
 
-    Returns the distillation and what `describe_run` says of its making. Raises RecipeError.
+    Returns the distillation and what `describe_run` says of its making. Raises UserError.
     """
     student = trainer.model
     device = str(student.device)
@@ -106,7 +106,7 @@ def _projectors(
     elif how == "random" or (how == "auto" and len(shared) < ENOUGH_SHARED_TOKENS):
         how = f"random ({len(shared):,} shared tokens)" if how == "auto" else "random"
     elif not shared:
-        raise RecipeError(
+        raise UserError(
             "dwakd.projectors.init is shared_vocab, and the two vocabularies share no token. "
             "Use `init: random`."
         )
@@ -122,7 +122,7 @@ def _projectors(
         )
         how = f"shared_vocab ({len(shared):,} shared tokens)"
     if not all(parameter.isfinite().all() for parameter in projectors.parameters()):
-        raise RecipeError(
+        raise UserError(
             f"The projectors start with values that are not finite ({how}): the embeddings or the "
             "head of teacher or student hold NaN or infinity. Check both checkpoints."
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 from dwakd_plugin.loss import Head
 
 
@@ -29,7 +29,7 @@ def body(model: PreTrainedModel | PeftModel) -> nn.Module:
     lm = causal_lm(model)
     decoder = lm.base_model
     if decoder is lm:
-        raise RecipeError(
+        raise UserError(
             f"{type(lm).__name__} has no separate decoder (no base_model_prefix), so its hidden "
             "states cannot be had without its logits. This architecture is not supported."
         )
@@ -47,14 +47,14 @@ def hidden_states(
 def output_head(model: PreTrainedModel | PeftModel) -> Head:
     """The head as a linear map with the model's own scaling and soft cap (D9: all its rows).
 
-    Raises RecipeError where the head is anything else.
+    Raises UserError where the head is anything else.
     """
     lm = causal_lm(model)
     module = lm.get_output_embeddings()
     if isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapters[0]]
     if not isinstance(module, nn.Linear) or hasattr(module, "lora_A"):
-        raise RecipeError(
+        raise UserError(
             f"The output head of {type(lm).__name__} is a {type(module).__name__}, and the loss "
             "can use a plain linear head only. With LoRA, leave `lm_head` out of "
             "lora_target_modules; `lora_modules_to_save: [lm_head]` trains it whole."
@@ -62,7 +62,7 @@ def output_head(model: PreTrainedModel | PeftModel) -> Head:
     config = lm.config.get_text_config()
     hidden_size = lm.get_input_embeddings().weight.shape[1]
     if module.weight.shape[1] != hidden_size:
-        raise RecipeError(
+        raise UserError(
             f"{type(lm).__name__} has {hidden_size} features in its embeddings and "
             f"{module.weight.shape[1]} at its head. Models that project between the two are not "
             "supported."
@@ -87,12 +87,12 @@ class EmbeddingTable:
 
 
 def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
-    """The input embeddings of a model. Raises RecipeError where an adapter sits on them."""
+    """The input embeddings of a model. Raises UserError where an adapter sits on them."""
     module = causal_lm(model).get_input_embeddings()
     if isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapters[0]]
     if hasattr(module, "lora_embedding_A") and len(module.lora_embedding_A):
-        raise RecipeError(
+        raise UserError(
             "A LoRA on the input embeddings is not supported. Leave the embeddings out of "
             "lora_target_modules; `lora_modules_to_save: [embed_tokens]` trains them whole."
         )

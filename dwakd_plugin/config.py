@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class RecipeError(Exception):
+class UserError(Exception):
     """A mistake in the recipe or its surroundings: what is wrong, and what to do about it."""
 
 
@@ -203,24 +203,24 @@ class DWAKDArgs(BaseModel):
 def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
     """The distillation settings of a recipe (the YAML as a dict), or None where it asks for none.
 
-    Raises RecipeError with every problem named by its place in the recipe.
+    Raises UserError with every problem named by its place in the recipe.
     """
     switch = recipe.get("distillation")
     block = recipe.get("dwakd")
     if switch is None:
         if block is not None:
-            raise RecipeError(
+            raise UserError(
                 "The recipe has a `dwakd:` block but not the line that turns it on. Add "
                 "`distillation: dwakd`, or remove the block to train without a teacher."
             )
         return None
     if switch != "dwakd":
-        raise RecipeError(
+        raise UserError(
             f"`distillation: {switch}` is not known. Write `distillation: dwakd`, or remove the "
             "line to train without a teacher."
         )
     if not isinstance(block, dict) or not block.get("teacher"):
-        raise RecipeError(
+        raise UserError(
             "`distillation: dwakd` needs a teacher, and the recipe names none. Add\n"
             "  dwakd:\n    teacher:\n      base_model: <hub id or folder of the teacher>"
         )
@@ -228,7 +228,7 @@ def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
         return DWAKDConfig.model_validate(block)
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
-        raise RecipeError(f"The recipe's `dwakd:` block cannot be used:\n{problems}") from None
+        raise UserError(f"The recipe's `dwakd:` block cannot be used:\n{problems}") from None
 
 
 def _explain(problem: Any) -> str:

@@ -30,7 +30,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dwakd_plugin.config import RecipeError, TeacherConfig
+from dwakd_plugin.config import UserError, TeacherConfig
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
@@ -69,20 +69,20 @@ class RowReport:
 
 
 def load_teacher_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
-    """The teacher's own tokenizer. Raises RecipeError where there is none to load."""
+    """The teacher's own tokenizer. Raises UserError where there is none to load."""
     name = teacher.tokenizer or teacher.base_model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(
+        raise UserError(
             f"The teacher's tokenizer `{name}` cannot be loaded: {_first_line(error)}\n"
             "Give a folder with tokenizer files or a hub id as dwakd.teacher.base_model (or "
             "dwakd.teacher.tokenizer)."
         ) from error
     if tokenizer.eos_token_id is None:
-        raise RecipeError(
+        raise UserError(
             f"The teacher's tokenizer `{name}` has no end-of-sequence token, so a response has no "
             "end on the teacher's side. Give a tokenizer that has one as dwakd.teacher.tokenizer."
         )
@@ -155,7 +155,7 @@ def dual_tokenization(cfg: DictDefault, teacher: TeacherConfig) -> Iterator[RowR
     _keep_report(report, folder)
     if not report.kept and report.total:
         reasons = "\n".join(f"  {count} rows {status}" for status, count in report.counts.items())
-        raise RecipeError(f"No row of the data is left to train on:\n{reasons}")
+        raise UserError(f"No row of the data is left to train on:\n{reasons}")
 
 
 def _wrap_both_sides(
@@ -172,7 +172,7 @@ def _wrap_both_sides(
     dataset = kwargs["dataset"]
     name = f"{dataset_config.path} (type: {dataset_config.type})"
     if not isinstance(dataset, Dataset):
-        raise RecipeError(
+        raise UserError(
             f"{name} is streamed, and the two sides of a streamed row cannot be checked before "
             "training. Remove `streaming`, so that the rows are prepared first."
         )
@@ -237,14 +237,14 @@ def _capture_strategy(
     finally:
         axolotl_wrappers.wrap_dataset_for_tokenized_prompt = wrap
     if not captured:
-        raise RecipeError(
+        raise UserError(
             f"{name} is tokenised already, or in a way that axolotl does not expose, so it cannot "
             "be tokenised again for the teacher. Give the rows as text, for example with "
             "`type: alpaca`, `type: chat_template` or `type: input_output`."
         )
     strategy, process_kwargs = captured[0]
     if isinstance(strategy, CompletionPromptTokenizingStrategy):
-        raise RecipeError(
+        raise UserError(
             f"{name} cuts texts into chunks of tokens, and the chunks of two tokenizers do not "
             "match. Use a type with one response a row: `type: alpaca`, `type: chat_template`, "
             "`type: input_output` or a prompt format of your own."
@@ -294,12 +294,12 @@ class _DualStrategy:
             tokens = strategy.tokenize_prompt(row)
             ids, labels = tokens["input_ids"], tokens["labels"]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise RecipeError(
+            raise UserError(
                 f"A row of {self.name} does not fit its type: {type(error).__name__}: "
                 f"{_first_line(error)}\nThe row: {_preview(row)}"
             ) from error
         if len(ids) != len(labels) or (ids and not isinstance(ids[0], int)):
-            raise RecipeError(
+            raise UserError(
                 f"{self.name} does not give one sequence a row, so its two sides cannot be paired. "
                 "Use `type: alpaca`, `type: chat_template` or `type: input_output`."
             )

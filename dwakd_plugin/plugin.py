@@ -16,7 +16,7 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
-from dwakd_plugin.config import DWAKDConfig, RecipeError, parse_recipe
+from dwakd_plugin.config import DWAKDConfig, UserError, parse_recipe
 from dwakd_plugin.preflight import check_output_folder, check_recipe
 from dwakd_plugin.run_report import describe_run, final_words
 
@@ -32,7 +32,7 @@ def _without_traceback(hook: Callable[..., Result]) -> Callable[..., Result]:
     def guarded(*args: Any, **kwargs: Any) -> Result:
         try:
             return hook(*args, **kwargs)
-        except RecipeError as error:
+        except UserError as error:
             LOG.error("dwakd: %s", error, main_process_only=False)
             raise SystemExit(1) from None
 

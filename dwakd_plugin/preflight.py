@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dwakd_plugin.config import DWAKDConfig, RecipeError
+from dwakd_plugin.config import DWAKDConfig, UserError
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 
@@ -32,7 +32,7 @@ _CONFLICTS = {
 
 
 def check_recipe(recipe: Any) -> None:
-    """Raises RecipeError that names every setting distillation does not go with."""
+    """Raises UserError that names every setting distillation does not go with."""
     problems = [
         f"  {key}: {recipe.get(key)} — {remedy}"
         for key, remedy in _CONFLICTS.items()
@@ -44,7 +44,7 @@ def check_recipe(recipe: Any) -> None:
     if not recipe.get("datasets"):
         problems.append("  datasets: none given — add the rows to train on")
     if problems:
-        raise RecipeError(
+        raise UserError(
             "The recipe asks for what does not go with `distillation: dwakd`:\n"
             + "\n".join(problems)
         )
@@ -60,7 +60,7 @@ def run_identity(recipe: Any, config: DWAKDConfig) -> dict[str, str]:
 
 
 def check_output_folder(recipe: Any, config: DWAKDConfig) -> None:
-    """Raises RecipeError where the output folder holds a run that this one would overwrite.
+    """Raises UserError where the output folder holds a run that this one would overwrite.
 
     Checkpoints that were cut off while being written are set aside, so that a resumed run takes the
     last whole one.
@@ -78,7 +78,7 @@ def check_output_folder(recipe: Any, config: DWAKDConfig) -> None:
                 for key, value in own.items()
                 if found.get(key) != value
             )
-            raise RecipeError(
+            raise UserError(
                 f"output_dir {folder} holds another run, which this one cannot resume:\n"
                 f"{differing}\nGive another output_dir."
             )
@@ -91,7 +91,7 @@ def check_output_folder(recipe: Any, config: DWAKDConfig) -> None:
     ]
     if held:
         whose = f" ({found['teacher']} teaching {found['student']})" if found else ""
-        raise RecipeError(
+        raise UserError(
             f"output_dir {folder} holds a run already{whose}: {', '.join(held[:4])}. Resume it "
             "with `auto_resume_from_checkpoints: true`, give another output_dir, or remove it."
         )
@@ -103,7 +103,7 @@ def _read_identity(file: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecipeError(f"{file} is damaged ({error}). Give another output_dir.") from error
+        raise UserError(f"{file} is damaged ({error}). Give another output_dir.") from error
 
 
 def _set_incomplete_checkpoints_aside(folder: Path) -> None:

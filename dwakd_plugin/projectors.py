@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 
 # The states that `t2s` reads are N(g) + N(f_tgt), of unit scale each, where the solution is for the
 # raw g; on the measured pair a smaller map starts better calibrated and learns as fast.
@@ -112,7 +112,7 @@ def save_projectors(projectors: dict[str, Tensor], file: Path, metadata: dict[st
 def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]) -> None:
     """Reads projectors that `save_projectors` wrote for the same pair of models.
 
-    Raises RecipeError where the file is missing, damaged, or belongs to another pair: `metadata`
+    Raises UserError where the file is missing, damaged, or belongs to another pair: `metadata`
     must agree in every entry that both have.
     """
     try:
@@ -120,7 +120,7 @@ def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]
             found = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise RecipeError(f"The projectors {file} cannot be read: {error}") from error
+        raise UserError(f"The projectors {file} cannot be read: {error}") from error
     differing = [
         f"  {key}: {found[key]} in the file, {value} in this run"
         for key, value in metadata.items()
@@ -131,7 +131,7 @@ def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]
     if shapes != expected:
         differing.append(f"  shapes: {shapes} in the file, {expected} in this run")
     if differing:
-        raise RecipeError(
+        raise UserError(
             f"The projectors {file} belong to another pair of models:\n" + "\n".join(differing)
         )
     projectors.load_state_dict(tensors)

@@ -27,7 +27,7 @@ from dwakd_plugin.causal_lm import (
     parameter_count,
 )
 from dwakd_plugin.collator import teacher_batch
-from dwakd_plugin.config import RecipeError, TeacherConfig
+from dwakd_plugin.config import UserError, TeacherConfig
 from dwakd_plugin.loss import Head, ResponseStates
 from dwakd_plugin.teacher_cache import TeacherCache, fingerprint_of_folder, row_key
 
@@ -84,7 +84,7 @@ class Teacher:
 def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     """Loads the teacher frozen, in eval mode, on `device`.
 
-    Raises RecipeError where the checkpoint, its quantisation or its attention cannot be had.
+    Raises UserError where the checkpoint, its quantisation or its attention cannot be had.
     """
     student_device, device = device, config.device or device
     attention = choose_attention(config, device)
@@ -107,7 +107,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
                 if quantisation is None:
                     model = model.merge_and_unload()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise RecipeError(
+        raise UserError(
             f"The teacher {config.base_model} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     model.eval().requires_grad_(False)
@@ -144,13 +144,13 @@ def open_cache(config: TeacherConfig, device: str) -> TeacherCache:
 
 
 def teacher_config(config: TeacherConfig) -> Any:
-    """The teacher's transformers config. Raises RecipeError where there is none."""
+    """The teacher's transformers config. Raises UserError where there is none."""
     try:
         return AutoConfig.from_pretrained(
             config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise RecipeError(
+        raise UserError(
             f"The teacher `{config.base_model}` cannot be found: {str(error).splitlines()[0]}\n"
             "dwakd.teacher.base_model takes a folder with a config.json, or a hub id."
         ) from error

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 
 FORMAT = 1
 INDEX = "index.json"
@@ -51,7 +51,7 @@ class TeacherCache:
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         """Opens the folder, or starts an empty cache there.
 
-        `identity` says which teacher, in which precision, the states come from. Raises RecipeError
+        `identity` says which teacher, in which precision, the states come from. Raises UserError
         where the folder holds something else, another teacher's states, or damaged files.
         """
         self.folder = folder
@@ -63,7 +63,7 @@ class TeacherCache:
         if index.is_file():
             self._read_index(index)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RecipeError(
+            raise UserError(
                 f"dwakd.teacher.cache: {folder} exists and is no teacher cache (it has no {INDEX})."
                 " Give another folder."
             )
@@ -83,7 +83,7 @@ class TeacherCache:
             return torch.zeros(0, self.identity["hidden_size"])
         key = row_key(teacher_ids, teacher_labels)
         if key not in self._shard_of:
-            raise RecipeError(
+            raise UserError(
                 f"The teacher cache {self.folder} lacks a row that training asks for. Run again: "
                 "missing rows are filled in at the start."
             )
@@ -122,7 +122,7 @@ class TeacherCache:
             with safe_open(file, framework="pt", device=device) as weights:
                 return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise RecipeError(_damaged(file, str(error))) from error
+            raise UserError(_damaged(file, str(error))) from error
 
     def _read_index(self, index: Path) -> None:
         try:
@@ -130,9 +130,9 @@ class TeacherCache:
             found, self.shards = content["identity"], content["shards"]
             version = content["format"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise RecipeError(_damaged(index, str(error))) from error
+            raise UserError(_damaged(index, str(error))) from error
         if version != FORMAT:
-            raise RecipeError(
+            raise UserError(
                 f"The teacher cache {self.folder} has format {version}; this version reads "
                 f"{FORMAT}. Remove the folder to compute the states again."
             )
@@ -142,7 +142,7 @@ class TeacherCache:
             if found.get(key) != value
         ]
         if differing:
-            raise RecipeError(
+            raise UserError(
                 f"The teacher cache {self.folder} belongs to another teacher:\n"
                 + "\n".join(differing)
                 + "\nGive another folder as dwakd.teacher.cache, or remove this one."
@@ -150,9 +150,9 @@ class TeacherCache:
         for shard in self.shards:
             file = self.folder / Path(shard["file"]).name  # an index cannot point elsewhere
             if not file.is_file():
-                raise RecipeError(_damaged(file, "it is missing"))
+                raise UserError(_damaged(file, "it is missing"))
             if file.stat().st_size != shard["bytes"] or _sha256(file) != shard["sha256"]:
-                raise RecipeError(_damaged(file, "its checksum does not match the index"))
+                raise UserError(_damaged(file, "its checksum does not match the index"))
             self._shard_of.update(dict.fromkeys(shard["keys"], file.name))
 
     def _write_index(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
 
-from dwakd_plugin.config import VARIANTS, DWAKDConfig, RecipeError, parse_recipe
+from dwakd_plugin.config import VARIANTS, DWAKDConfig, UserError, parse_recipe
 from dwakd_plugin.plugin import DWAKDPlugin
 from dwakd_plugin.preflight import check_output_folder, check_recipe
 
@@ -73,7 +73,7 @@ TEACHER = {"teacher": {"base_model": "big"}}
 def test_the_block_is_checked_before_anything_else(
     settings: dict[str, Any], messages: list[str]
 ) -> None:
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         parse_recipe(settings)
     for message in messages:
         assert message in str(error.value)
@@ -105,7 +105,7 @@ def test_a_variant_is_one_switch(variant: str) -> None:
     [("sample_packing", True), ("rl", "dpo"), ("reward_model", True), ("streaming", True)],
 )
 def test_other_kinds_of_training_are_refused(key: str, value: Any, recipe: Recipe) -> None:
-    with pytest.raises(RecipeError, match=f"{key}: {value} — "):
+    with pytest.raises(UserError, match=f"{key}: {value} — "):
         check_recipe(recipe({}, **{key: value}))
 
 
@@ -127,16 +127,16 @@ def test_an_output_folder_of_another_run_is_refused(recipe: Recipe, tmp_path: Pa
     check_output_folder(settings, config)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    with pytest.raises(RecipeError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         check_output_folder(settings, config)
     (tmp_path / "out" / "dwakd").mkdir()
     (tmp_path / "out" / "dwakd" / "run.json").write_text(
         '{"identity": {"student": "other", "teacher": "another", "adapter": "none"}}'
     )
-    with pytest.raises(RecipeError, match="another teaching other"):
+    with pytest.raises(UserError, match="another teaching other"):
         check_output_folder(settings, config)
     resuming = settings | {"auto_resume_from_checkpoints": True}
-    with pytest.raises(RecipeError, match="teacher: another there"):
+    with pytest.raises(UserError, match="teacher: another there"):
         check_output_folder(resuming, config)
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from dwakd_plugin.config import RecipeError, parse_recipe
+from dwakd_plugin.config import UserError, parse_recipe
 from dwakd_plugin.dual_tokenization import (
     LABELS_ONLY,
     NO_RESPONSE,
@@ -220,12 +220,12 @@ def test_what_cannot_be_tokenised_twice_is_refused(
     tmp_path: Path,
 ) -> None:
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare(recipe({}, datasets=[{"path": path, **entry}]))
 
 
 def test_no_row_left_is_an_error(recipe: Recipe, prepare: Any) -> None:
-    with pytest.raises(RecipeError, match="No row of the data is left"):
+    with pytest.raises(UserError, match="No row of the data is left"):
         prepare(recipe({}, sequence_len=16))
 
 

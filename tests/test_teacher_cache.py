@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwakd_plugin.config import RecipeError, TeacherConfig
+from dwakd_plugin.config import UserError, TeacherConfig
 from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
 from dwakd_plugin.teacher_cache import TeacherCache, row_key
 
@@ -32,30 +32,30 @@ def test_rows_come_back_as_they_were_written(cache: TeacherCache) -> None:
     assert row_key(IDS, LABELS) in cache
     other_labels = torch.tensor([-100, 6, 7, 8])  # other response positions are another row
     assert row_key(IDS, other_labels) not in cache
-    with pytest.raises(RecipeError, match="lacks a row"):
+    with pytest.raises(UserError, match="lacks a row"):
         cache.read(IDS, other_labels)
     assert cache.read(IDS, torch.full_like(IDS, -100)).shape == (0, 4)
 
 
 def test_a_foreign_or_damaged_cache_is_refused(cache: TeacherCache, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="'big' in the cache, 'huge' in this run"):
+    with pytest.raises(UserError, match="'big' in the cache, 'huge' in this run"):
         TeacherCache(cache.folder, IDENTITY | {"teacher": "huge"})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
-    with pytest.raises(RecipeError, match="is no teacher cache"):
+    with pytest.raises(UserError, match="is no teacher cache"):
         TeacherCache(tmp_path / "photos", IDENTITY)
 
     shard = next(cache.folder.glob("states-*"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(RecipeError, match="checksum does not match"):
+    with pytest.raises(UserError, match="checksum does not match"):
         TeacherCache(cache.folder, IDENTITY)
     shard.unlink()
-    with pytest.raises(RecipeError, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         TeacherCache(cache.folder, IDENTITY)
     (cache.folder / "index.json").write_text('{"format": 1')
-    with pytest.raises(RecipeError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         TeacherCache(cache.folder, IDENTITY)
 
 
@@ -65,7 +65,7 @@ def test_an_index_cannot_point_out_of_its_folder(cache: TeacherCache, tmp_path: 
     shard.rename(tmp_path / shard.name)
     index["shards"][0]["file"] = f"../{shard.name}"
     (cache.folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(RecipeError, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         TeacherCache(cache.folder, IDENTITY)
 
 
