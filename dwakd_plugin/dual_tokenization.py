@@ -30,7 +30,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dwakd_plugin.config import UserError, TeacherConfig
+from dwakd_plugin.config import TeacherConfig, UserError
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
