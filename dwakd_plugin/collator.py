@@ -8,6 +8,7 @@ Keys added to axolotl's batch (B samples, L tokens, S or T response positions; a
     teacher_input_ids, teacher_attention_mask (B, L)
     student_positions (B, S), teacher_positions (B, T)   in order, right-padded with 0
     student_lengths (B,), teacher_lengths (B,)           how many of them count
+    student_index (Ns,), teacher_index (Nt,)             their places in the flattened (B · S or T)
     source_row (B,)                                      where each row comes from
     teacher_hidden (B, T, D), float                      only where a teacher cache is in use
 """
@@ -33,6 +34,8 @@ DISTILLATION_KEYS = (
     "teacher_positions",
     "student_lengths",
     "teacher_lengths",
+    "student_index",
+    "teacher_index",
     "teacher_hidden",
     SOURCE_COLUMN,
 )
@@ -60,9 +63,7 @@ class DualCollator(DataCollatorForSeq2Seq):
             cached = map(self.teacher_cache.read, teacher_ids, teacher_labels)
             batch["teacher_hidden"] = pad_sequence(list(cached), batch_first=True)
         # The student's labels may be padded on the left; positions are found after padding.
-        batch["student_positions"], batch["student_lengths"] = response_positions(
-            list(batch["labels"])
-        )
+        batch.update(response_positions("student", list(batch["labels"])))
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
         return batch
 
@@ -72,19 +73,17 @@ def teacher_batch(teacher_ids: list[Tensor], teacher_labels: list[Tensor]) -> di
 
     The padding's token id is 0, which every vocabulary has; the mask says that it does not count.
     """
-    positions, lengths = response_positions(teacher_labels)
     return {
         "teacher_input_ids": pad_sequence(teacher_ids, batch_first=True),
         "teacher_attention_mask": pad_sequence(
             [torch.ones_like(ids) for ids in teacher_ids], batch_first=True
         ),
-        "teacher_positions": positions,
-        "teacher_lengths": lengths,
+        **response_positions("teacher", teacher_labels),
     }
 
 
-def response_positions(labels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Where the shifted labels count, per row: positions (B, S), padded with 0, and lengths (B,).
+def response_positions(side: str, labels: list[Tensor]) -> dict[str, Tensor]:
+    """Where the shifted labels count, as the keys `{side}_positions`, `_lengths` and `_index`.
 
     S is at least 1, so that a batch without any response still has a shape.
     """
@@ -93,4 +92,9 @@ def response_positions(labels: list[Tensor]) -> tuple[Tensor, Tensor]:
     positions = pad_sequence(rows, batch_first=True)
     if positions.shape[1] == 0:
         positions = torch.zeros(len(rows), 1, dtype=torch.long)
-    return positions, lengths
+    counts = torch.arange(positions.shape[1]) < lengths[:, None]
+    return {
+        f"{side}_positions": positions,
+        f"{side}_lengths": lengths,
+        f"{side}_index": counts.flatten().nonzero().squeeze(1),
+    }

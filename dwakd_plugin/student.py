@@ -36,4 +36,5 @@ def student_states(
         lengths=lengths,
         head=output_head(student),
         labels=targets.where(real, -100),
+        index=batch.get("student_index"),
     )

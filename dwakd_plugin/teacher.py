@@ -77,7 +77,7 @@ class Teacher:
             hidden=self.hidden(batch),
             lengths=batch["teacher_lengths"],
             head=self.head,
-            labels=None,
+            index=batch.get("teacher_index"),
         )
 
 

@@ -22,7 +22,7 @@ from transformers import Trainer
 
 from dwakd_plugin.causal_lm import causal_lm
 from dwakd_plugin.collator import DISTILLATION_KEYS
-from dwakd_plugin.config import DWAKDConfig
+from dwakd_plugin.config import DWAKDConfig, UserError
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
 from dwakd_plugin.loss import LossTerms, dwakd_loss
 from dwakd_plugin.projectors import Projectors, load_projectors, save_projectors
@@ -85,6 +85,13 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     def begin_distillation(self, distillation: Distillation) -> None:
         """Attaches the projectors and the loss to the student. Once, before training."""
+        if self.args.n_gpu > 1:
+            raise UserError(
+                f"One process sees {self.args.n_gpu} GPUs, and would split each batch over them "
+                "(DataParallel), which distillation cannot follow. Start one process per GPU "
+                "(`axolotl train recipe.yml --launcher accelerate`), or show it one: "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         self.distillation = distillation
         self._sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         # Sums are divided by the label count of the whole optimizer step (method, section 6), which
@@ -204,7 +211,11 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         assert self.distillation is not None
         found = "no single row by itself; the parameters may have become non-finite"
         for index in range(len(inputs["input_ids"])):
-            row = {key: value[index : index + 1] for key, value in inputs.items()}
+            row = {
+                key: value[index : index + 1]
+                for key, value in inputs.items()
+                if not key.endswith("_index")  # of the whole batch
+            }
             batch = {key: row.pop(key) for key in DISTILLATION_KEYS if key in row}
             terms = self.loss_terms(batch, **row)
             bad = [

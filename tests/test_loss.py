@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwakd_plugin.config import VARIANTS, LossConfig, SoftDTWConfig
-from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss
+from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss, objective
 from dwakd_plugin.loss.alignment import (
     attention_band,
     attention_entropy,
@@ -885,9 +886,42 @@ def test_no_logits_beyond_a_chunk_without_a_teacher() -> None:
 
 
 def test_auto_chunks() -> None:
-    assert tokens_per_chunk("auto", 151936) * 151936 <= AUTO_CHUNK_ELEMENTS
-    assert tokens_per_chunk("auto", 2**40) == 1
-    assert tokens_per_chunk(7, 151936) == 7
+    cpu = torch.device("cpu")
+    assert 1 <= tokens_per_chunk("auto", 151936, cpu) * 151936 <= AUTO_CHUNK_ELEMENTS["cpu"]
+    assert tokens_per_chunk("auto", 2**40, cpu) == 1
+    assert tokens_per_chunk(7, 151936, cpu) == 7
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operations whose result the host must wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        waits = ("aten.nonzero.default", "aten._local_scalar_dense.default", "aten.item.default")
+        assert str(func) not in waits, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loss_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the collator's indices given. (numba's kernel is left out: it runs on the host.)"""
+    case = make_case([(5, 7), (3, 2), (4, 0)])
+    expected = evaluate(case).total(LossConfig())
+    student, teacher = (
+        replace(states, index=valid_positions(states.lengths, size).flatten().nonzero()[:, 0])
+        for states, size in (
+            (collate(case.student, case.student_head), 5),
+            (collate(case.teacher, case.teacher_head), 7),
+        )
+    )
+    torch_only = partial(objective.soft_dtw_distance, backend="torch")
+    monkeypatch.setattr(objective, "soft_dtw_distance", torch_only)
+    # Lengths are checked where they lie on the CPU, and only there.
+    checks = "dwakd_plugin.loss.soft_dtw._checked_lengths"
+    monkeypatch.setattr(checks, lambda name, lengths, cost, dim: lengths)
+    with NoWaiting():
+        terms = dwakd_loss(student, teacher, case.projectors, soft_dtw=NARROW)
+        total = terms.total(LossConfig())
+        total.backward()
+    torch.testing.assert_close(total, expected)
 
 
 def test_zero_tokens_pass_as_one_empty_chunk() -> None:

@@ -9,6 +9,7 @@ value per token (...). Callers detach the target. All are 0 at equality and none
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,11 @@ from dwakd_plugin.loss.token_weights import entropy
 
 SKEW = 0.1  # λ of the skewed divergences, as in DistiLLM (arXiv 2402.03898)
 HEAD_MASS = 0.5  # μ of adaptive KL: probability mass that makes up the target's head
-AUTO_CHUNK_ELEMENTS = 2**25  # logits of one chunk with chunk_size "auto": 128 MiB in float32
+# With chunk_size "auto", the logits of one chunk: this share of the device's memory in float32, at
+# most so many. About eight tensors of that size live at once. Of all memory, not of what is free: a
+# run and its resumed half must cut the same chunks to agree bit for bit.
+AUTO_CHUNK_SHARE = 1 / 256
+AUTO_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -156,9 +161,18 @@ def teacher_statistics(
     )
 
 
-def tokens_per_chunk(chunk_size: int | Literal["auto"], vocab_size: int) -> int:
+def tokens_per_chunk(
+    chunk_size: int | Literal["auto"], vocab_size: int, device: torch.device
+) -> int:
     """Tokens that go through a head of `vocab_size` rows at once."""
-    return max(1, AUTO_CHUNK_ELEMENTS // vocab_size) if chunk_size == "auto" else chunk_size
+    if chunk_size != "auto":
+        return chunk_size
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elements = min(int(memory * AUTO_CHUNK_SHARE) // 4, AUTO_CHUNK_ELEMENTS.get(device.type, 2**23))
+    return max(1, elements // vocab_size)
 
 
 class _TeacherSpace(torch.autograd.Function):

@@ -82,6 +82,8 @@ class ResponseStates:
     lengths         (B,) long  response positions of each sample; the rest is padding on the right
     head            the model's output head
     labels          (B, L) long, −100 at padding; required of the student, unused of the teacher
+    index           (N,) long, the response positions' places in the flattened (B · L), in order.
+                    Optional: counted from `lengths` where it is missing, for which a GPU is waited
 
     Padding may hold anything, NaN included.
     """
@@ -92,6 +94,7 @@ class ResponseStates:
     lengths: Tensor
     head: Head
     labels: Tensor | None = None
+    index: Tensor | None = None
 
     def detached(self) -> ResponseStates:
         """The same states as constants."""
@@ -370,8 +373,11 @@ def _values(teacher: _Side, projectors: ProjectorSet) -> Tensor:
     )
 
 
-def _valid_index(valid: Tensor) -> Tensor:
-    """Indices of the valid positions in the flattened batch: (B, L) → (N,)."""
+def _index(states: ResponseStates) -> Tensor:
+    """Places of all response positions in the flattened batch: (N,)."""
+    if states.index is not None:
+        return states.index
+    valid = valid_positions(states.lengths, states.hidden.shape[1])
     return valid.flatten().nonzero().squeeze(1)
 
 
@@ -385,6 +391,10 @@ def _padded(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return values.new_zeros(valid.numel()).index_copy(0, index, values).view_as(valid)
 
 
+def _chunk(loss: LossConfig, head: Head) -> int:
+    return tokens_per_chunk(loss.chunk_size, head.weight.shape[0], head.weight.device)
+
+
 def _labels(student: ResponseStates) -> Tensor:
     if student.labels is None:
         raise ValueError(
@@ -395,14 +405,14 @@ def _labels(student: ResponseStates) -> Tensor:
 
 def _cross_entropy(student: ResponseStates, loss: LossConfig) -> Tensor:
     """Σ −log p_s(y), without a teacher."""
-    index = _valid_index(valid_positions(student.lengths, student.hidden.shape[1]))
+    index = _index(student)
 
     def statistics(hidden: Tensor, labels: Tensor) -> tuple[Tensor]:
         return (F.cross_entropy(student.head.logits(hidden), labels, reduction="none"),)
 
     (ce,) = map_token_chunks(
         statistics,
-        tokens_per_chunk(loss.chunk_size, student.head.weight.shape[0]),
+        _chunk(loss, student.head),
         _gathered(student.hidden, index),
         _gathered(_labels(student), index),
     )
@@ -416,7 +426,7 @@ def _student_space(
 
     Shapes: paired (B, S) bool, positions of samples with a teacher side; t2s_hidden (B, S, d).
     """
-    index = _valid_index(valid_positions(student.lengths, student.hidden.shape[1]))
+    index = _index(student)
     constant_head = student.head.detached()
 
     def statistics(hidden: Tensor, projected: Tensor, labels: Tensor) -> StudentStatistics:
@@ -430,7 +440,7 @@ def _student_space(
 
     flat = map_token_chunks(
         statistics,
-        tokens_per_chunk(loss.chunk_size, student.head.weight.shape[0]),
+        _chunk(loss, student.head),
         _gathered(student.hidden, index),
         _gathered(t2s_hidden, index),
         _gathered(_labels(student), index),
@@ -439,7 +449,7 @@ def _student_space(
     weights = student_token_weights(tokens.entropy, tokens.gate, paired, loss.student_weighting)
     sums = {
         "t2s_ce": tokens.t2s_ce.where(paired, 0.0).sum(),
-        "student_kd": (weights * tokens.divergence).sum(),
+        "student_kd": (weights * tokens.divergence.where(paired, 0.0)).sum(),
         "t2s_correct": (tokens.t2s_correct & paired).sum(),
         "gate": tokens.gate.where(paired, 0.0).sum(),
     }
@@ -452,7 +462,7 @@ def _teacher_space(
     teacher: ResponseStates, paired: Tensor, s2t_hidden: Tensor, loss: LossConfig
 ) -> dict[str, Tensor]:
     """Σ w_t KL(p_t ‖ p_s2t) (Eq. 14, 15). Shapes: paired (B, T) bool, s2t_hidden (B, T, D)."""
-    index = _valid_index(paired)
+    index = _index(teacher)
     head = teacher.head.detached()
 
     flat = teacher_space_statistics(
@@ -460,13 +470,13 @@ def _teacher_space(
         _gathered(s2t_hidden, index),
         head.logits,
         loss.temperature,
-        tokens_per_chunk(loss.chunk_size, head.weight.shape[0]),
+        _chunk(loss, head),
     )
     tokens = TeacherStatistics(*(_padded(values, index, paired) for values in flat))
     weights = teacher_token_weights(
         tokens.entropy, head.weight.shape[0], paired, loss.teacher_weighting
     )
-    return {"teacher_kd": (weights * tokens.divergence).sum()}
+    return {"teacher_kd": (weights * tokens.divergence.where(paired, 0.0)).sum()}
 
 
 def _unit(states: Tensor) -> Tensor:
