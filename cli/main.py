@@ -61,6 +61,59 @@ def quickstart(
     run(folder, json_output=json_output)
 
 
+@app.command(
+    epilog="Example:  dwakd check Qwen/Qwen1.5-1.8B openai-community/gpt2 --texts train.jsonl",
+)
+def check(
+    teacher: Annotated[str, typer.Argument(help="The teacher's folder or hub id.")],
+    student: Annotated[str, typer.Argument(help="The student's folder or hub id.")],
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your data: one text a line, or JSONL with text, instruction/output or messages. "
+            "Default: a built-in sample of 16 languages, code and numbers."
+        ),
+    ] = None,
+    show: Annotated[
+        str | None, typer.Option(help="Draw this text's tokens instead of the first text's.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the tokens into a PNG file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page with all.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 if the verdict is poor.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Let the tokenizers' repositories run code."),
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Tell whether two tokenizers are fit for distillation, before any weight is loaded.
+
+    Compares the vocabularies and how both cut the same texts, in bytes; looks at special tokens,
+    chat templates, normalisation, digits, white space and languages; says what to do about each
+    finding, and draws both cuts of a text. Verdict: good, workable or poor.
+
+    Exit codes: 0 checked, whatever the verdict; 1 an error; 3 with --strict, a poor verdict.
+    """
+    from dwakd_cli.check import run
+
+    verdict = run(
+        teacher,
+        student,
+        texts_file=texts,
+        drawn_text=show,
+        png=png,
+        html=html,
+        trust_remote_code=trust_remote_code,
+        json_output=json_output,
+    )
+    if strict and verdict == "poor":
+        raise typer.Exit(3)
+
+
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 an error with a message, 130 interrupted."""
     try:

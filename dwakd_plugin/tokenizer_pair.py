@@ -2,16 +2,28 @@
 
 Raw vocabulary strings mislead across families: byte-level tokenizers write a space as `Ġ`,
 SentencePiece as `▁`, and byte fallbacks as `<0x0A>`. So every token is mapped to bytes first.
+
+Where a token lies in a text is counted from these bytes as well. A tokenizer's own offsets will not
+do: they count characters, so tokens that share one share its span, and the `▁` that SentencePiece
+puts before a text has the span of the text's first character.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from itertools import accumulate, islice, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dwakd_plugin.config import UserError
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_WHITE_RUN = re.compile(r"\s{2,}|[\n\t]")
 
 
 @cache
@@ -24,12 +36,16 @@ def _byte_of_character() -> dict[str, int]:
     return table
 
 
+def _stages(tokenizer: Any) -> str:
+    """Normaliser, pre-tokenizer and decoder as JSON (the whole tokenizer's would be megabytes)."""
+    backend = tokenizer.backend_tokenizer
+    stages = [backend.normalizer, backend.pre_tokenizer, backend.decoder]
+    return "".join(stage.__getstate__().decode() for stage in stages if stage is not None)
+
+
 def is_byte_level(tokenizer: Any) -> bool:
     """Whether the tokenizer writes bytes in GPT-2's alphabet (otherwise: SentencePiece's way)."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    return '"ByteLevel"' in json.dumps(
-        [description.get("pre_tokenizer"), description.get("decoder")]
-    )
+    return '"ByteLevel"' in _stages(tokenizer)
 
 
 def token_bytes(token: str, *, byte_level: bool) -> bytes:
@@ -42,9 +58,10 @@ def token_bytes(token: str, *, byte_level: bool) -> bytes:
     """
     if byte_level:
         table = _byte_of_character()
-        if all(character in table for character in token):
-            return bytes(table[character] for character in token)
-        return token.encode()
+        try:
+            return bytes([table[character] for character in token])
+        except KeyError:  # an added token, which is written as it is
+            return token.encode()
     fallback = _BYTE_FALLBACK.fullmatch(token)
     if fallback:
         return bytes([int(fallback.group(1), 16)])
@@ -74,3 +91,336 @@ def shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> list[tu
     teacher = vocabulary_bytes(teacher_tokenizer)
     student = vocabulary_bytes(student_tokenizer)
     return [(teacher[piece], student[piece]) for piece in sorted(teacher.keys() & student.keys())]
+
+
+# --- Texts as bytes ---------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """How a tokenizer cuts a text: token ids, and the UTF-8 byte at which each token ends.
+
+    Token i holds the bytes from ends[i - 1] (0 for the first) to ends[i], so each byte belongs to
+    exactly one token; the last end is the text's length. A token that stands for nothing but the
+    space which SentencePiece puts before a text holds no byte.
+    """
+
+    ids: list[int]
+    ends: list[int]
+
+
+class Changed(NamedTuple):
+    """A text that a tokenizer does not keep as it is: what it reads instead (normalised), or None
+    where a part is lost to its unknown token."""
+
+    text: str | None
+
+
+class ByteCutter:
+    """Cuts texts with one tokenizer and says where each token ends, in bytes.
+
+    Knows tokenizers of the byte-level (GPT-2, Llama 3, Qwen, SmolLM2) and the SentencePiece kind
+    (BPE with byte fallback as in Llama 2, Mistral and Gemma; Unigram as in T5 and XLM-R).
+
+    Raises UserError for every other kind, by name: their tokens do not say where spaces were.
+    """
+
+    def __init__(self, tokenizer: Any, role: str) -> None:
+        self.tokenizer = tokenizer
+        self.byte_level = is_byte_level(tokenizer)
+        model = tokenizer.backend_tokenizer.model
+        kind = type(model).__name__
+        suffix = getattr(model, "end_of_word_suffix", None)
+        if kind not in ("BPE", "Unigram"):
+            reason = f"it is of the {kind} kind"
+        elif suffix:
+            reason = f"it ends words with `{suffix}`"
+        elif not self.byte_level and "▁" not in _stages(tokenizer):
+            reason = f"it is a {kind} that marks spaces neither as `Ġ` nor as `▁`"
+        else:
+            reason = ""
+        if reason:
+            raise UserError(
+                f"The {role}'s tokenizer cannot be compared byte by byte: {reason}, so its tokens "
+                "do not say where spaces were. Byte-level (GPT-2, Llama 3, Qwen) and SentencePiece "
+                "(Llama 2, Mistral, Gemma, T5) tokenizers can."
+            )
+        self._added = tokenizer.added_tokens_decoder
+        self._unknown = tokenizer.unk_token_id
+        self._bytes = {
+            index: token_bytes(token, byte_level=self.byte_level)
+            for token, index in tokenizer.get_vocab().items()
+        }
+        for index, token in self._added.items():  # these stand in the vocabulary as they are
+            self._bytes[index] = self._fold(token.content)
+
+    def _fold(self, text: str) -> bytes:
+        """The text's bytes as the tokens spell them: SentencePiece's own ▁ is a space to it."""
+        return (text if self.byte_level else text.replace("▁", " ")).encode()
+
+    def cut(self, texts: Sequence[str]) -> list[Cut | Changed]:
+        """Each text's cut without special tokens; Changed where the tokens are not the text."""
+        if not texts:
+            return []
+        rows = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [self._cut(text, ids) for text, ids in zip(texts, rows, strict=True)]
+
+    def _cut(self, text: str, ids: list[int]) -> Cut | Changed:
+        ends = self._ends(self._fold(text), ids)
+        if ends is None:
+            return Changed(self._reading(text, ids))
+        if not self.byte_level and "▁" in text:
+            ends = _unfold(text, ends)
+        return Cut(ids, ends)
+
+    def _ends(self, data: bytes, ids: list[int]) -> list[int] | None:
+        """Follows the tokens through the text's bytes; None where they are not these bytes.
+
+        The ordinary tokens between two added ones are a run. SentencePiece may have put a space
+        before a run: it is there if the run only fits without its first byte.
+        """
+        ends: list[int] = []
+        begin = 0
+        run: list[bytes] = []
+        for index in [*ids, None]:
+            if index is not None and index not in self._added:
+                run.append(self._bytes[index])
+                continue
+            token = None if index is None else self._added[index]
+            place = self._place(b"".join(run), data, begin, token)
+            if place is None:
+                return None
+            run_begin, begin = place
+            ends += accumulate([len(piece) for piece in run], initial=run_begin)
+            del ends[-len(run) - 1]  # the initial one
+            if token is not None:
+                begin += len(self._fold(token.content))
+                begin += _spaces(data, begin) if token.rstrip else 0
+                ends.append(begin)
+            run = []
+        return ends
+
+    def _place(self, run: bytes, data: bytes, begin: int, token: Any) -> tuple[int, int] | None:
+        """Where a run lies that ends at the text's end (token None) or at an added token: its first
+        byte, one less than `begin` if a space was put before it; and the added token's first."""
+        for extra in (0, 1) if run.startswith(b" ") else (0,):
+            end = begin + len(run) - extra
+            if not data.startswith(run[extra:], begin):
+                continue
+            if token is None:
+                if end == len(data):
+                    return begin - extra, end
+                continue
+            after = end + (_spaces(data, end) if token.lstrip else 0)
+            if data.startswith(self._fold(token.content), after):
+                return begin - extra, after
+        return None
+
+    def _reading(self, text: str, ids: list[int]) -> str | None:
+        if self._unknown in ids:
+            return None
+        data = b"".join(self._bytes[index] for index in ids)
+        try:
+            reading = data.decode()
+        except UnicodeDecodeError:
+            return None
+        return reading if text.startswith(" ") else reading.removeprefix(" ")
+
+
+def _spaces(data: bytes, begin: int) -> int:
+    """How many bytes of white space there are at `begin`."""
+    rest = data[begin:].decode(errors="ignore")
+    return len(rest.encode()) - len(rest.lstrip().encode())
+
+
+def _unfold(text: str, ends: list[int]) -> list[int]:
+    """Ends in a text whose ▁ (3 bytes) were counted as spaces (1 byte), as ends in the text."""
+    place, folded = 0, 0
+    places = {0: 0}
+    for character in text:
+        place += len(character.encode())
+        # A token may end within a character, but never within a ▁.
+        size = 1 if character == "▁" else len(character.encode())
+        places |= {folded + size - back: place - back for back in range(size)}
+        folded += size
+    return [places[end] for end in ends]
+
+
+class PairCut(NamedTuple):
+    """One text, cut by both tokenizers. `text` is as both read it, which may not be as given."""
+
+    text: str
+    teacher: Cut
+    student: Cut
+
+
+def cut_both(
+    teacher: ByteCutter, student: ByteCutter, texts: Sequence[str]
+) -> list[PairCut | None]:
+    """Each text cut by both, None where a tokenizer has no token for a part of it.
+
+    Where a tokenizer normalises a text (composes accents, folds case, drops line breaks), both
+    are given the normalised text, so that they are compared on the same bytes.
+    """
+    cuts: list[PairCut | None] = []
+    for text, by_teacher, by_student in zip(
+        texts, teacher.cut(texts), student.cut(texts), strict=True
+    ):
+        for _ in range(4):  # normalising twice changes nothing more, but the two may take turns
+            if isinstance(by_teacher, Cut) and isinstance(by_student, Cut):
+                cuts.append(PairCut(text, by_teacher, by_student))
+                break
+            changed = by_teacher if isinstance(by_teacher, Changed) else by_student
+            assert isinstance(changed, Changed)
+            if not changed.text:
+                cuts.append(None)
+                break
+            text = changed.text
+            (by_teacher,), (by_student,) = teacher.cut([text]), student.cut([text])
+        else:
+            cuts.append(None)
+    return cuts
+
+
+# --- Figures ----------------------------------------------------------------------------------
+
+
+def _ends_within(cut: Cut, other: Cut) -> int:
+    """How many of the tokens end where a token of the other side ends."""
+    theirs = set(other.ends)
+    return sum(end in theirs for end in cut.ends)
+
+
+def _same_spans(cut: Cut, other: Cut) -> int:
+    """How many of the tokens begin and end where one token of the other side does."""
+    theirs = set(pairwise([0, *other.ends]))
+    return sum(span in theirs for span in pairwise([0, *cut.ends]))
+
+
+@dataclass
+class TextFigures:
+    """What was counted over texts; one entry a compared text in each list.
+
+    `normalised` texts were compared as a tokenizer reads them, `left_out` ones not at all: a
+    tokenizer has no token for a part of them.
+    """
+
+    texts: int = 0
+    normalised: int = 0
+    left_out: int = 0
+    teacher_tokens: list[int] = field(default_factory=list)
+    student_tokens: list[int] = field(default_factory=list)
+    teacher_ends_shared: list[int] = field(default_factory=list)
+    student_ends_shared: list[int] = field(default_factory=list)
+    student_spans_shared: list[int] = field(default_factory=list)
+    common_ends: list[int] = field(default_factory=list)
+    characters: Counter[str] = field(default_factory=Counter)
+    white_run_characters: int = 0
+
+    def add(self, text: str, pair: PairCut | None) -> None:
+        """Counts one text; one without a token on either side is not compared (nor left out)."""
+        self.texts += 1
+        self.characters.update(text)
+        self.white_run_characters += sum(map(len, _WHITE_RUN.findall(text)))
+        if pair is None:
+            self.left_out += 1
+            return
+        self.normalised += pair.text != text
+        teacher, student = pair.teacher, pair.student
+        if not teacher.ends or not student.ends:
+            return
+        self.teacher_tokens.append(len(teacher.ends))
+        self.student_tokens.append(len(student.ends))
+        self.teacher_ends_shared.append(_ends_within(teacher, student))
+        self.student_ends_shared.append(_ends_within(student, teacher))
+        self.student_spans_shared.append(_same_spans(student, teacher))
+        self.common_ends.append(len(set(teacher.ends) & set(student.ends)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Shares and ratios. Empty lists give None: nothing was compared.
+
+        `length_ratio`: student/teacher tokens per text, and `corpus`, over all texts together.
+        `boundary_agreement_*` and `identical_span_share` are over all texts together; their
+        distributions over texts are in `per_text`.
+        """
+        teacher, student = np.array(self.teacher_tokens), np.array(self.student_tokens)
+        figures: dict[str, Any] = {
+            "texts": self.texts,
+            "texts_compared": len(teacher),
+            "texts_normalised": self.normalised,
+            "texts_left_out": self.left_out,
+            "teacher_tokens": int(teacher.sum()),
+            "student_tokens": int(student.sum()),
+            "length_ratio": None,
+            "boundary_agreement_student": None,
+            "boundary_agreement_teacher": None,
+            "identical_span_share": None,
+            "common_segments_per_text": None,
+            "per_text": None,
+        }
+        if len(teacher) == 0:
+            return figures
+        shares = {
+            "boundary_agreement_student": (np.array(self.student_ends_shared), student),
+            "boundary_agreement_teacher": (np.array(self.teacher_ends_shared), teacher),
+            "identical_span_share": (np.array(self.student_spans_shared), student),
+        }
+        return figures | {
+            "length_ratio": _distribution(student / teacher)
+            | {"corpus": _rounded(student.sum() / teacher.sum())},
+            **{name: _rounded(part.sum() / whole.sum()) for name, (part, whole) in shares.items()},
+            "common_segments_per_text": _rounded(np.mean(self.common_ends)),
+            "per_text": {
+                name: _distribution(part / whole) for name, (part, whole) in shares.items()
+            },
+        }
+
+
+def _rounded(value: Any) -> float:
+    return round(float(value), 6)
+
+
+def _distribution(values: Any) -> dict[str, float]:
+    p5, p50, p95 = np.percentile(values, [5, 50, 95])
+    return {
+        "mean": _rounded(values.mean()),
+        "p5": _rounded(p5),
+        "p50": _rounded(p50),
+        "p95": _rounded(p95),
+        "min": _rounded(values.min()),
+        "max": _rounded(values.max()),
+    }
+
+
+def measure(
+    teacher: ByteCutter, student: ByteCutter, texts: Iterable[str], batch: int = 500
+) -> TextFigures:
+    """Cuts the texts with both tokenizers, `batch` at a time, and counts."""
+    figures = TextFigures()
+    rest = iter(texts)
+    while chunk := list(islice(rest, batch)):
+        for text, pair in zip(chunk, cut_both(teacher, student, chunk), strict=True):
+            figures.add(text, pair)
+    return figures
+
+
+def vocabulary_figures(teacher_tokenizer: Any, student_tokenizer: Any) -> dict[str, Any]:
+    """Sizes and what is shared: as strings (added tokens too) and as bytes (without them)."""
+    strings = [set(each.get_vocab()) for each in (teacher_tokenizer, student_tokenizer)]
+    pieces = [set(vocabulary_bytes(each)) for each in (teacher_tokenizer, student_tokenizer)]
+    shared_strings, shared_pieces = strings[0] & strings[1], pieces[0] & pieces[1]
+    return {
+        "teacher_vocab_size": len(teacher_tokenizer),
+        "student_vocab_size": len(student_tokenizer),
+        "shared_tokens_exact": len(shared_strings),
+        "shared_tokens_exact_share_of_teacher": _rounded(len(shared_strings) / len(strings[0])),
+        "shared_tokens_exact_share_of_student": _rounded(len(shared_strings) / len(strings[1])),
+        "shared_tokens_bytes": len(shared_pieces),
+        "shared_tokens_bytes_share_of_teacher": _rounded(len(shared_pieces) / len(pieces[0])),
+        "shared_tokens_bytes_share_of_student": _rounded(len(shared_pieces) / len(pieces[1])),
+    }
