@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,6 +38,83 @@ def _options(
     ] = False,
 ) -> None:
     """`debug` and `version` act before any subcommand runs."""
+
+
+@app.command(
+    epilog="Example:  dwakd train sft.yml --teacher Qwen/Qwen1.5-1.8B --load-in-8bit",
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")],
+    further: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- ARGUMENTS...]",
+            help="For axolotl, as in `-- --learning-rate 1e-4`.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of the teacher; goes before the recipe's."),
+    ] = None,
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Hold the teacher in 8 bit.")
+    ] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Hold the teacher in 4 bit (nf4).")
+    ] = False,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="Folder for the teacher's hidden states.")
+    ] = None,
+    launcher: Annotated[
+        Literal["python", "accelerate", "torchrun"] | None,
+        typer.Option(help="Default: python for one process, else accelerate (CPU: torchrun)."),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; default: one a GPU.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print what ran as JSON; axolotl's output to stderr.")
+    ] = False,
+) -> None:
+    """Train a recipe with a teacher, through axolotl.
+
+    Any axolotl recipe for supervised fine-tuning will do: with --teacher it needs no edit. The
+    plugin and the switch are added, everything is checked before a model is loaded, and what
+    axolotl was given is kept in OUTPUT_DIR/dwakd/recipe.yml.
+
+    What follows a `--` goes to axolotl, as in `-- --learning-rate 1e-4`; what follows a second `--`
+    goes to its launcher.
+
+    Ctrl-C lets axolotl save and stop; a second one kills it. Exit codes: axolotl's own; 1 for an
+    error with a message; 130 and 143 when interrupted or terminated.
+    """
+    from dwakd_cli.train import run
+
+    given = {
+        "base_model": teacher,
+        "load_in_8bit": load_in_8bit or None,
+        "load_in_4bit": load_in_4bit or None,
+        "cache": str(teacher_cache) if teacher_cache else None,
+    }
+    sys.exit(
+        run(
+            recipe,
+            further or [],
+            teacher={key: value for key, value in given.items() if value is not None},
+            launcher=launcher,
+            processes=nproc,
+            resume=resume,
+            dry_run=dry_run,
+            json_output=json_output,
+        )
+    )
 
 
 @app.command(
@@ -114,10 +193,51 @@ def check(
         raise typer.Exit(3)
 
 
+recipes_app = typer.Typer(help="The recipes that come with dwakd.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.command("list", epilog="Example:  dwakd recipes list --json")
+def recipes_list(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the recipes: what each is for, its student and its teacher."""
+    from dwakd_cli.recipes import list_recipes
+
+    list_recipes(json_output=json_output)
+
+
+@recipes_app.command("show", epilog="Example:  dwakd recipes show quickstart-dwakd")
+def recipes_show(name: Annotated[str, typer.Argument(help="As in `dwakd recipes list`.")]) -> None:
+    """Print a recipe."""
+    from dwakd_cli.recipes import show
+
+    show(name)
+
+
+@recipes_app.command("copy", epilog="Example:  dwakd recipes copy quickstart-dwakd my-recipe.yml")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="As in `dwakd recipes list`.")],
+    dest: Annotated[Path | None, typer.Argument(help="File or folder; default: here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Copy a recipe, to make it yours."""
+    from dwakd_cli.recipes import copy
+
+    typer.echo(copy(name, dest, force=force))
+
+
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 an error with a message, 130 interrupted."""
-    try:
+    with error_boundary():
         app()
+
+
+@contextmanager
+def error_boundary() -> Iterator[None]:
+    """Ends the process with a message and an exit code where a user can put the error right."""
+    try:
+        yield
     except UserError as error:
         if "--debug" in sys.argv:
             raise

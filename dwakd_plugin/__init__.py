@@ -20,5 +20,12 @@ _HOMES = {"DWAKDPlugin": "dwakd_plugin.plugin", "DWAKDConfig": "dwakd_plugin.con
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        except ImportError as error:
+            # axolotl only logs a plugin's ImportError, and would train without a teacher.
+            raise RuntimeError(
+                f"dwakd cannot be used in this environment: {error}. Install it, and what it needs,"
+                " beside axolotl."
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dwakd_plugin.config import DWAKDConfig, UserError
+from dwakd_plugin.config import DWAKDConfig, UserError, parse_recipe
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 
@@ -50,6 +52,136 @@ def check_recipe(recipe: Any) -> None:
         )
 
 
+def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
+    """The distillation settings of a recipe with which a run can begin.
+
+    Raises UserError with the findings of every check at once: the schema of the `dwakd:` block,
+    settings that distillation does not go with, missing files and folders, the output folder.
+    """
+    findings: list[str] = []
+    config: DWAKDConfig | None = None
+    try:
+        config = parse_recipe(recipe)
+        if config is None:
+            findings.append("The recipe does not say `distillation: dwakd`.")
+    except UserError as error:
+        findings.append(str(error))
+
+    def check(what: Callable[[], None]) -> None:
+        try:
+            what()
+        except UserError as error:
+            findings.append(str(error))
+
+    check(lambda: check_recipe(recipe))
+    check(lambda: check_files(recipe))
+    # What is whose run can be said of a recipe that names both models.
+    if config is not None and isinstance(recipe.get("base_model"), str):
+        check(lambda: check_output_folder(recipe, config, only_look=True))
+    if findings or config is None:
+        raise UserError("\n".join(findings))
+    return config
+
+
+def check_files(recipe: dict[str, Any]) -> None:
+    """Raises UserError that names every local file or folder of the recipe that is not there.
+
+    What may be a hub id is left to the hub, unless that is switched off.
+    """
+    problems = [
+        f"  {place}: {found} — {remedy}"
+        for place, found, remedy in _missing(recipe)
+        if remedy is not None
+    ]
+    if not recipe.get("base_model"):
+        problems.insert(0, "  base_model: none given — name the student, a folder or a hub id")
+    if problems:
+        raise UserError(
+            f"The recipe names what is not there (paths start in {Path.cwd()}):\n"
+            + "\n".join(problems)
+        )
+
+
+def _missing(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """Place in the recipe, value, and remedy or None where nothing is wrong."""
+    block = recipe.get("dwakd")
+    teacher = block.get("teacher") if isinstance(block, dict) else None
+    if isinstance(teacher, str):
+        teacher = {"base_model": teacher}
+    models = {
+        "base_model": recipe.get("base_model"),
+        "tokenizer_config": recipe.get("tokenizer_config"),
+        "lora_model_dir": recipe.get("lora_model_dir"),
+    }
+    if isinstance(teacher, dict):
+        models |= {
+            f"dwakd.teacher.{key}": teacher.get(key)
+            for key in ("base_model", "tokenizer", "adapter")
+        }
+    for place, model in models.items():
+        if isinstance(model, str):
+            yield place, model, _model_remedy(model, is_adapter="model_dir" in place)
+    projectors = block.get("projectors") if isinstance(block, dict) else None
+    files = {
+        "dwakd.projectors.path": projectors.get("path") if isinstance(projectors, dict) else None,
+        "resume_from_checkpoint": recipe.get("resume_from_checkpoint"),
+    }
+    for place, file in files.items():
+        if isinstance(file, str) and not Path(file).exists():
+            yield place, file, "no such file or folder"
+    for key in ("datasets", "test_datasets"):
+        for index, dataset in enumerate(_list(recipe.get(key))):
+            path = dataset.get("path") if isinstance(dataset, dict) else None
+            if isinstance(path, str):
+                yield f"{key}[{index}].path", path, _dataset_remedy(path)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _model_remedy(model: str, *, is_adapter: bool) -> str | None:
+    folder = Path(model)
+    if folder.is_dir():
+        names = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+        if any((folder / name).is_file() for name in names):
+            return None
+        return "a folder without a model's config.json"
+    if folder.exists():
+        return "a file; give the model's folder"
+    if is_adapter or _is_a_path(model):
+        return "no such folder"
+    if not _hub_is_off():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        names = ("config.json", "adapter_config.json", "tokenizer_config.json")
+        if any(isinstance(try_to_load_from_cache(model, name), str) for name in names):
+            return None
+    except HFValidationError:
+        return "no such folder, and no valid hub id"
+    return "no such folder, not among the downloaded models, and HF_HUB_OFFLINE is set"
+
+
+def _dataset_remedy(path: str) -> str | None:
+    data_file = Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
+    if Path(path).exists() or "://" in path or not (_is_a_path(path) or data_file):
+        return None
+    return "no such file or folder"
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether a name cannot be a hub id, which is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _hub_is_off() -> bool:
+    switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in switches)
+
+
 def run_identity(recipe: Any, config: DWAKDConfig) -> dict[str, str]:
     """Which run an output folder belongs to."""
     return {
@@ -59,13 +191,14 @@ def run_identity(recipe: Any, config: DWAKDConfig) -> dict[str, str]:
     }
 
 
-def check_output_folder(recipe: Any, config: DWAKDConfig) -> None:
+def check_output_folder(recipe: Any, config: DWAKDConfig, *, only_look: bool = False) -> None:
     """Raises UserError where the output folder holds a run that this one would overwrite.
 
     Checkpoints that were cut off while being written are set aside, so that a resumed run takes the
-    last whole one.
+    last whole one; `only_look` changes nothing.
     """
-    folder = Path(recipe["output_dir"])
+    folder = output_folder(recipe)
+    _check_writable(folder)
     resumes = bool(
         recipe.get("resume_from_checkpoint") or recipe.get("auto_resume_from_checkpoints")
     )
@@ -82,7 +215,8 @@ def check_output_folder(recipe: Any, config: DWAKDConfig) -> None:
                 f"output_dir {folder} holds another run, which this one cannot resume:\n"
                 f"{differing}\nGive another output_dir."
             )
-        _set_incomplete_checkpoints_aside(folder)
+        if not only_look:
+            _set_incomplete_checkpoints_aside(folder)
         return
     held = [
         path.name
@@ -95,6 +229,22 @@ def check_output_folder(recipe: Any, config: DWAKDConfig) -> None:
             f"output_dir {folder} holds a run already{whose}: {', '.join(held[:4])}. Resume it "
             "with `auto_resume_from_checkpoints: true`, give another output_dir, or remove it."
         )
+
+
+def output_folder(recipe: Any) -> Path:
+    """Where axolotl writes the run."""
+    return Path(recipe.get("output_dir") or "./model-out")  # axolotl's own default
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError where the folder, or the nearest that exists above it, takes no files."""
+    nearest = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    if not nearest.is_dir():
+        raise UserError(f"output_dir {folder}: {nearest} is a file. Give another output_dir.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder}: {nearest} is not writable. Give another output_dir.")
 
 
 def _read_identity(file: Path) -> dict[str, str] | None:

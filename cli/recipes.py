@@ -1,0 +1,96 @@
+"""`dwakd recipes`: the recipes that come with dwakd."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dwakd_plugin.config import UserError
+from dwakd_plugin.files import replace_file
+
+
+def list_recipes(*, json_output: bool) -> None:
+    """Name, purpose, student and teacher of each, as a table or as JSON."""
+    recipes = [
+        describe(name, file.read_text(encoding="utf-8")) for name, file in _shipped().items()
+    ]
+    if json_output:
+        print(json.dumps(recipes, indent=1))
+        return
+    table = Table(title="Recipes")
+    for column in ("name", "what it is for", "student", "teacher"):
+        table.add_column(column, overflow="fold")
+    for recipe in recipes:
+        table.add_row(*(recipe[key] or "none" for key in ("name", "purpose", "student", "teacher")))
+    console = Console()
+    console.print(table)
+    console.print("`dwakd recipes show NAME` prints one, `dwakd recipes copy NAME` copies it.")
+
+
+def show(name: str) -> None:
+    """The recipe as it is, comments included."""
+    sys.stdout.write(find(name).read_text(encoding="utf-8"))
+
+
+def copy(name: str, dest: Path | None, *, force: bool) -> Path:
+    """Copies a recipe into a file or folder, by default here; returns the file.
+
+    Raises UserError where the file exists already, unless `force`.
+    """
+    recipe = find(name)
+    file = dest or Path(recipe.name)
+    if file.is_dir():
+        file = file / recipe.name
+    if file.exists() and not force:
+        raise UserError(f"`{file}` exists. Give another destination, or --force to overwrite it.")
+    try:
+        replace_file(file, recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"`{file}` cannot be written: {error}") from error
+    return file
+
+
+def find(name: str) -> Traversable:
+    """A shipped recipe by its name, with or without `.yml`. Raises UserError."""
+    recipes = _shipped()
+    name = name.removesuffix(".yml")
+    if name not in recipes:
+        nearest = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else f"there are: {', '.join(recipes)}."
+        raise UserError(f"No recipe is called `{name}`; {hint}")
+    return recipes[name]
+
+
+def describe(name: str, text: str) -> dict[str, Any]:
+    """What the list says of a recipe: its opening comment, and its models."""
+    opening = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        opening.append(line.lstrip("# ").rstrip())
+    recipe = yaml.safe_load(text)
+    teacher = (recipe.get("dwakd") or {}).get("teacher")
+    return {
+        "name": name,
+        "purpose": " ".join(opening),
+        "student": recipe.get("base_model"),
+        "teacher": teacher.get("base_model") if isinstance(teacher, dict) else teacher,
+    }
+
+
+def _shipped() -> dict[str, Traversable]:
+    files = resources.files("dwakd_recipes").iterdir()
+    return {
+        file.name.removesuffix(".yml"): file
+        for file in sorted(files, key=lambda file: file.name)
+        if file.name.endswith(".yml")
+    }
