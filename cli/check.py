@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -52,6 +53,8 @@ def run(
     be read, and for a picture that cannot be drawn or written.
     """
     texts = None if texts_file is None else read_texts(texts_file)
+    if drawn_text is not None:
+        _refuse_surrogates(drawn_text, "The text of --show")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     # Without Rich's colours for any number: colour means something here.
     console = Console(stderr=json_output, highlight=False)
@@ -153,6 +156,8 @@ def head_rows(name: str) -> int | None:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is no model configuration: it holds no JSON object.")
     text_config = config.get("text_config") or {}
     rows = config.get("vocab_size", text_config.get("vocab_size"))
     return rows if isinstance(rows, int) else None
@@ -184,7 +189,7 @@ def read_texts(file: Path) -> list[str]:
     ]
     if not lines:
         raise UserError(f"{file} has no text: it is empty.")
-    if file.suffix.lower() not in (".jsonl", ".ndjson") and not _is_json_object(lines[0][1]):
+    if file.suffix.lower() not in (".jsonl", ".ndjson") and not _is_row(lines[0][1]):
         return [line for _, line in lines]
     texts = [_text_of_row(file, number, line) for number, line in lines]
     texts = [text for text in texts if text]
@@ -193,11 +198,13 @@ def read_texts(file: Path) -> list[str]:
     return texts
 
 
-def _is_json_object(line: str) -> bool:
+def _is_row(line: str) -> bool:
+    """Whether a line of a file of any name is a JSONL row (and not, say, code that is the text)."""
     try:
-        return isinstance(json.loads(line), dict)
+        row = json.loads(line)
     except ValueError:
         return False
+    return isinstance(row, dict) and not row.keys().isdisjoint(("text", "output", "messages"))
 
 
 def _text_of_row(file: Path, number: int, line: str) -> str:
@@ -220,14 +227,18 @@ def _text_of_row(file: Path, number: int, line: str) -> str:
     if not parts or not all(isinstance(part, str) for part in parts):
         raise UserError(f"Line {number} of {file} has no text. {wanted}")
     text = "\n".join(part for part in parts if part)
+    _refuse_surrogates(text, f"Line {number} of {file}")
+    return text
+
+
+def _refuse_surrogates(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"Line {number} of {file} has a lone surrogate ({text[error.start]!r}), which is no "
-            "character. Drop the line, or write the character out."
+            f"{where} has a lone surrogate ({text[error.start]!r}), which is no character and has "
+            "no bytes. Leave it out, or write the character out."
         ) from error
-    return text
 
 
 def examine(teacher: Side, student: Side, texts: Sequence[str] | None) -> dict[str, Any]:
@@ -353,10 +364,10 @@ def show(report: dict[str, Any], drawn: PairCut | None, console: Console) -> Non
         table.add_row(*row)
     console.print(table)
     if report["texts_from"] == "built-in sample":
-        languages = Table(title="By language and format")
-        languages.add_column("")
-        for column in ("teacher tokens", "student tokens", "ratio", "identical"):
-            languages.add_column(column, justify="right")
+        languages = Table(title="Tokens by language and format", box=box.SIMPLE_HEAD)
+        languages.add_column("", overflow="fold")
+        for column in ("teacher", "student", "ratio", "same"):
+            languages.add_column(column, justify="right", no_wrap=True)
         for name, group in report["sample"].items():
             ratio, identical = group["length_ratio"], group["identical_span_share"]
             languages.add_row(

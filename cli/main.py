@@ -157,7 +157,7 @@ def check(
         str | None, typer.Option(help="Draw this text's tokens instead of the first text's.")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Also draw the tokens into a PNG file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write an HTML page with all.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it all as an HTML page.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 if the verdict is poor.")
     ] = False,

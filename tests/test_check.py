@@ -443,6 +443,12 @@ def test_rows_of_several_forms(folders: tuple[str, str], tmp_path: Path, row: An
     assert json.loads(check(*folders, "--texts", file, "--json").stdout)["texts"] == 2
 
 
+def test_a_plain_file_may_hold_json(folders: tuple[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "code.txt"
+    file.write_text('{"loaves": 120}\nfor x in y:\n', encoding="utf-8")
+    assert json.loads(check(*folders, "--texts", file, "--json").stdout)["texts"] == 2
+
+
 def test_terminal_png_and_html(folders: tuple[str, str], tmp_path: Path) -> None:
     png, html = tmp_path / "pair.png", tmp_path / "pair.html"
     shown = "<b>&größte 🎉 数学</b> $x_1$\n  1234\x00\u200d"
@@ -535,4 +541,5 @@ def test_files_that_cannot_be_read_or_written(folders: tuple[str, str], tmp_path
     assert "cannot be read" in fails(*folders, "--texts", tmp_path / "none.txt")
     assert "cannot be read" in fails(*folders, "--texts", tmp_path)
     assert "cannot be written" in fails(*folders, "--html", tmp_path / "none" / "pair.html")
+    assert "surrogate" in fails(*folders, "--show", "caf\udce9")  # an argument that was not UTF-8
     assert "no text to draw" in fails(*folders, "--show", "", "--png", tmp_path / "pair.png")
