@@ -193,6 +193,62 @@ def check(
         raise typer.Exit(3)
 
 
+@app.command(
+    epilog="Example:  dwakd export outputs/sft my-student --dtype bfloat16",
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's output folder, or a checkpoint.")],
+    dest: Annotated[Path, typer.Argument(help="The new folder.")],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of the weights; auto: as they are."),
+    ] = "auto",
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Export a LoRA adapter without merging it.")
+    ] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The adapter's base model, where it is not at its recorded place."),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights, as in 5GB.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the models' repositories run code.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model at DEST.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Then upload it to this hub repository; needs `hf auth login`."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a repository that is created public.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Export the student of a run: weights, tokenizer and model card, and nothing else.
+
+    RUN is a run's output folder or one of its checkpoints. A LoRA adapter is merged into its base
+    model unless --keep-adapter. The new folder is read back in a process of its own and compared
+    with the run's student before it appears at DEST; on any error nothing is left there.
+
+    Computes in float32 on the CPU: 4 bytes of memory a parameter, twice while it is compared.
+    """
+    from dwakd_cli.export import run as run_export
+
+    run_export(
+        run,
+        dest,
+        dtype=dtype,
+        keep_adapter=keep_adapter,
+        base_model=base_model,
+        shard_size=shard_size,
+        trust_remote_code=trust_remote_code,
+        force=force,
+        push_to=push_to_hub,
+        private=not public,
+        json_output=json_output,
+    )
+
+
 recipes_app = typer.Typer(help="The recipes that come with dwakd.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 

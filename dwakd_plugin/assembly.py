@@ -16,7 +16,7 @@ import dwakd_plugin
 from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, parameter_count
 from dwakd_plugin.config import DWAKDConfig, UserError
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
-from dwakd_plugin.preflight import RUN_FILE, run_identity
+from dwakd_plugin.preflight import RUN_FILE, run_facts, run_identity
 from dwakd_plugin.projectors import Projectors, load_projectors, shared_vocabulary_init
 from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
 from dwakd_plugin.tokenizer_pair import shared_vocabulary
@@ -171,6 +171,7 @@ def _sign(file: Path, cfg: Any, config: DWAKDConfig) -> None:
         "version": dwakd_plugin.__version__,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": config.model_dump(),
+        **run_facts(cfg),
     }
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

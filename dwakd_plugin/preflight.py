@@ -32,6 +32,21 @@ _CONFLICTS = {
     "deepspeed": "sharded training is not supported yet; use one process or DDP",
 }
 
+_TRAINING_KEYS = (
+    "adapter",
+    "lora_r",
+    "lora_alpha",
+    "learning_rate",
+    "lr_scheduler",
+    "optimizer",
+    "num_epochs",
+    "max_steps",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "sequence_len",
+    "seed",
+)
+
 
 def check_recipe(recipe: Any) -> None:
     """Raises UserError that names every setting distillation does not go with."""
@@ -188,6 +203,21 @@ def run_identity(recipe: Any, config: DWAKDConfig) -> dict[str, str]:
         "student": str(recipe["base_model"]),
         "teacher": config.teacher.base_model,
         "adapter": str(recipe.get("adapter") or "none"),
+    }
+
+
+def run_facts(recipe: Any) -> dict[str, Any]:
+    """What a run was trained on and how, for its records. Local files go by their last name."""
+    data = []
+    for dataset in recipe.get("datasets") or []:
+        path = str(dataset.get("path"))
+        name = Path(path).name if Path(path).exists() or _is_a_path(path) else path
+        data.append(f"{name} ({dataset.get('type')})")
+    return {
+        "data": data,
+        "training": {
+            key: recipe.get(key) for key in _TRAINING_KEYS if recipe.get(key) not in (None, "")
+        },
     }
 
 
