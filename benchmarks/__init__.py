@@ -1,0 +1,1 @@
+"""Speed and memory against what else there is; docs/performance.md has the figures."""

@@ -1,0 +1,66 @@
+"""Write the tables of docs/performance.md anew from benchmarks/results.
+
+python -m benchmarks.performance
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks import gold, objective, soft_dtw
+from benchmarks.measure import RESULTS, Report
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold)}
+
+
+def section(report: Report) -> str:
+    """Where the figures come from, the figures, and how the targets fared."""
+    hardware, versions = report["hardware"], report["versions"]
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    lines = [
+        f"`{report['command']}`, {report['date'][:10]}: {hardware['cpu']}, {hardware['cores']} "
+        f"cores, {hardware['memory_gib']} GiB, {report['threads']} threads; {packages}. Others "
+        f"took up to {max(disturbances(report)):.0%} of the CPU during timings.",
+        "",
+        TABLES[report["benchmark"]](report["results"]),
+        "",
+        "| | measured | | |",
+        "|---|---|---|---|",
+    ]
+    for target in report["targets"]:
+        bound = "at least" if target["at_least"] else "at most"
+        verdict = "met" if target["met"] else "**not met**"
+        measured = f"{target['measured']:.3g}"
+        lines.append(f"| {target['name']} | {measured} | {bound} {target['limit']:g} | {verdict} |")
+    return "\n".join(lines)
+
+
+def disturbances(value: object) -> list[float]:
+    """All figures called `disturbance`, at any depth."""
+    if isinstance(value, list):
+        return [one for item in value for one in disturbances(item)]
+    if not isinstance(value, dict):
+        return []
+    own = value.get("disturbance", [])
+    own = list(own.values()) if isinstance(own, dict) else [own] if own != [] else []
+    return own + [one for item in value.values() for one in disturbances(item)]
+
+
+def main() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name in TABLES:
+        report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"(?<={begin}\n).*?(?={end})", re.DOTALL)
+        replacement = section(report) + "\n"
+        text, found = pattern.subn(lambda _, new=replacement: new, text)
+        if found != 1:
+            raise SystemExit(f"{DOCUMENT} must have one line {begin} and one line {end}")
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The quick forms of the benchmarks run, agree with the rivals, and report what they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import measure, research
+from benchmarks.performance import section
+from dwakd_plugin.loss.soft_dtw import soft_dtw
+
+ROOT = Path(__file__).parents[1]
+
+
+NAMES = ["soft_dtw", "objective", "gold"]
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Popen[str]]]:
+    """All three side by side: they mostly import. One thread: two would wait for each other."""
+    runs = {}
+    for name in NAMES:
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--threads", "1"]
+        out = tmp_path_factory.mktemp(name)
+        runs[name] = Popen(
+            [*command, "--out", str(out)], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True
+        )
+    yield runs
+    for run in runs.values():
+        run.kill()
+        run.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_form(name: str, quick_runs: dict[str, Popen[str]]) -> None:
+    run = quick_runs[name]
+    out, errors = run.communicate(timeout=180)
+    assert run.returncode == 0, errors
+    folder = Path(str(run.args[-1]))  # type: ignore[index]
+    report = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert report["benchmark"] == name and report["quick"]
+    assert f"benchmarks.{name} --quick" in report["command"]
+    assert report["hardware"]["cpu"] and report["hardware"]["cores"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    results = report["results"]
+    if name == "soft_dtw":
+        runs = [*results["seconds"].values(), *results["peak_bytes"].values()]
+    elif name == "objective":
+        runs = results["full"]["runs"].values()
+        assert max(results["agreement"].values()) < 1e-4
+    else:
+        runs = results["runs"].values()
+    assert runs and all(figure > 0 for figure in numbers(list(runs)))
+    assert out.strip() in section(report)
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
+
+
+def numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for one in value for number in numbers(one)]
+    assert isinstance(value, int | float)
+    return [value]
+
+
+def test_peak_memory_counts_what_a_run_allocates() -> None:
+    peak = measure.peak_memory(allocating, 64, threads=1, preload="torch")
+    assert 64 <= peak / measure.MIB < 80  # the two are freed in between; a little for the rest
+
+
+def allocating(mebibytes: int):  # type: ignore[no-untyped-def]
+    inputs = torch.ones(32 * measure.MIB // 4)
+
+    def run() -> float:
+        first = torch.ones(mebibytes * measure.MIB // 4).sum()
+        return float(first + torch.ones(mebibytes * measure.MIB // 4).sum() + inputs[0])
+
+    return run
+
+
+def test_rounds_alternate() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds, disturbance = measure.alternate(runs, 3)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert 0 <= disturbance <= 1
+    turns = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
+    assert turns == ["a", "b", "a", "b", "a", "b"][: len(turns)]
+
+
+@pytest.mark.parametrize("gamma", [0.1, 1.0])
+def test_the_research_style_rival_is_right(gamma: float) -> None:
+    """A rival that computes something else would be no rival."""
+    cost = 2 * torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)).double()
+    n, m = torch.tensor([20, 7, 1]), torch.tensor([24, 24, 3])
+    found = []
+    for function in (research.soft_dtw, soft_dtw):
+        leaf = cost.clone().requires_grad_()
+        values = function(leaf, n, m, gamma)
+        values.sum().backward()
+        found.append((values.detach(), leaf.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_target_is_met_or_not() -> None:
+    assert measure.target("faster", 12, 10, at_least=True)["met"]
+    assert not measure.target("smaller", 0.2, 0.15)["met"]
+    assert not measure.target("smaller", math.nan, 0.15)["met"]
