@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def run(
 ) -> None:
     """Exports, reports, and uploads where that is asked for. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # peft warns of merges into tied embeddings; whether one went well is measured here.
+    warnings.filterwarnings("ignore", module="peft")
     console = Console(stderr=json_output, highlight=False)
     with console.status("Starting") as status:
         from transformers.utils.logging import disable_progress_bar

@@ -230,7 +230,7 @@ def export(
     model unless --keep-adapter. The new folder is read back in a process of its own and compared
     with the run's student before it appears at DEST; on any error nothing is left there.
 
-    Computes in float32 on the CPU: 4 bytes of memory a parameter, twice while it is compared.
+    Computes in float32 on the CPU, which takes 4 bytes of memory a parameter.
     """
     from dwakd_cli.export import run as run_export
 

@@ -356,11 +356,14 @@ def _writes_here(launch: Launch) -> bool:
 
 
 def _how_to_go_on(launch: Launch, stopped_by: int) -> str:
-    name = signal.Signals(stopped_by).name
-    checkpoints = list(launch.output.glob("checkpoint-*/trainer_state.json"))
-    if checkpoints:
-        return f"Stopped by {name}. `--resume` goes on from the last checkpoint."
-    return f"Stopped by {name}, before the first checkpoint. {launch.output} can be removed."
+    words = [f"Stopped by {signal.Signals(stopped_by).name}."]
+    if any(launch.output.glob("*.safetensors")):
+        words.append(f"The student as it was then is in {launch.output}.")
+    if any(launch.output.glob("checkpoint-*/trainer_state.json")):
+        words.append("`--resume` goes on from the last checkpoint.")
+    else:
+        words.append("There is no checkpoint to go on from.")
+    return " ".join(words)
 
 
 def _facts(launch: Launch) -> dict[str, Any]:

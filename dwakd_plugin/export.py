@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,15 +85,20 @@ def export(
     """
     started = time.monotonic()
     student = find_student(run)
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", shard_size):
+        raise UserError(f"--shard-size is `{shard_size}`; write it like 500MB or 5GB.")
     if keep_adapter and not student.is_adapter:
         raise UserError(f"{run} holds a whole model, no adapter to keep. Leave --keep-adapter out.")
     with _new_folder(run, dest, force=force) as partial:
         say("Loading the student")
         tokenizer = _tokenizer(student, base_model, trust_remote_code)
         model, stored = _load(student, base_model, trust_remote_code)
+        if keep_adapter:
+            stored = _stored_dtype(student.folder)
         precision = stored if dtype == "auto" else PRECISIONS[dtype]
         ids = _probe_ids(tokenizer)
         reference = _logits(model, ids)
+        _complete_generation_config(model.generation_config, tokenizer)
         if not keep_adapter:
             if student.is_adapter:
                 say("Merging the adapter")
@@ -102,24 +108,25 @@ def export(
             parameters = sum(parameter.numel() for parameter in model.parameters())
             _check_space(dest, parameters * precision.itemsize)
             say("Writing the model")
-            _complete_generation_config(model.generation_config, tokenizer)
             with _writing_to(dest):
                 model.save_pretrained(partial, max_shard_size=shard_size)
         else:
             say("Writing the adapter")
             with _writing_to(dest):
-                parameters = _write_adapter(
-                    student, partial, base_model, None if dtype == "auto" else precision
-                )
+                parameters = _write_adapter(student, partial, base_model, precision)
         with _writing_to(dest):
             tokenizer.save_pretrained(partial)
+            model.generation_config.save_pretrained(partial)
         del model
         kind = "adapter" if keep_adapter else "merged" if student.is_adapter else "full"
-        tolerance = TOLERANCE[precision if not keep_adapter or dtype != "auto" else torch.float32]
-        tolerance = max(tolerance, MERGE_TOLERANCE if kind == "merged" else 0.0)
         say("Reading it back in a new process")
         check = _verify_in_new_process(
-            partial, tokenizer, ids, reference, tolerance, trust_remote_code
+            partial,
+            tokenizer,
+            ids,
+            reference,
+            _tolerance(kind, stored, precision),
+            trust_remote_code,
         )
         report = {
             "run": str(run),
@@ -283,13 +290,13 @@ def _base_name(student: Student) -> str:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The widest dtype among the stored weights."""
+    """The narrowest dtype that holds all stored weights."""
     found = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:
             found |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
-    order = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return next((dtype for name, dtype in order.items() if name in found), torch.float32)
+    sixteen = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return sixteen.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def _fit_vocabulary(model: Any, adapter: Path) -> None:
@@ -313,13 +320,12 @@ def _merged(model: Any) -> Any:
 
 
 def _write_adapter(
-    student: Student, folder: Path, base_model: str | None, dtype: torch.dtype | None
+    student: Student, folder: Path, base_model: str | None, dtype: torch.dtype
 ) -> int:
-    """The adapter as it is, or in another dtype; returns how many parameters it has."""
+    """The adapter in `dtype`, for the base model it belongs to; returns its parameters' number."""
     tensors = load_file(student.folder / ADAPTER_WEIGHTS)
-    size = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values())
-    _check_space(folder, size)
-    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    _check_space(folder, sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = json.loads((student.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = base_model or config["base_model_name_or_path"]
@@ -468,6 +474,13 @@ def _logits(model: Any, ids: list[int]) -> Tensor:
     return logits
 
 
+def _tolerance(kind: str, stored: torch.dtype, precision: torch.dtype) -> float:
+    """How far an export's logits may be from the run's: not at all where no weight was rounded."""
+    if kind == "merged":
+        return max(MERGE_TOLERANCE, TOLERANCE[precision])
+    return 0.0 if precision in (stored, torch.float32) else TOLERANCE[precision]
+
+
 def _compare(what: str, found: Tensor, reference: Tensor, tolerance: float) -> dict[str, float]:
     """Raises UserError where two students' logits differ by more than the tolerance, relatively."""
     difference = found - reference
@@ -505,7 +518,7 @@ def _verify_in_new_process(
             "trust_remote_code": trust_remote_code,
         }
         result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "dwakd_plugin.export"],
+            [sys.executable, "-P", "-W", "ignore", "-m", "dwakd_plugin.export"],
             input=json.dumps(request),
             capture_output=True,
             text=True,

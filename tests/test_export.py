@@ -190,6 +190,7 @@ def test_lora_is_kept(lora_run: Path, lab: Path, tmp_path: Path) -> None:
     assert load_file(dest / "adapter_model.safetensors").keys() == (
         load_file(lora_run / "adapter_model.safetensors").keys()
     )
+    assert (dest / "generation_config.json").is_file()
     base = AutoModelForCausalLM.from_pretrained(lab / "student")
     base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(dest)), mean_resizing=False)
     found = logits_of(dest, PeftModel.from_pretrained(base, dest))
@@ -219,6 +220,10 @@ def test_a_killed_export_leaves_no_model(full_run: Path, tmp_path: Path) -> None
     )
     assert 0 < report["verification"]["relative_logit_difference"] < 0.05
     assert json.loads((dest / "config.json").read_text())["dtype"] == "bfloat16"
+    sign(dest, "student")  # as if it had been trained in bfloat16: nothing is left to be rounded
+    again = export(dest, tmp_path / "again")
+    assert again["dtype"] == "bfloat16"
+    assert again["verification"]["max_logit_difference"] == again["verification"]["tolerance"] == 0
 
 
 @pytest.mark.usefixtures("one_process")
@@ -321,6 +326,8 @@ def test_what_is_no_whole_run(full_run: Path, lora_run: Path, tmp_path: Path) ->
     shutil.copytree(full_run, foreign, ignore=shutil.ignore_patterns("dwakd"))
     with pytest.raises(UserError, match="is no run of dwakd"):
         find_student(foreign)
+    with pytest.raises(UserError, match="--shard-size is `2`; write it like 500MB"):
+        export(full_run, tmp_path / "student", shard_size="2")
     with pytest.raises(UserError, match="no adapter to keep"):
         export(full_run, tmp_path / "student", keep_adapter=True)
 

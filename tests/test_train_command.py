@@ -245,7 +245,9 @@ def test_a_run_is_interrupted_and_resumed(
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 130, output
-    assert "Stopped by SIGINT. `--resume` goes on" in output
+    words = " ".join(output.split())  # the message wraps
+    assert "Stopped by SIGINT. The student as it was then is in out." in words
+    assert "`--resume` goes on from the last checkpoint." in words
     assert "Traceback" not in output
     assert (out / "model.safetensors").is_file()
     assert file.read_text() == yaml.safe_dump(settings)
