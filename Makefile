@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test lint constraints
+.PHONY: setup demo test lint bench constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -26,6 +26,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Rivals go into the same environment: they are alternated with in one process. About 40 minutes.
+bench: setup
+	$(BIN)/pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks.soft_dtw
+	$(BIN)/python -m benchmarks.objective
+	$(BIN)/python -m benchmarks.gold
+	$(BIN)/python -m benchmarks.performance
 
 constraints:
 	(echo '# Versions that are known to work together (Python 3.11). Made by `make constraints`.'; \

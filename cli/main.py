@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 import dwakd_plugin
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 
 app = typer.Typer(
     name="dwakd",

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dwakd_plugin.errors import UserError as UserError
+
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
 ]
@@ -29,10 +31,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dskd_banded_dtw": {"loss": {"student_weighting": "none", "teacher_weighting": "none"}},
     "no_gate": {"loss": {"student_weighting": "entropy"}},
 }
-
-
-class UserError(Exception):
-    """A mistake in the recipe or its surroundings: what is wrong, and what to do about it."""
 
 
 class _Block(BaseModel):
