@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Cross-tokenizer knowledge distillation for axolotl.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -114,9 +114,10 @@ class DWAKDPlugin(BasePlugin):
             self._trainer.end_distillation()
 
     def post_train_unload(self, cfg: DictDefault) -> None:
-        if self._trainer is not None:
-            LOG.info("%s", final_words(cfg))
-            self._trainer = None
+        if self._trainer is not None and self._trainer.args.should_save:
+            # axolotl has left the process group by now, which its logger would ask for the rank.
+            LOG.info("%s", final_words(cfg), main_process_only=False)
+        self._trainer = None
 
 
 def _settings(cfg: DictDefault) -> DWAKDConfig | None:
