@@ -26,7 +26,7 @@ from rich.table import Table
 from dwakd_cli import embedded
 from dwakd_plugin.config import UserError
 
-TRAIN_ROWS = 400
+TRAIN_ROWS = 300
 HELD_OUT_ROWS = 120
 VOCABULARY = 4096
 STUDENT = {"hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 704, "seed": 7}

@@ -28,7 +28,7 @@ HEAD_MASS = 0.5  # μ of adaptive KL: probability mass that makes up the target'
 # most so many. About eight tensors of that size live at once. Of all memory, not of what is free: a
 # run and its resumed half must cut the same chunks to agree bit for bit.
 AUTO_CHUNK_SHARE = 1 / 256
-AUTO_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+AUTO_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def tokens_per_chunk(
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    elements = min(int(memory * AUTO_CHUNK_SHARE) // 4, AUTO_CHUNK_ELEMENTS.get(device.type, 2**23))
+    elements = min(int(memory * AUTO_CHUNK_SHARE) // 4, AUTO_CHUNK_ELEMENTS.get(device.type, 2**24))
     return max(1, elements // vocab_size)
 
 
