@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ def _options(
     ] = False,
 ) -> None:
     """`debug` and `version` act before any subcommand runs."""
+    # They warn at import of kernels that this machine has no use for.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @app.command(
