@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -208,7 +209,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     for column in columns:
         samples.add_column(column, overflow="fold")
     for answer in report["answers"]:
-        samples.add_row(answer["question"], *(answer[column].strip() for column in columns))
+        texts = (shorten(answer[column], 160, placeholder=" …") for column in columns)
+        samples.add_row(answer["question"], *texts)
     console.print(samples)
     gain = bits["student after SFT"] - bits["student after DWA-KD"]
     verdict = (
