@@ -123,6 +123,76 @@ def train(
 
 
 @app.command(
+    epilog="Example:  dwakd warmup recipe.yml --epochs 5 --plot warmup.png",
+)
+def warmup(
+    recipe: Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of the teacher; goes before the recipe's."),
+    ] = None,
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Hold the teacher in 8 bit.")
+    ] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Hold the teacher in 4 bit (nf4).")
+    ] = False,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="Folder for the teacher's hidden states.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most.")] = 10,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Stop after so many epochs that improve nothing.")
+    ] = 2,
+    teacher_space: Annotated[
+        bool,
+        typer.Option("--teacher-space", help="Train s2t too, on the teacher-space KL; dear."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The file.", show_default="OUTPUT_DIR-projectors.safetensors"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the course of training (PNG).")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train again, and replace what lies at --output.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Train the projectors with both models frozen, before distillation begins.
+
+    Each model reads each row once; every epoch after that trains on the states kept. Stops early
+    on held-out rows (the recipe's, else 5 % of the data) and keeps the best epoch's projectors, for
+    `dwakd.projectors.path` of the recipe.
+
+    What is finished and has the same models, rows and settings is not repeated. Ctrl-C exits with
+    130, and the same command then goes on after the last whole epoch.
+    """
+    from dwakd_cli.warmup import run
+
+    given = {
+        "base_model": teacher,
+        "load_in_8bit": load_in_8bit or None,
+        "load_in_4bit": load_in_4bit or None,
+        "cache": str(teacher_cache) if teacher_cache else None,
+    }
+    run(
+        recipe,
+        teacher={key: value for key, value in given.items() if value is not None},
+        epochs=epochs,
+        patience=patience,
+        teacher_space=teacher_space,
+        output=output,
+        plot=plot,
+        force=force,
+        json_output=json_output,
+    )
+
+
+@app.command(
     epilog="Example:  dwakd quickstart --folder /tmp/quickstart",
 )
 def quickstart(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, para
 from dwakd_plugin.config import DWAKDConfig, UserError
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.preflight import RUN_FILE, run_facts, run_identity
-from dwakd_plugin.projectors import Projectors, load_projectors, shared_vocabulary_init
+from dwakd_plugin.projectors import (
+    Projectors,
+    head_signature,
+    load_projectors,
+    shared_vocabulary_init,
+)
 from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
 from dwakd_plugin.tokenizer_pair import shared_vocabulary
 from dwakd_plugin.trainer import Distillation
@@ -51,6 +57,8 @@ def assemble(
     pair = {
         "student": str(cfg.base_model),
         "teacher": config.teacher.base_model,
+        "student_head": head_signature(output_head(student).weight),
+        "teacher_head": head_signature(teacher.head.weight),
     }
     shared = shared_vocabulary(teacher_tokenizer, trainer.processing_class)
     projectors, how = _projectors(config, student, teacher, shared, pair, int(cfg.seed or 42))
@@ -155,7 +163,8 @@ def _progress(title: str, unit: str) -> Any:
 
     def show(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(total=total, desc=title, unit=unit))
+            # The terminal itself: where axolotl is kept quiet, what takes long still shows.
+            bar.append(tqdm(total=total, desc=title, unit=unit, file=sys.__stderr__))
         bar[0].update(done - bar[0].n)
         if done >= total:
             bar[0].close()

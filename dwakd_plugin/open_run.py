@@ -64,7 +64,9 @@ def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator
                 from dwakd_plugin.projectors import load_projectors
                 from dwakd_plugin.trainer import PROJECTOR_FILE
 
+                # The file has the signature of the head that the run began with.
                 pair = distillation.pair | {"student": str(recipe["base_model"])}
+                del pair["student_head"]
                 load_projectors(distillation.projectors, checkpoint / PROJECTOR_FILE, pair)
                 distillation.pair = pair
             yield OpenRun(cfg, config, trainer, distillation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from dwakd_plugin.config import UserError
 # raw g; on the measured pair a smaller map starts better calibrated and learns as fast.
 T2S_SCALE = 0.3
 RIDGE = 1e-3
+# bfloat16 moves a row's norm by less than half a percent.
+SIGNATURE_TOLERANCE = 0.01
 
 
 class Projectors(nn.Module):
@@ -112,19 +116,15 @@ def save_projectors(projectors: dict[str, Tensor], file: Path, metadata: dict[st
 def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]) -> None:
     """Reads projectors that `save_projectors` wrote for the same pair of models.
 
-    Raises UserError where the file is missing, damaged, or belongs to another pair: `metadata`
-    must agree in every entry that both have.
+    Raises UserError where the file is missing, damaged, or belongs to another pair. Of each entry
+    of `metadata` that the file has too: `student` and `teacher` must be the same names, unless both
+    have that model's `head_signature` (`student_head`, `teacher_head`), which then decides.
     """
-    try:
-        with safe_open(file, framework="pt") as stored:
-            found = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"The projectors {file} cannot be read: {error}") from error
+    tensors, found = read_projectors(file)
     differing = [
         f"  {key}: {found[key]} in the file, {value} in this run"
         for key, value in metadata.items()
-        if key in found and found[key] != value
+        if key in found and not _agree(key, found, metadata)
     ]
     expected = {name: tuple(tensor.shape) for name, tensor in projectors.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -135,3 +135,36 @@ def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]
             f"The projectors {file} belong to another pair of models:\n" + "\n".join(differing)
         )
     projectors.load_state_dict(tensors)
+
+
+def read_projectors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of `save_projectors`. Raises UserError where it is none."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return tensors, stored.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The projectors {file} cannot be read: {error}") from error
+
+
+def head_signature(head: Tensor) -> str:
+    """Tells one model's head (V, d) from another's: its shape and the norms of eight rows.
+
+    The same model has the same signature wherever it lies, and to `SIGNATURE_TOLERANCE` in whatever
+    precision it is held.
+    """
+    rows = torch.linspace(0, head.shape[0] - 1, 8, device=head.device).long()
+    norms = head.detach()[rows].float().norm(dim=1).tolist()
+    return json.dumps([*head.shape, *(float(f"{norm:.5g}") for norm in norms)])
+
+
+def _agree(key: str, found: dict[str, str], given: dict[str, str]) -> bool:
+    """Whether an entry of two files' metadata stands for the same model."""
+    if key.endswith("_head"):
+        theirs, ours = json.loads(found[key]), json.loads(given[key])
+        return len(theirs) == len(ours) and all(
+            math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE)
+            for a, b in zip(theirs, ours, strict=True)
+        )
+    head = f"{key}_head"
+    return (head in found and head in given) or found[key] == given[key]

@@ -22,17 +22,21 @@ def student_states(
     """What the loss needs of the student, for a collated batch; one forward through its body.
 
     `batch` holds what the collator found out about positions; input_ids, attention_mask and labels
-    are (B, L), and further inputs go to the body as they are.
+    are (B, L), and further inputs go to the body as they are. Where `batch` has `student_hidden`
+    (B, S, d), the states at those positions are known and the body is left alone.
     """
     positions, lengths = batch["student_positions"], batch["student_lengths"]
     table = embedding_table(student)
     targets = gather_positions(labels, positions + 1)
     real = torch.arange(positions.shape[1], device=positions.device) < lengths.unsqueeze(1)
-    hidden = hidden_states(student, input_ids, attention_mask, **inputs)
+    hidden = batch.get("student_hidden")
+    if hidden is None:
+        hidden = hidden_states(student, input_ids, attention_mask, **inputs)
+        hidden = gather_positions(hidden, positions)
     return ResponseStates(
         input_embeds=table(gather_positions(input_ids, positions)),
         target_embeds=table(gather_positions(input_ids, positions + 1)),
-        hidden=gather_positions(hidden, positions),
+        hidden=hidden,
         lengths=lengths,
         head=output_head(student),
         labels=targets.where(real, -100),
