@@ -1,10 +1,10 @@
-"""What the projectors' initialisation is worth, on a real pair: at the start and after 50 steps.
+"""What the projectors' initialisation is worth, on a real pair: at the start and after an epoch.
 
     python -m benchmarks.projector_init --folder quickstart
 
 The pair is the quickstart's: SmolLM2-135M-Instruct and a student of 5M parameters that has read
-Python's documentation (prepared in the folder, unless it is there). One epoch of `dwakd warmup` is
-50 steps of 8 rows; figures are of the quickstart's held-out rows. Prints a Markdown table.
+Python's documentation (prepared in the folder, unless it is there). Trains one epoch of
+`dwakd warmup`; figures are of the quickstart's held-out rows. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     quickstart.prepare(folder)
     quickstart.train(folder, "pretrain", lambda done, total: None)
-    print("| init | seed | t2s CE, step 0 | accuracy | t2s CE, step 50 | accuracy |")
-    print("|---|---|---|---|---|---|")
+    print("| init | seed | t2s CE at the start | accuracy | steps | t2s CE after them | accuracy |")
+    print("|---|---|---|---|---|---|---|")
     for init, seed in [("shared_vocab", 7), *(("random", 7 + each) for each in range(seeds))]:
         report = warmed_up(folder, init, seed)
         (after,) = report["history"]
@@ -41,7 +41,8 @@ def main(
             f"{line['t2s_ce']:.2f} | {line['t2s_accuracy']:.1%}"
             for line in (report["before"], after)
         ]
-        print(f"| {init} | {seed} | {' | '.join(figures)} |", flush=True)
+        steps = -(-report["rows"]["train"] // report["settings"]["batch_size"])
+        print(f"| {init} | {seed} | {figures[0]} | {steps} | {figures[1]} |", flush=True)
 
 
 def warmed_up(folder: Path, init: str, seed: int) -> dict[str, Any]:
