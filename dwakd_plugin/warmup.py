@@ -201,6 +201,7 @@ class FrozenPair:
         self.student.eval()
         pending: dict[str, Tensor] = {}
         done = 0
+        progress(done, len(keys))
         while done < len(keys):
             length = len(missing[keys[done]]["input_ids"])
             batch_keys = keys[done : done + max(1, tokens_per_batch // length)]
@@ -272,6 +273,7 @@ def train_projectors(
     """
     optimizer = _optimizer(projectors, config)
     steps = -(-len(rows) // batch_size)
+    progress(0, epochs * steps)
     if state_file.is_file():
         course, best = _load_state(state_file, projectors, optimizer)
     else:
