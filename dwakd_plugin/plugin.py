@@ -15,6 +15,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from transformers import set_seed
 
 from dwakd_plugin.config import DWAKDConfig, UserError, parse_recipe
 from dwakd_plugin.preflight import check_output_folder, check_recipe
@@ -79,6 +80,11 @@ class DWAKDPlugin(BasePlugin):
             datasets = load_datasets(cfg=cfg)
         self._rows = rows
         return datasets
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        # axolotl seeds later, with its trainer: a new LoRA would differ from run to run.
+        if _settings(cfg) is not None:
+            set_seed(cfg.seed or 42)
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         if _settings(cfg) is None:
