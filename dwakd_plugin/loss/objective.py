@@ -238,16 +238,12 @@ def dwakd_loss(
     distill, warp = loss.kd_weight > 0, loss.dtw_weight > 0
     if min(*student.hidden.shape[:2], teacher.hidden.shape[1]) == 0:
         distill = warp = False
-    # A sample with one side only has no positions in the two-sided terms.
-    paired = (student.lengths > 0) & (teacher.lengths > 0)
-    student_lengths, teacher_lengths = student.lengths * paired, teacher.lengths * paired
-    dtype = torch.promote_types(student.hidden.dtype, teacher.hidden.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    student_lengths, teacher_lengths = _paired_lengths(student, teacher)
+    dtype = _dtype(student, teacher)
 
     sums: dict[str, Tensor] = {}
     if distill or warp:
-        student_side = _side(student, student_lengths, dtype)
-        teacher_side = _side(teacher.detached(), teacher_lengths, dtype)
+        student_side, teacher_side = _sides(student, teacher)
         # Autocast would take the attention and the costs back to half precision (D3).
         with torch.autocast(student.hidden.device.type, enabled=False):
             if distill or soft_dtw.band:
@@ -300,6 +296,57 @@ def dwakd_loss(
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """How the tokens of a batch align in the loss, as constants.
+
+    attention     (B, S, T)  A: where each student position looks, rows summing to 1
+    inside        (B, S, T)  bool, the cells within the band; None where there is no band
+    hidden_path   (B, S, T)  E of the pair (h, t2s(g))
+    embed_path    (B, S, T)  E of the pair (e_tgt, embed_t2s(f_tgt))
+
+    E = ∂ sDTW / ∂ cost is the expected alignment: E_ij is the probability that a path drawn with
+    weight exp(−cost / γ) goes through the cell (i, j). All are 0 (or False) at padding.
+    """
+
+    attention: Tensor
+    inside: Tensor | None
+    hidden_path: Tensor
+    embed_path: Tensor
+
+
+@torch.no_grad()
+def alignment_of(
+    student: ResponseStates,
+    teacher: ResponseStates,
+    projectors: ProjectorSet,
+    *,
+    soft_dtw: SoftDTWConfig = DEFAULT_SOFT_DTW,
+    gamma: float | None = None,
+) -> Alignment:
+    """The alignment that `dwakd_loss` computes within, for pictures: same arguments, same steps."""
+    student_side, teacher_side = _sides(student, teacher)
+    student_lengths, teacher_lengths = student_side.lengths, teacher_side.lengths
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        attention, _ = _attend(student_side, teacher_side, projectors)
+        inside, penalty = None, None
+        if soft_dtw.band:
+            inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+            penalty = band_penalty(inside, soft_dtw, attention.dtype).repeat(2, 1, 1)
+        x, y = _sequence_pairs(student_side, teacher_side, projectors)
+        cost = _cost_between(_unit(x), _unit(y), penalty)
+        with torch.enable_grad():
+            distances = soft_dtw_distance(
+                cost.requires_grad_(),
+                student_lengths.repeat(2),
+                teacher_lengths.repeat(2),
+                soft_dtw.gamma_start if gamma is None else gamma,
+            )
+            (path,) = torch.autograd.grad(distances.sum(), cost)
+    hidden_path, embed_path = path.chunk(2)
+    return Alignment(attention, inside, hidden_path, embed_path)
+
+
+@dataclass(frozen=True)
 class _Side:
     """One model's states in the loss's dtype, zero at padding, of the samples with both sides."""
 
@@ -308,6 +355,28 @@ class _Side:
     hidden: Tensor
     lengths: Tensor  # (B,)
     valid: Tensor  # (B, L)
+
+
+def _paired_lengths(student: ResponseStates, teacher: ResponseStates) -> tuple[Tensor, Tensor]:
+    """Lengths (B,) of both sides, in two-sided terms: 0 where a sample has one side only."""
+    paired = (student.lengths > 0) & (teacher.lengths > 0)
+    return student.lengths * paired, teacher.lengths * paired
+
+
+def _dtype(student: ResponseStates, teacher: ResponseStates) -> torch.dtype:
+    """float32 at least (D3)."""
+    dtype = torch.promote_types(student.hidden.dtype, teacher.hidden.dtype)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _sides(student: ResponseStates, teacher: ResponseStates) -> tuple[_Side, _Side]:
+    """Both sides of what is both's; the teacher's without a graph."""
+    student_lengths, teacher_lengths = _paired_lengths(student, teacher)
+    dtype = _dtype(student, teacher)
+    return (
+        _side(student, student_lengths, dtype),
+        _side(teacher.detached(), teacher_lengths, dtype),
+    )
 
 
 def _side(states: ResponseStates, lengths: Tensor, dtype: torch.dtype) -> _Side:
@@ -485,6 +554,12 @@ def _unit(states: Tensor) -> Tensor:
     return torch.where(norm > 0, states / norm.where(norm > 0, 1.0), 0.0)
 
 
+def _cost_between(x: Tensor, y: Tensor, penalty: Tensor | None) -> Tensor:
+    """1 − cos(x_i, y_j) of unit vectors x (B, S, F), y (B, T, F), and the band's penalty."""
+    cost = 1 - x @ y.transpose(1, 2)
+    return cost if penalty is None else cost + penalty
+
+
 def normalised_soft_dtw(
     x: Tensor,
     y: Tensor,
@@ -500,19 +575,16 @@ def normalised_soft_dtw(
     Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
     """
     x, y = _unit(x), _unit(y)
-    cost = 1 - x @ y.transpose(1, 2)
-    if penalty is not None:
-        cost = cost + penalty
-    across = soft_dtw_distance(cost, x_lengths, y_lengths, gamma)
+    across = soft_dtw_distance(_cost_between(x, y, penalty), x_lengths, y_lengths, gamma)
     x_self = soft_dtw_distance(1 - x @ x.transpose(1, 2), x_lengths, x_lengths, gamma)
     y_self = soft_dtw_distance(1 - y @ y.transpose(1, 2), y_lengths, y_lengths, gamma)
     return across - 0.5 * (x_self + y_self)
 
 
-def _sequence_level(
-    student: _Side, teacher: _Side, projectors: ProjectorSet, penalty: Tensor | None, gamma: float
-) -> dict[str, Tensor]:
-    """Σ nDTW(h, t2s(g)) and Σ nDTW(e_tgt, embed_t2s(f_tgt)), one batch of both pairs (Eq. 25)."""
+def _sequence_pairs(
+    student: _Side, teacher: _Side, projectors: ProjectorSet
+) -> tuple[Tensor, Tensor]:
+    """Student's (2B, S, d) and teacher's (2B, T, d) sequences: hidden states, then embeddings."""
     x = torch.cat([student.hidden, student.target_embeds])
     y = torch.cat(
         [
@@ -520,6 +592,14 @@ def _sequence_level(
             _project(projectors.embed_t2s, teacher.target_embeds),
         ]
     )
+    return x, y
+
+
+def _sequence_level(
+    student: _Side, teacher: _Side, projectors: ProjectorSet, penalty: Tensor | None, gamma: float
+) -> dict[str, Tensor]:
+    """Σ nDTW(h, t2s(g)) and Σ nDTW(e_tgt, embed_t2s(f_tgt)), one batch of both pairs (Eq. 25)."""
+    x, y = _sequence_pairs(student, teacher, projectors)
     distances = normalised_soft_dtw(
         x,
         y,
