@@ -205,7 +205,7 @@ def quickstart(
 ) -> None:
     """Distil a real teacher into a small student on this machine's CPU, in minutes.
 
-    Prepares SmolLM2-135M-Instruct as the teacher and a 5M-parameter student with a tokenizer of its
+    Prepares SmolLM2-135M-Instruct as the teacher and a 4M-parameter student with a tokenizer of its
     own, takes Python's own documentation as data, and trains with axolotl: once without a teacher,
     once with. Ends with a table of the student's held-out loss before and after each. A second call
     goes on where the first one stopped.
@@ -266,6 +266,59 @@ def check(
     )
     if strict and verdict == "poor":
         raise typer.Exit(3)
+
+
+@app.command(
+    epilog="Example:  dwakd align recipe.yml --checkpoint outputs/dwakd --before --sample 3",
+)
+def align(
+    recipe: Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")],
+    sample: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Which sample of the evaluation set (of the training set, where there is none), "
+            "from 1; may be repeated.",
+            show_default="1",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A run's output folder or checkpoint: align as it does after training."),
+    ] = None,
+    before: Annotated[
+        bool, typer.Option("--before", help="With --checkpoint: before training too, beside it.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Draw so many tokens a side.")] = 80,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the pictures (PNG) and the page (HTML).")
+    ] = Path("alignment"),
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of the teacher; goes before the recipe's."),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Draw how the tokens of a sample align between student and teacher.
+
+    Shows the cross-model attention, the band around it, and the expected soft-DTW paths of the
+    hidden states and of the embeddings, each student token against each teacher token. Loads both
+    models as training would, and trains nothing.
+    """
+    from dwakd_cli.align import run
+
+    run(
+        recipe,
+        teacher=teacher,
+        samples=sample or [],
+        checkpoint=checkpoint,
+        before=before,
+        tokens=tokens,
+        output=output,
+        json_output=json_output,
+    )
 
 
 @app.command(

@@ -48,7 +48,7 @@ def run(folder: Path, *, json_output: bool) -> None:
     console.print(
         Panel(
             "Teacher  SmolLM2-135M-Instruct, with its own tokenizer\n"
-            "Student  a Llama of 5M parameters with a tokenizer trained on the data\n"
+            "Student  a Llama of 4M parameters with a tokenizer trained on the data\n"
             "Data     questions about the Python standard library, answered by its documentation\n"
             f"Folder   {folder.resolve()}",
             title="dwakd quickstart",

@@ -16,13 +16,15 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
     student = trainer.model
     lm = causal_lm(student)
     projectors = sum(parameter.numel() for parameter in distillation.projectors.parameters())
+    # A submodule of what trains: under LoRA that is not the model itself.
+    own = lm.num_parameters() - (projectors if lm is student else 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad) - projectors
     loss, dtw = config.loss, config.soft_dtw
     evaluated = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
         "teacher": f"{config.teacher.base_model}: {_count(teacher.parameters)}, "
         f"{teacher.precision}, attention {teacher.attention}",
-        "student": f"{cfg.base_model}: {_count(lm.num_parameters() - projectors)}, "
+        "student": f"{cfg.base_model}: {_count(own)}, "
         f"{_count(trained)} trained ({cfg.adapter or 'full fine-tuning'}), "
         f"{str(lm.dtype).removeprefix('torch.')}, attention "
         f"{lm.config._attn_implementation}, on {student.device}",
