@@ -89,7 +89,7 @@ def _step(
     return terms
 
 
-def _both_sides(
+def both_sides(
     student: Any, teacher: Teacher, inputs: dict[str, Tensor]
 ) -> tuple[ResponseStates, ResponseStates]:
     """What the loss needs of both models for a collated batch."""
@@ -144,7 +144,7 @@ def warm_up(
     try:
         batches = _batches(dataset, collator, batch_size, seed)
         for step in range(steps):
-            sides = _both_sides(student, teacher, next(batches))
+            sides = both_sides(student, teacher, next(batches))
             terms = _step(projectors, optimizer, *sides, config)
             figures.append(
                 torch.stack([terms.t2s_ce.detach(), terms.t2s_correct, terms.distilled_tokens])
@@ -206,7 +206,7 @@ class FrozenPair:
             length = len(missing[keys[done]]["input_ids"])
             batch_keys = keys[done : done + max(1, tokens_per_batch // length)]
             inputs = self.collator([missing[key] for key in batch_keys])
-            states, _ = _both_sides(self.student, self.teacher, inputs)
+            states, _ = both_sides(self.student, self.teacher, inputs)
             counts = states.lengths.tolist()
             for key, hidden, count in zip(batch_keys, states.hidden, counts, strict=True):
                 pending[key] = hidden[:count].clone()
@@ -226,7 +226,7 @@ class FrozenPair:
             for row in rows
         ]
         inputs["student_hidden"] = pad_sequence(known, batch_first=True)
-        return _both_sides(self.student, self.teacher, inputs)
+        return both_sides(self.student, self.teacher, inputs)
 
 
 @dataclass

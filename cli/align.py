@@ -1,0 +1,229 @@
+"""`dwakd align`: how a sample's tokens align, before training or after."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from dwakd_cli.train import read_recipe, with_distillation
+from dwakd_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from dwakd_cli.alignment_picture import AlignedSample
+
+BEFORE = "before training"
+PAGE = "alignment.html"
+
+
+def run(
+    recipe_file: Path,
+    *,
+    teacher: str | None,
+    samples: Sequence[int],
+    checkpoint: Path | None,
+    before: bool,
+    tokens: int,
+    output: Path,
+    json_output: bool,
+) -> None:
+    """Aligns the samples in each state, reports, and writes a PNG a sample and one HTML page.
+
+    Raises UserError where the recipe, the checkpoint, a sample or the output folder will not do.
+    """
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    console = Console(stderr=json_output, highlight=False)
+    given = {} if teacher is None else {"base_model": teacher}
+    recipe, changes = with_distillation(read_recipe(recipe_file), given)
+    recipe = without_an_empty_cache(recipe)
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # before models are loaded for nothing
+    except OSError as error:
+        raise UserError(f"The folder {output} cannot be made: {error.strerror}") from error
+    for change in changes:
+        console.print(change, style="yellow", markup=False)
+    states: dict[str, Path | None] = {}
+    if before or checkpoint is None:
+        states[BEFORE] = None
+    if checkpoint is not None:
+        states[checkpoint.resolve().name] = checkpoint
+    numbers = list(dict.fromkeys(samples)) or [1]
+    facts: dict[str, Any] = {}
+    aligned: list[AlignedSample] = []
+    for state, folder in states.items():
+        with console.status(f"Loading both models: {state}"):
+            facts, found = align(recipe, folder, numbers, state)
+        aligned = [
+            replace(sample, states=earlier.states | sample.states)
+            for earlier, sample in zip(aligned or found, found, strict=True)
+        ]
+    report = write(output, facts, aligned, tokens)
+    if json_output:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report, aligned, tokens, console)
+
+
+def without_an_empty_cache(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without a teacher cache that is yet to be filled: it would be, with every row."""
+    from dwakd_plugin.teacher_cache import INDEX
+
+    block = recipe.get("dwakd")
+    own = block.get("teacher") if isinstance(block, dict) else None
+    if not isinstance(own, dict) or not isinstance(own.get("cache"), str):
+        return recipe
+    if (Path(own["cache"]) / INDEX).is_file():
+        return recipe
+    return recipe | {"dwakd": {**recipe["dwakd"], "teacher": own | {"cache": None}}}
+
+
+def align(
+    recipe: dict[str, Any], checkpoint: Path | None, numbers: Sequence[int], state: str
+) -> tuple[dict[str, Any], list[AlignedSample]]:
+    """Who and with which γ, and the samples as they align in one state.
+
+    Samples are numbered from 1 in the evaluation set, or in the training set where there is none.
+    γ is that of training's end, in every state, so that states compare.
+    """
+    from dwakd_cli.alignment_picture import AlignedSample, token_texts
+    from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, load_teacher_tokenizer
+    from dwakd_plugin.loss import Alignment, alignment_of
+    from dwakd_plugin.open_run import open_run
+    from dwakd_plugin.warmup import both_sides
+
+    with open_run(recipe, checkpoint) as opened:
+        trainer, distillation = opened.trainer, opened.distillation
+        soft_dtw = opened.config.soft_dtw
+        held_out = trainer.eval_dataset is not None
+        dataset = trainer.eval_dataset if held_out else trainer.train_dataset
+        name = "evaluation" if held_out else "training"
+        teacher_tokenizer = load_teacher_tokenizer(opened.config.teacher)
+        trainer.model.eval()
+        found = []
+        for number in numbers:
+            if not 1 <= number <= len(dataset):
+                raise UserError(
+                    f"--sample {number}: the {name} set has {len(dataset)} samples. Give a number "
+                    f"from 1 to {len(dataset)}."
+                )
+            row = dataset[number - 1]
+            inputs = trainer.data_collator([row])
+            student, teacher = both_sides(trainer.model, distillation.teacher, inputs)
+            if min(int(student.lengths), int(teacher.lengths)) == 0:
+                raise UserError(
+                    f"--sample {number} has no response token for one of the models, so nothing "
+                    "aligns. Choose another."
+                )
+            alignment = alignment_of(
+                student,
+                teacher,
+                distillation.projectors,
+                soft_dtw=soft_dtw,
+                gamma=soft_dtw.gamma_end,
+            )
+            if not bool(
+                alignment.attention.isfinite().all() & alignment.hidden_path.isfinite().all()
+            ):
+                raise UserError(
+                    f"The alignment of sample {number} ({state}) is not finite: a model or the "
+                    "projectors hold NaN or infinity."
+                )
+            matrices = {
+                key: None if value is None else value[0].cpu()
+                for key, value in vars(alignment).items()
+            }
+            found.append(
+                AlignedSample(
+                    number=number,
+                    source=f"{name} set, {distillation.rows.locate(int(row[SOURCE_COLUMN]))}",
+                    student_tokens=token_texts(
+                        trainer.processing_class, _response(row["input_ids"], row["labels"])
+                    ),
+                    teacher_tokens=token_texts(
+                        teacher_tokenizer,
+                        _response(row["teacher_input_ids"], row["teacher_labels"]),
+                    ),
+                    states={state: Alignment(**matrices)},
+                )
+            )
+        facts = {
+            "student": str(recipe["base_model"]),
+            "teacher": distillation.pair["teacher"],
+            "gamma": soft_dtw.gamma_end,
+            "samples_in_set": len(dataset),
+        }
+        return facts, found
+
+
+def _response(ids: Any, labels: Any) -> list[int]:
+    """The tokens that are predicted at response positions, in order."""
+    return [int(token) for token, label in zip(ids[1:], labels[1:], strict=True) if label != -100]
+
+
+def write(
+    output: Path, facts: dict[str, Any], samples: Sequence[AlignedSample], tokens: int
+) -> dict[str, Any]:
+    """Writes the pictures; returns what `--json` prints."""
+    from dwakd_cli.alignment_picture import (
+        html_page,
+        png_image,
+        state_figures,
+        token_summaries,
+    )
+    from dwakd_plugin.files import replace_file
+
+    drawn = [(sample, png_image(sample, tokens)) for sample in samples]
+    files = {sample.number: output / f"sample-{sample.number}.png" for sample in samples}
+    try:
+        for sample, image in drawn:
+            replace_file(files[sample.number], image)
+        replace_file(output / PAGE, html_page(facts, drawn, tokens))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written to: {error.strerror}") from error
+    return {
+        **facts,
+        "samples": [
+            {
+                "sample": sample.number,
+                "source": sample.source,
+                "student_tokens": len(sample.student_tokens),
+                "teacher_tokens": len(sample.teacher_tokens),
+                "png": str(files[sample.number]),
+                "states": {
+                    state: {
+                        **state_figures(alignment),
+                        "tokens": token_summaries(sample, alignment, 3),
+                    }
+                    for state, alignment in sample.states.items()
+                },
+            }
+            for sample in samples
+        ],
+        "html": str(output / PAGE),
+    }
+
+
+def show(
+    report: dict[str, Any], samples: Sequence[AlignedSample], tokens: int, console: Console
+) -> None:
+    from dwakd_cli.alignment_picture import terminal_table, what_is_drawn
+
+    for sample, reported in zip(samples, report["samples"], strict=True):
+        console.print(terminal_table(sample, tokens, console.width))
+        console.print(f"Drawn: {what_is_drawn(sample, tokens)}")
+        for state, figures in reported["states"].items():
+            words = f"{state}: attention entropy {figures['attention_entropy']:.2f} nats"
+            if figures["band_share"] is not None:
+                words += (
+                    f"; the band has {figures['band_share']:.0%} of the cells and "
+                    f"{figures['hidden_path_in_band']:.0%} of the hidden states' path"
+                )
+            console.print(words, markup=False)
+        console.print()
+    console.print("Pictures", *(sample["png"] for sample in report["samples"]), markup=False)
+    console.print(f"Page {report['html']}", markup=False)
