@@ -11,6 +11,8 @@ from typing import Any
 # Before transformers and axolotl are imported: no network, no telemetry (it hangs without one).
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+# Threads that wait without spinning: tiny models on a busy machine would wait for each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
