@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from axolotl.utils.tee import close_debug_log
 from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -243,6 +244,7 @@ def test_before_and_after_training(
 ) -> None:
     settings = recipe({"projectors": {"learning_rate": 0.03}}, max_steps=2, val_set_size=0.2)
     train(settings)
+    close_debug_log()  # while open, axolotl holds on to the stdout that it found
     file, out = write(settings), Path(settings["output_dir"])
     pictures = tmp_path / "pictures"
     result = invoke(
