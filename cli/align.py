@@ -36,7 +36,8 @@ def run(
 
     Raises UserError where the recipe, the checkpoint, a sample or the output folder will not do.
     """
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    # The libraries' own words, in none of which a user could put anything right.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1"}
     console = Console(stderr=json_output, highlight=False)
     given = {} if teacher is None else {"base_model": teacher}
     recipe, changes = with_distillation(read_recipe(recipe_file), given)
@@ -91,12 +92,14 @@ def align(
     γ is that of training's end, in every state, so that states compare.
     """
     from dwakd_cli.alignment_picture import AlignedSample, token_texts
-    from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, load_teacher_tokenizer
-    from dwakd_plugin.loss import Alignment, alignment_of
     from dwakd_plugin.open_run import open_run
-    from dwakd_plugin.warmup import both_sides
 
     with open_run(recipe, checkpoint) as opened:
+        # axolotl is imported by now, and quietly so.
+        from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, load_teacher_tokenizer
+        from dwakd_plugin.loss import Alignment, alignment_of
+        from dwakd_plugin.warmup import both_sides
+
         trainer, distillation = opened.trainer, opened.distillation
         soft_dtw = opened.config.soft_dtw
         held_out = trainer.eval_dataset is not None

@@ -148,11 +148,19 @@ def terminal_table(sample: AlignedSample, tokens: int, width: int) -> Table:
         token_summaries(sample, alignment, top)[:tokens] for alignment in sample.states.values()
     ]
     for row in zip(*columns, strict=True):
-        cells = [Text("  ").join(_cell(each) for each in summary["attention"]) for summary in row]
+        cells = [
+            Text("  ").join(_cell(each) for each in _worth_a_word(summary["attention"]))
+            for summary in row
+        ]
         if with_path:
             cells.append(_cell(row[0]["hidden_path"]))
         table.add_row(Text(row[0]["token"]), *cells)
     return table
+
+
+def _worth_a_word(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first, and those of the others that have a percent of the share."""
+    return found[:1] + [each for each in found[1:] if each["share"] >= 0.01]
 
 
 def _cell(found: dict[str, Any]) -> Text:
@@ -284,7 +292,7 @@ def html_page(
                 for found in cells:
                     shown = " ".join(
                         f"{e(each['token'])}&nbsp;<small>{each['share']:.0%}</small>"
-                        for each in found
+                        for each in _worth_a_word(found)
                     )
                     parts.append(f"<td>{shown}</td>")
             parts.append("</tr>")
