@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -452,13 +455,19 @@ def test_a_plain_file_may_hold_json(folders: tuple[str, str], tmp_path: Path) ->
 def test_terminal_png_and_html(folders: tuple[str, str], tmp_path: Path) -> None:
     png, html = tmp_path / "pair.png", tmp_path / "pair.html"
     shown = "<b>&größte 🎉 数学</b> $x_1$\n  1234\x00\u200d"
-    result = check(
-        *folders, "--png", png, "--html", html, "--show", shown, COLUMNS="50", NO_COLOR="1"
+    # A process of its own: a training within this one changes what the terminal is taken for.
+    command = [sys.executable, "-c", "from dwakd_cli.main import main; main()", "check", *folders]
+    options = ["--png", str(png), "--html", str(html), "--show", shown.replace("\x00", "")]
+    result = subprocess.run(
+        [*command, *options],
+        env={**os.environ, "COLUMNS": "50", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
     )
-    assert result.exit_code == 0, result.output
-    assert "\x1b[3" not in result.output and "\x1b[4" not in result.output  # no colour
-    assert all(len(line) <= 50 for line in result.output.splitlines())
-    assert "Verdict: " in result.output and "teacher_head_padded" in result.output
+    assert result.returncode == 0, result.stderr
+    assert "\x1b[3" not in result.stdout and "\x1b[4" not in result.stdout  # no colour
+    assert [line for line in result.stdout.splitlines() if len(line) > 50] == []
+    assert "Verdict: " in result.stdout and "teacher_head_padded" in result.stdout
     assert png.read_bytes().startswith(b"\x89PNG")
     page = html.read_text(encoding="utf-8")
     assert "<b>&größte" not in page and "&lt;</span>" in page and "&amp;</span>" in page
