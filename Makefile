@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rivals go into the same environment: they are alternated with in one process. About 40 minutes.
+# Rivals go into the same environment: they are alternated with in one process. It takes long.
 bench: setup
 	$(BIN)/pip install --quiet --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.soft_dtw
