@@ -2,11 +2,12 @@
 
 Shapes: B samples, S student positions, T teacher positions. A backend is a module of two functions,
 
-    value(cost, n, m, gamma)                -> values (B,)
-    value_and_alignment(cost, n, m, gamma)  -> values (B,), ∂value/∂cost (B, S, T)
+    value(cost, n, m, gamma)                  -> values (B,), state
+    gradient(cost, n, m, gamma, state, seed)  -> seed_b · ∂value_b/∂cost_b (B, S, T)
 
-where n, m (B,) int64 are the lengths. A backend gives +inf and a zero alignment where every path is
-barred, NaN within the lengths where it read a NaN or −inf, and 0 for an empty sample.
+where n, m (B,) int64 are the lengths and `state` is a tuple of tensors that `gradient` wants back
+from `value`. A backend gives +inf where every path is barred, NaN where it read a NaN or −inf, and
+0 for an empty sample.
 """
 
 from __future__ import annotations
@@ -118,20 +119,20 @@ def _backend(name: Backend, device: str) -> ModuleType:
 
 
 class _SoftDTW(torch.autograd.Function):
-    """Where a gradient is wanted, forward computes it too, and keeps that instead of the cost."""
+    """Keeps the cost and the backend's state; the gradient is written once, already scaled."""
 
     @staticmethod
     def forward(
         ctx: Any, cost: Tensor, n: Tensor, m: Tensor, gamma: float, backend: ModuleType
     ) -> Tensor:
-        if not ctx.needs_input_grad[0]:
-            return backend.value(cost, n, m, gamma)  # type: ignore[no-any-return]
-        values, alignment = backend.value_and_alignment(cost, n, m, gamma)
-        ctx.save_for_backward(alignment)
+        values, state = backend.value(cost, n, m, gamma)
+        ctx.save_for_backward(cost, n, m, values, *state)
+        ctx.gamma, ctx.backend = gamma, backend
         return values  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (alignment,) = ctx.saved_tensors
-        return grad[:, None, None] * alignment, None, None, None, None
+        cost, n, m, values, *state = ctx.saved_tensors
+        seed = grad.masked_fill(values == math.inf, 0.0).masked_fill(values.isnan(), math.nan)
+        return ctx.backend.gradient(cost, n, m, ctx.gamma, state, seed), None, None, None, None

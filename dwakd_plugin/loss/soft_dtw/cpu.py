@@ -6,14 +6,14 @@ The recurrence runs on Z = exp(−R/γ), where softmin is a plain sum,
 
 with Z held as mantissa · 2^exponent (both floats, the exponent a whole number), so that a cell
 needs no log, and nothing under- or overflows at a small γ. The shares of the three terms in the sum
-are the softmin weights, by which the expected alignment flows back from (n, m) to (1, 1).
+are the softmin weights, by which `gradient` sends the expected alignment back from (n, m) to
+(1, 1).
 
 A matrix is cut into strips of LANES rows. In a strip, lane l works on column t − l at step t: the
 cells of one step lie on an anti-diagonal, are independent and fill the SIMD lanes. Arrays in this
-layout are called skewed, (steps, LANES). On the way down the softmin weights of all strips are
-kept for the way back, while they fit the processor's cache. Of a larger matrix only the last row of
-every strip is kept, the edge, and each strip computed anew from the edge above it; then the scratch
-is one strip per thread and edges of 2/LANES of the cost's size.
+layout are called skewed, (steps, LANES). `value` keeps the last row of every strip, the edges, and
+`gradient` computes each strip anew from the edge above it. So the scratch is one strip per thread
+and edges of 2/LANES of the cost's size.
 
 Legend: b sample, i row, j column, t step, l lane; h ≤ LANES rows in the strip, m columns.
 """
@@ -21,7 +21,7 @@ Legend: b sample, i row, j column, t step, l lane; h ≤ LANES rows in the strip
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -35,8 +35,6 @@ from torch import Tensor
 
 LANES = 32
 CELLS_PER_THREAD = 50_000  # about what is worth starting a thread for, 0.1 ms
-KEPT_BYTES = 2**23  # softmin weights of one sample that are kept for the way back
-TINY = 1e-20  # masses below are dropped, for the sake of speed
 TILE = 128  # columns moved at a time between layouts, so that their cache lines stay in L1
 
 # The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
@@ -47,69 +45,50 @@ Array = Any  # numba reads no annotations; numpy's would not say the shape eithe
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> Tensor:
-    """Values (B,)."""
-    return _in_float32_if_it_will_do(cost, n, m, gamma, None)
+def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Values (B,); state: the edges (B, 2, strips + 1, T + 1), and the samples done in float64."""
+    samples, s, t = cost.shape
+    scaling = _scaling(cost.dtype, gamma)
+    edges = cost.new_empty(samples, 2, -(-s // LANES) + 1, t + 1)
+    costs, edges_, n_, m_ = _array(cost), edges.numpy(), n.tolist(), m.tolist()
 
+    def one(b: int) -> tuple[float, float]:
+        if not (n_[b] and m_[b]):
+            return 0.0, 0.0
+        z, e, largest = _value(costs[b], n_[b], m_[b], *scaling, edges_[b])
+        if math.isnan(largest) or e == math.inf:  # a NaN, or a cost of −∞
+            return math.nan, 0.0
+        log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + e
+        return -gamma * math.log(2) * log2, largest
 
-def value_and_alignment(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Values (B,) and the expected alignment (B, S, T)."""
-    alignment = torch.empty_like(cost, memory_format=torch.contiguous_format)
-    return _in_float32_if_it_will_do(cost, n, m, gamma, alignment), alignment
-
-
-def _in_float32_if_it_will_do(
-    cost: Tensor, n: Tensor, m: Tensor, gamma: float, alignment: Tensor | None
-) -> Tensor:
-    """Values (B,), and the alignment (B, S, T) into the tensor given for it."""
-    values, largest = _values(cost, n, m, gamma, alignment)
+    values, largest = cost.new_tensor(_in_threads(one, cost), dtype=torch.float64).T
     # Where the exponents may outgrow the whole numbers of float32, float64 has them.
     bound = (n + m) * (largest / (gamma * math.log(2)) + 2)
     wide = ((bound > 2**23) & (cost.dtype == torch.float32)).nonzero()[:, 0]
     if len(wide):
-        again = cost[wide].double()
-        exact = None if alignment is None else torch.empty_like(again)
-        values[wide] = _values(again, n[wide], m[wide], gamma, exact)[0]
-        if alignment is not None and exact is not None:
-            alignment[wide] = exact.to(cost.dtype)
-    return values.to(cost.dtype)
+        values[wide] = value(cost[wide].double(), n[wide], m[wide], gamma)[0]
+    return values.to(cost.dtype), (edges, wide)
 
 
-def _values(
-    cost: Tensor, n: Tensor, m: Tensor, gamma: float, alignment: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Values (B,) and the largest finite |cost| of each sample, both in float64."""
-    samples, s, t = cost.shape
+def gradient(
+    cost: Tensor, n: Tensor, m: Tensor, gamma: float, state: Sequence[Tensor], seed: Tensor
+) -> Tensor:
+    """seed · E (B, S, T)."""
+    edges, wide = state
+    grad = torch.empty_like(cost, memory_format=torch.contiguous_format)
     scaling = _scaling(cost.dtype, gamma)
-    edges = cost.new_empty(samples, 2, -(-s // LANES) + 1, t + 1).numpy()
-    costs, n_, m_ = _array(cost), n.tolist(), m.tolist()
-    alignments = None if alignment is None else alignment.numpy()
+    costs, seeds, edges_, grads = _array(cost), _array(seed), edges.numpy(), grad.numpy()
+    n_, m_ = n.tolist(), m.tolist()
 
-    def one(b: int) -> tuple[float, float]:
-        rows, columns = (n_[b], m_[b]) if n_[b] and m_[b] else (0, 0)
-        if alignments is not None:
-            alignments[b, :rows, columns:] = 0
-            alignments[b, rows:] = 0
-        if not rows:
-            return 0.0, 0.0
-        if alignments is None:
-            z, e, largest = _value(costs[b], rows, columns, *scaling, edges[b])
-        else:
-            z, e, largest = _value_and_alignment(
-                costs[b], rows, columns, *scaling, edges[b], alignments[b]
-            )
-        if math.isnan(largest) or e == math.inf:  # a NaN, or a cost of −∞
-            result = math.nan
-        elif e < NOTHING / 2:
-            result = math.inf
-        else:
-            result = -gamma * math.log(2) * (math.log2(z) + e)
-        if alignments is not None and not math.isfinite(result):
-            alignments[b, :rows, :columns] = 0 if result == math.inf else math.nan
-        return result, largest
+    def one(b: int) -> None:
+        tiny = abs(seeds[b]) * seeds.dtype.type(1e-20)
+        _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], tiny, grads[b])
 
-    values, largest = cost.new_tensor(_in_threads(one, cost), dtype=torch.float64).T
-    return values, largest.nan_to_num()
+    _in_threads(one, cost)
+    if len(wide):
+        again = cost[wide].double(), n[wide], m[wide], gamma
+        grad[wide] = gradient(*again, value(*again)[1], seed[wide].double()).to(cost.dtype)
+    return grad
 
 
 def _array(tensor: Tensor) -> Array:
@@ -365,7 +344,7 @@ def _ascend(
 
     edge (T,) is what the row below the strip sends up, by the column that gets it; it becomes
     what the strip's first row sends up. `seed` is added to the strip's last cell, (h − 1, m − 1).
-    Masses below `tiny` are dropped. steps is m + h − 2, …, 1, 0.
+    Masses below `tiny` are dropped, again for the sake of speed. steps is m + h − 2, …, 1, 0.
     """
     lanes = np.empty((3, LANES), weights.dtype)
     for l in range(LANES):
@@ -409,7 +388,7 @@ def _value(
 
 
 @_jit
-def _value_and_alignment(
+def _gradient(
     cost: Array,
     n: int,
     m: int,
@@ -417,43 +396,27 @@ def _value_and_alignment(
     low: float,
     barred: float,
     edges: Array,
-    alignment: Array,
-) -> tuple[float, float, float]:
-    """What `_value` gives, and the expected alignment into [:n, :m] of alignment (S, T)."""
-    strips = (n + LANES - 1) // LANES
-    size = (m + LANES - 1) * 2 * LANES
-    keeps = strips * size * cost.itemsize <= KEPT_BYTES
-    weights = np.empty((strips if keeps else 1, m + LANES - 1, 2 * LANES), cost.dtype)
+    seed: float,
+    tiny: float,
+    grad: Array,
+) -> None:
+    """seed · E into grad (S, T), zero outside the lengths."""
+    if n == 0 or m == 0:
+        n, m = 0, 0
+    grad[:n, m:] = 0
+    grad[n:] = 0
     skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
-    edges[0, 0], edges[1, 0] = 1, NOTHING
-    edges[1, 0, 0] = 0  # Z_00 = 1
-    z, e, largest = barred, barred, _size(barred - barred)
-    for strip in range(strips):
-        h = min(LANES, n - strip * LANES)
-        largest = max(largest, _largest_size(cost, strip * LANES, h, m))
-        _skew(cost, strip * LANES, h, m, barred, skewed)
-        above, above_e = edges[0, strip], edges[1, strip]
-        below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-        if keeps or strip == strips - 1:
-            own = weights[strip if keeps else 0]
-            z, e = _descend(skewed, h, m, high, low, above, above_e, below, below_e, own)
-        else:
-            z, e = _descend(skewed, h, m, high, low, above, above_e, below, below_e, None)
+    weights = np.empty((m + LANES - 1, 2 * LANES), cost.dtype)
     edge = np.zeros(m, cost.dtype)
     # The steps backwards as an array, for what the compiler makes of `_ascend`: it would test once,
     # for all steps of a loop, that no two arrays overlap, a test that only forward loops can pass.
     steps = np.arange(m + LANES - 2, -1, -1)
-    zero = barred - barred
-    one = zero + 1
-    for strip in range(strips - 1, -1, -1):
+    for strip in range((n + LANES - 1) // LANES - 1, -1, -1):
         h = min(LANES, n - strip * LANES)
-        own = weights[strip if keeps else 0]
-        if not keeps and strip < strips - 1:
-            _skew(cost, strip * LANES, h, m, barred, skewed)
-            above, above_e = edges[0, strip], edges[1, strip]
-            below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-            _descend(skewed, h, m, high, low, above, above_e, below, below_e, own)
-        mass = one if strip == strips - 1 else zero
-        _ascend(own, h, m, mass, one * TINY, edge, steps[LANES - h :])
-        _unskew(own, strip * LANES, h, m, alignment)
-    return z, e, _of_size(largest, barred)
+        _skew(cost, strip * LANES, h, m, barred, skewed)
+        above, above_e = edges[0, strip], edges[1, strip]
+        below, below_e = edges[0, strip + 1], edges[1, strip + 1]
+        _descend(skewed, h, m, high, low, above, above_e, below, below_e, weights)
+        _ascend(weights, h, m, seed, tiny, edge, steps[LANES - h :])
+        seed = barred - barred  # the seed enters at the last strip only
+        _unskew(weights, strip * LANES, h, m, grad)

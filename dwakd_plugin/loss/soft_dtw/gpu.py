@@ -14,14 +14,13 @@ Legend: b sample, i row, j column, t step; h ≤ LANES rows in the strip, n rows
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from dwakd_plugin.loss.soft_dtw.wavefront import mass_at_end
 
 LANES = 32
 
@@ -30,21 +29,8 @@ LANES = 32
 NOTHING = tl.constexpr(-(2**40))
 
 
-def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> Tensor:
-    """Values (B,)."""
-    return _value_and_edges(cost, n, m, gamma)[0]
-
-
-def value_and_alignment(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Values (B,) and the expected alignment (B, S, T)."""
-    values, edges = _value_and_edges(cost, n, m, gamma)
-    return values, _alignment(cost, n, m, gamma, edges, mass_at_end(values))
-
-
-def _value_and_edges(
-    cost: Tensor, n: Tensor, m: Tensor, gamma: float
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Values (B,), and the last rows of the strips: (B, strips, T) mantissas and exponents."""
+def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Values (B,); state: the last rows of the strips, (B, strips, T) mantissas and exponents."""
     samples, s, t = cost.shape
     values = cost.new_empty(samples)
     shape = (samples, triton.cdiv(s, LANES), t)
@@ -56,10 +42,10 @@ def _value_and_edges(
     return values, edges
 
 
-def _alignment(
-    cost: Tensor, n: Tensor, m: Tensor, gamma: float, edges: tuple[Tensor, Tensor], seed: Tensor
+def gradient(
+    cost: Tensor, n: Tensor, m: Tensor, gamma: float, state: Sequence[Tensor], seed: Tensor
 ) -> Tensor:
-    """(B, S, T): the mass `seed` (B,), put on the cell (n, m), flows back to (1, 1)."""
+    """seed · E (B, S, T)."""
     samples, s, t = cost.shape
     grad = torch.zeros_like(cost, memory_format=torch.contiguous_format)
     weights = cost.new_empty(samples, t + LANES - 1, 2, LANES)
@@ -69,7 +55,7 @@ def _alignment(
             cost.contiguous(),
             n,
             m,
-            *edges,
+            *state,
             seed.contiguous(),
             weights,
             edge,

@@ -8,31 +8,15 @@ and a softmin in log space, unlike the kernels. A matrix is skewed, so that the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 
-def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> Tensor:
-    """Values (B,)."""
-    return _value_and_table(cost, n, m, gamma)[0]
-
-
-def value_and_alignment(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Values (B,) and the expected alignment (B, S, T)."""
-    values, table = _value_and_table(cost, n, m, gamma)
-    return values, _alignment(cost, n, m, gamma, table, mass_at_end(values))
-
-
-def mass_at_end(values: Tensor) -> Tensor:
-    """What enters at the cell (n, m), to flow back: 1, or 0 where no path is open, or NaN."""
-    mass = torch.ones_like(values).masked_fill(values == math.inf, 0.0)
-    return mass.masked_fill(values.isnan(), math.nan)
-
-
-def _value_and_table(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Values (B,), and R skewed (B, S, S + T − 1) in float64."""
+def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor]]:
+    """Values (B,), and R skewed (B, S, S + T − 1) in float64 as the state of `gradient`."""
     skewed = _skew(torch.where(_inside(cost, n, m), cost, math.inf).double())
     skewed[skewed == -math.inf] = math.nan
     r = torch.empty_like(skewed)
@@ -40,11 +24,14 @@ def _value_and_table(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[
         r[:, :, d] = skewed[:, :, d] - gamma * _logsumexp(_predecessors(r, d) / -gamma)
     batch = torch.arange(len(cost), device=cost.device)
     end = r[batch, (n - 1).clamp(min=0), (n + m - 2).clamp(min=0)]
-    return torch.where((n > 0) & (m > 0), end, 0.0).to(cost.dtype), r
+    return torch.where((n > 0) & (m > 0), end, 0.0).to(cost.dtype), (r,)
 
 
-def _alignment(cost: Tensor, n: Tensor, m: Tensor, gamma: float, r: Tensor, seed: Tensor) -> Tensor:
-    """(B, S, T): the mass `seed` (B,), put on the cell (n, m), flows back to (1, 1)."""
+def gradient(
+    cost: Tensor, n: Tensor, m: Tensor, gamma: float, state: Sequence[Tensor], seed: Tensor
+) -> Tensor:
+    """seed · E (B, S, T): the mass `seed`, put on the cell (n, m), flows back to (1, 1)."""
+    (r,) = state
     rows = torch.arange(cost.shape[1], device=cost.device)
     mass = torch.zeros_like(r)
     for d in reversed(range(r.shape[2])):
