@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli.sample_texts import SAMPLE
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import replace_file
 
 if TYPE_CHECKING:
     from dwakd_plugin.pair_findings import Side
@@ -301,10 +302,8 @@ def pictures_of(
 
 
 def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_bytes(content)
-        partial.replace(file)
+        replace_file(file, content)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from error
 

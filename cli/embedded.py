@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

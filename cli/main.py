@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,31 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# Options that several commands take.
+Recipe = Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")]
+Teacher = Annotated[
+    str | None, typer.Option(help="Hub id or folder of the teacher; goes before the recipe's.")
+]
+LoadIn8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Hold the teacher in 8 bit.")]
+LoadIn4Bit = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Hold the teacher in 4 bit (nf4).")
+]
+TeacherCache = Annotated[Path | None, typer.Option(help="Folder for the teacher's hidden states.")]
+
+
+def _teacher(
+    base_model: str | None, load_in_8bit: bool, load_in_4bit: bool, cache: Path | None
+) -> dict[str, Any]:
+    """What the command line says of the teacher, as keys of `dwakd.teacher`."""
+    given = {
+        "base_model": base_model,
+        "load_in_8bit": load_in_8bit or None,
+        "load_in_4bit": load_in_4bit or None,
+        "cache": str(cache) if cache else None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _print_version(wanted: bool) -> None:
@@ -49,7 +74,7 @@ def _options(
     epilog="Example:  dwakd train sft.yml --teacher Qwen/Qwen1.5-1.8B --load-in-8bit",
 )
 def train(
-    recipe: Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")],
+    recipe: Recipe,
     further: Annotated[
         list[str] | None,
         typer.Argument(
@@ -58,19 +83,10 @@ def train(
             show_default=False,
         ),
     ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Hub id or folder of the teacher; goes before the recipe's."),
-    ] = None,
-    load_in_8bit: Annotated[
-        bool, typer.Option("--load-in-8bit", help="Hold the teacher in 8 bit.")
-    ] = False,
-    load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Hold the teacher in 4 bit (nf4).")
-    ] = False,
-    teacher_cache: Annotated[
-        Path | None, typer.Option(help="Folder for the teacher's hidden states.")
-    ] = None,
+    teacher: Teacher = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    teacher_cache: TeacherCache = None,
     launcher: Annotated[
         Literal["python", "accelerate", "torchrun"] | None,
         typer.Option(help="Default: python for one process, else accelerate (CPU: torchrun)."),
@@ -102,17 +118,11 @@ def train(
     """
     from dwakd_cli.train import run
 
-    given = {
-        "base_model": teacher,
-        "load_in_8bit": load_in_8bit or None,
-        "load_in_4bit": load_in_4bit or None,
-        "cache": str(teacher_cache) if teacher_cache else None,
-    }
     sys.exit(
         run(
             recipe,
             further or [],
-            teacher={key: value for key, value in given.items() if value is not None},
+            teacher=_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache),
             launcher=launcher,
             processes=nproc,
             resume=resume,
@@ -126,20 +136,11 @@ def train(
     epilog="Example:  dwakd warmup recipe.yml --epochs 5 --plot warmup.png",
 )
 def warmup(
-    recipe: Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")],
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Hub id or folder of the teacher; goes before the recipe's."),
-    ] = None,
-    load_in_8bit: Annotated[
-        bool, typer.Option("--load-in-8bit", help="Hold the teacher in 8 bit.")
-    ] = False,
-    load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Hold the teacher in 4 bit (nf4).")
-    ] = False,
-    teacher_cache: Annotated[
-        Path | None, typer.Option(help="Folder for the teacher's hidden states.")
-    ] = None,
+    recipe: Recipe,
+    teacher: Teacher = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    teacher_cache: TeacherCache = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs at most.")] = 10,
     patience: Annotated[
         int, typer.Option(min=1, help="Stop after so many epochs that improve nothing.")
@@ -173,15 +174,9 @@ def warmup(
     """
     from dwakd_cli.warmup import run
 
-    given = {
-        "base_model": teacher,
-        "load_in_8bit": load_in_8bit or None,
-        "load_in_4bit": load_in_4bit or None,
-        "cache": str(teacher_cache) if teacher_cache else None,
-    }
     run(
         recipe,
-        teacher={key: value for key, value in given.items() if value is not None},
+        teacher=_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache),
         epochs=epochs,
         patience=patience,
         teacher_space=teacher_space,
@@ -193,7 +188,7 @@ def warmup(
 
 
 @app.command(
-    epilog="Example:  dwakd quickstart --folder /tmp/quickstart",
+    epilog="Example:  dwakd quickstart --folder first-try",
 )
 def quickstart(
     folder: Annotated[
@@ -272,7 +267,7 @@ def check(
     epilog="Example:  dwakd align recipe.yml --checkpoint outputs/dwakd --before --sample 3",
 )
 def align(
-    recipe: Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")],
+    recipe: Recipe,
     sample: Annotated[
         list[int] | None,
         typer.Option(
@@ -293,10 +288,7 @@ def align(
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures (PNG) and the page (HTML).")
     ] = Path("alignment"),
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Hub id or folder of the teacher; goes before the recipe's."),
-    ] = None,
+    teacher: Teacher = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON object.")
     ] = False,

@@ -25,7 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from dwakd_cli import embedded
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import replace_file
 
 TRAIN_ROWS = 300
 HELD_OUT_ROWS = 120
@@ -84,7 +85,7 @@ def run(folder: Path, *, json_output: bool) -> None:
             lambda on_step: measure(folder, held_out, on_step),
         )
     report["seconds"] = seconds | {"all": round(time.monotonic() - started, 1)}
-    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    replace_file(folder / "report.json", json.dumps(report, indent=1))
     if json_output:
         print(json.dumps(report, indent=1))
     else:
@@ -115,9 +116,7 @@ def prepare(folder: Path) -> list[embedded.Row]:
 
 def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(file)
+    replace_file(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train(folder: Path, name: str, on_step: Callable[[int, int], None]) -> None:

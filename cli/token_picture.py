@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.cells import cell_len
 from rich.text import Text
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.tokenizer_pair import Cut, PairCut
 
 SIDES = ("teacher", "student")

@@ -16,7 +16,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dwakd_plugin.config import DWAKDConfig, UserError
+from dwakd_plugin.config import DWAKDConfig
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
 

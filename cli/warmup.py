@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from dwakd_cli.train import read_recipe, with_distillation
-from dwakd_plugin.config import DWAKDConfig, UserError, parse_recipe
+from dwakd_plugin.config import DWAKDConfig, parse_recipe
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import output_folder
 
 HELD_OUT_SHARE = 0.05

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 import dwakd_plugin
 from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, parameter_count
-from dwakd_plugin.config import DWAKDConfig, UserError
+from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import replace_file
+from dwakd_plugin.pair_findings import ENOUGH_SHARED_TOKENS
 from dwakd_plugin.preflight import RUN_FILE, run_facts, run_identity
 from dwakd_plugin.projectors import (
     Projectors,
@@ -30,9 +33,6 @@ from dwakd_plugin.trainer import Distillation
 from dwakd_plugin.warmup import warm_up
 
 LOG = get_logger("axolotl.dwakd")
-
-# Below this many shared tokens the least-squares maps have little to go by.
-ENOUGH_SHARED_TOKENS = 300
 
 
 def assemble(
@@ -182,6 +182,4 @@ def _sign(file: Path, cfg: Any, config: DWAKDConfig) -> None:
         "settings": config.model_dump(),
         **run_facts(cfg),
     }
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(file)
+    replace_file(file, json.dumps(content, indent=1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head
 
 

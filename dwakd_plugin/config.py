@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dwakd_plugin.errors import UserError as UserError
+from dwakd_plugin.errors import UserError
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
@@ -109,7 +109,8 @@ class LossConfig(_Block):
         0, ge=0, description="Optimizer steps over which the student-space term ramps up."
     )
     chunk_size: int | Literal["auto"] = Field(
-        "auto", description="Tokens per chunk that go through an output head at once."
+        "auto",
+        description="Tokens that go through an output head at once; auto: by the device's memory.",
     )
 
     @model_validator(mode="after")

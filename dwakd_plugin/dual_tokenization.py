@@ -30,7 +30,9 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dwakd_plugin.config import TeacherConfig, UserError
+from dwakd_plugin.config import TeacherConfig
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import replace_file
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
@@ -331,9 +333,7 @@ def _keep_report(report: RowReport, folder: Path) -> None:
     """Saves the report beside the prepared rows, or reads it back when those were reused."""
     file = folder / "rows.json"
     if report.sources and folder.is_dir():
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
-        partial.replace(file)
+        replace_file(file, json.dumps(asdict(report), indent=1))
     elif not report.sources and file.is_file():
         saved = json.loads(file.read_text(encoding="utf-8"))
         report.counts.update(saved["counts"])

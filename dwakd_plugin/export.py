@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.model_card import model_card
 from dwakd_plugin.preflight import RUN_FILE
+from dwakd_plugin.projectors import PROJECTOR_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
-PROJECTOR_FILE = RUN_FILE.with_name("projectors.safetensors")
 PRECISIONS = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dwakd_plugin.config import DWAKDConfig, UserError
+from dwakd_plugin.config import DWAKDConfig
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_all
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator
                 cfg, trainer = _load(file)
             distillation = trainer.distillation
             if checkpoint is not None:
-                from dwakd_plugin.projectors import load_projectors
-                from dwakd_plugin.trainer import PROJECTOR_FILE
+                from dwakd_plugin.projectors import PROJECTOR_FILE, load_projectors
 
                 # The file has the signature of the head that the run began with.
                 pair = distillation.pair | {"student": str(recipe["base_model"])}
@@ -83,7 +83,7 @@ def _without_a_run(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _from_checkpoint(recipe: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    from dwakd_plugin.trainer import PROJECTOR_FILE
+    from dwakd_plugin.projectors import PROJECTOR_FILE
 
     adapter = (checkpoint / "adapter_config.json").is_file()
     if not adapter and not (checkpoint / "config.json").is_file():

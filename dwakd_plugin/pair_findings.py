@@ -15,7 +15,9 @@ from dwakd_plugin.tokenizer_pair import ByteCutter, Changed, TextFigures, cut_bo
 # Thresholds: docs/checking_a_pair.md says why.
 GOOD = {"length_ratio": 1.5, "boundary_agreement": 0.8, "identical_span_share": 0.7}
 WORKABLE = {"length_ratio": 2.5, "boundary_agreement": 0.4, "identical_span_share": 0.25}
-ENOUGH_SHARED_TOKENS = 300  # below, `projectors.init: auto` starts the projectors at random
+# Below this many shared tokens the projectors' least squares have little to go by, and
+# `projectors.init: auto` starts them at random.
+ENOUGH_SHARED_TOKENS = 300
 LONG = 2.0  # times the other side's tokens for one language or format
 OFTEN = 0.05  # share of the characters from which on digits or white space weigh
 PRESENT = 0.01  # share of the letters from which on a script is in the data

@@ -17,7 +17,8 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from transformers import set_seed
 
-from dwakd_plugin.config import DWAKDConfig, UserError, parse_recipe
+from dwakd_plugin.config import DWAKDConfig, parse_recipe
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_output_folder, check_recipe
 from dwakd_plugin.run_report import describe_run, final_words
 

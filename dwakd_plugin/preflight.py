@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dwakd_plugin.config import DWAKDConfig, UserError, parse_recipe
+from dwakd_plugin.config import DWAKDConfig, parse_recipe
+from dwakd_plugin.errors import UserError
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 

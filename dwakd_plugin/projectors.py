@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
+
+PROJECTOR_FILE = Path("dwakd") / "projectors.safetensors"  # within a checkpoint or output folder
 
 # The states that `t2s` reads are N(g) + N(f_tgt), of unit scale each, where the solution is for the
 # raw g; on the measured pair a smaller map starts better calibrated and learns as fast.

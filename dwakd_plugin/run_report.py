@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.causal_lm import causal_lm
-from dwakd_plugin.trainer import PROJECTOR_FILE
+from dwakd_plugin.projectors import PROJECTOR_FILE
 
 
 def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:

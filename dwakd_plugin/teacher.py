@@ -27,7 +27,8 @@ from dwakd_plugin.causal_lm import (
     parameter_count,
 )
 from dwakd_plugin.collator import teacher_batch
-from dwakd_plugin.config import TeacherConfig, UserError
+from dwakd_plugin.config import TeacherConfig
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head, ResponseStates
 from dwakd_plugin.teacher_cache import TeacherCache, fingerprint_of_folder, row_key
 

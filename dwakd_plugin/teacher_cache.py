@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 
 FORMAT = 1
 INDEX = "index.json"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WHITE_RUN = re.compile(r"\s{2,}|[\n\t]")

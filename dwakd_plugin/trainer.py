@@ -22,17 +22,22 @@ from transformers import Trainer
 
 from dwakd_plugin.causal_lm import causal_lm
 from dwakd_plugin.collator import DISTILLATION_KEYS
-from dwakd_plugin.config import DWAKDConfig, UserError
+from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, dwakd_loss
-from dwakd_plugin.projectors import Projectors, load_projectors, save_projectors
+from dwakd_plugin.projectors import (
+    PROJECTOR_FILE,
+    Projectors,
+    load_projectors,
+    save_projectors,
+)
 from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher
 
 LOG = get_logger(__name__)
 
 PROJECTORS = "dwakd_projectors"  # the submodule's name on the student
-PROJECTOR_FILE = Path("dwakd") / "projectors.safetensors"  # within a checkpoint or output folder
 
 # What is logged, as (name, sum, count): both are fields of LossTerms.
 METRICS = (

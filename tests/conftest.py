@@ -148,3 +148,16 @@ def train(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], list[dict[str, 
 
     yield run
     PluginManager.get_instance().plugins.clear()
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Path]:
+    """Writes a recipe into the current folder, which is a temporary one."""
+    monkeypatch.chdir(tmp_path)
+
+    def to_file(settings: dict[str, Any]) -> Path:
+        file = tmp_path / "recipe.yml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return file
+
+    return to_file

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from axolotl.utils.tee import close_debug_log
 from rich.cells import cell_len
 from rich.console import Console
@@ -31,7 +30,8 @@ from dwakd_cli.alignment_picture import (
     what_is_drawn,
 )
 from dwakd_cli.main import app
-from dwakd_plugin.config import SoftDTWConfig, UserError
+from dwakd_plugin.config import SoftDTWConfig
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Alignment, Head, ResponseStates, alignment_of, dwakd_loss
 from dwakd_plugin.projectors import Projectors
 
@@ -222,18 +222,6 @@ def test_tokens_are_the_text_they_stand_for(lab: Path) -> None:
 
 def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["align", *map(str, arguments)], catch_exceptions=False)
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Path]:
-    monkeypatch.chdir(tmp_path)
-
-    def to_file(settings: dict[str, Any]) -> Path:
-        file = tmp_path / "align.yml"
-        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return file
-
-    return to_file
 
 
 def test_before_and_after_training(

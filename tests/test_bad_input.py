@@ -12,7 +12,8 @@ import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
 
-from dwakd_plugin.config import VARIANTS, DWAKDConfig, UserError, parse_recipe
+from dwakd_plugin.config import VARIANTS, DWAKDConfig, parse_recipe
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.plugin import DWAKDPlugin
 from dwakd_plugin.preflight import check_output_folder, check_recipe
 

@@ -30,8 +30,7 @@ from typer.testing import CliRunner, Result
 from dwakd_cli.main import app
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_cli.token_picture import terminal_rows
-from dwakd_plugin import assembly, pair_findings
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.pair_findings import Finding, Side, findings_of, verdict_of
 from dwakd_plugin.tokenizer_pair import (
     ByteCutter,
@@ -371,7 +370,6 @@ def test_findings_on_bos_text_and_vocabulary() -> None:
     found = codes(byte_level(), byte_level())
     assert found["same_tokenizer"] == "info"
     assert not any("differ" in code for code in found)
-    assert pair_findings.ENOUGH_SHARED_TOKENS == assembly.ENOUGH_SHARED_TOKENS
 
 
 def test_verdicts() -> None:

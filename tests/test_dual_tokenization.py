@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from dwakd_plugin.config import UserError, parse_recipe
+from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.dual_tokenization import (
     LABELS_ONLY,
     NO_RESPONSE,
@@ -21,6 +21,7 @@ from dwakd_plugin.dual_tokenization import (
     RowReport,
     dual_tokenization,
 )
+from dwakd_plugin.errors import UserError
 from tests.conftest import ROWS, write_rows
 
 Recipe = Callable[..., dict[str, Any]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dwakd_cli import embedded
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from dwakd_cli.main import app
 from dwakd_plugin import export as module
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.export import check_push, export, find_student, push
 from dwakd_plugin.model_card import model_card
 from tests.conftest import CHAT_TEMPLATE

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.projectors import (
     T2S_SCALE,
     Projectors,

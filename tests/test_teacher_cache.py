@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwakd_plugin.config import TeacherConfig, UserError
+from dwakd_plugin.config import TeacherConfig
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
 from dwakd_plugin.teacher_cache import TeacherCache, row_key
 

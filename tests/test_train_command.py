@@ -20,24 +20,11 @@ import dwakd_plugin
 from dwakd_cli import train
 from dwakd_cli.axolotl_command import distill
 from dwakd_cli.main import app
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_all
 
 Recipe = Callable[..., dict[str, Any]]
 COMMAND = [sys.executable, "-c", "from dwakd_cli.main import main; main()"]
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Path]:
-    """Writes a recipe into the current folder, which is a temporary one."""
-    monkeypatch.chdir(tmp_path)
-
-    def to_file(settings: dict[str, Any]) -> Path:
-        file = tmp_path / "recipe.yml"
-        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return file
-
-    return to_file
 
 
 def dry_run(file: Path, *options: str) -> dict[str, Any]:

@@ -9,32 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import dwakd_plugin.warmup as warmup_module
 from dwakd_cli.main import app
 from dwakd_cli.warmup import inputs_fingerprint
-from dwakd_plugin.config import UserError
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.open_run import open_run
 from dwakd_plugin.projectors import Projectors, head_signature, load_projectors
 from tests.conftest import ROWS, write_rows
 
 Recipe = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    monkeypatch.chdir(tmp_path)
-
-    def to_file(settings: dict[str, Any]) -> Path:
-        file = tmp_path / "recipe.yml"
-        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return file
-
-    return to_file
 
 
 def warmup(file: Path, *options: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ SKEW = 0.1  # λ of the skewed divergences, as in DistiLLM (arXiv 2402.03898)
 HEAD_MASS = 0.5  # μ of adaptive KL: probability mass that makes up the target's head
 # With chunk_size "auto", the logits of one chunk: this share of the device's memory in float32, at
 # most so many. About eight tensors of that size live at once. Of all memory, not of what is free: a
-# run and its resumed half must cut the same chunks to agree bit for bit.
+# run and its resumed half must cut the same chunks to agree bit for bit. On a CPU 64 MiB a tensor:
+# tensors of 32 MiB and less stay on malloc's heap, which then grows with the number of chunks.
 AUTO_CHUNK_SHARE = 1 / 256
 AUTO_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
