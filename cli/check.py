@@ -363,7 +363,12 @@ def show(report: dict[str, Any], drawn: PairCut | None, console: Console) -> Non
         table.add_row(*row)
     console.print(table)
     if report["texts_from"] == "built-in sample":
-        languages = Table(title="Tokens by language and format", box=box.SIMPLE_HEAD)
+        languages = Table(
+            title="Tokens by language and format",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         languages.add_column("", overflow="fold")
         for column in ("teacher", "student", "ratio", "same"):
             languages.add_column(column, justify="right", no_wrap=True)
@@ -381,7 +386,9 @@ def show(report: dict[str, Any], drawn: PairCut | None, console: Console) -> Non
         console.print()
         for line in terminal_rows(drawn, console.width):
             console.print(line, no_wrap=True, overflow="crop")
-        console.print("│ ends a token, ┆ within a character; green: the same token on both sides\n")
+        plain = console.no_color or console.color_system is None
+        colours = "" if plain else "; green: the same token on both sides"
+        console.print(f"│ ends a token, ┆ within a character{colours}\n")
     for finding in report["findings"]:
         console.print(
             Text(f"{finding['severity']}  ", style=_STYLES[finding["severity"]])

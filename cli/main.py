@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperArgument
 
 import dwakd_plugin
 from dwakd_plugin.errors import UserError
+
+
+def _keep_help(init: Callable[..., None]) -> Callable[..., None]:
+    """Since 8.5, click's arguments have a `help` too, and typer 0.25 loses its own to it."""
+
+    @wraps(init)
+    def keeping(self: Any, *, help: str | None = None, **settings: Any) -> None:
+        init(self, help=help, **settings)
+        self.help = help
+
+    return keeping
+
+
+TyperArgument.__init__ = _keep_help(TyperArgument.__init__)  # type: ignore[method-assign]
 
 app = typer.Typer(
     name="dwakd",
@@ -89,10 +105,15 @@ def train(
     teacher_cache: TeacherCache = None,
     launcher: Annotated[
         Literal["python", "accelerate", "torchrun"] | None,
-        typer.Option(help="Default: python for one process, else accelerate (CPU: torchrun)."),
+        typer.Option(
+            metavar="NAME",
+            help="python, accelerate or torchrun. Default: python for one process, else accelerate "
+            "(CPU: torchrun).",
+        ),
     ] = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine; default: one a GPU.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes on this machine; default: one a GPU."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")
@@ -141,9 +162,10 @@ def warmup(
     load_in_8bit: LoadIn8Bit = False,
     load_in_4bit: LoadIn4Bit = False,
     teacher_cache: TeacherCache = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Epochs at most.")] = 10,
     patience: Annotated[
-        int, typer.Option(min=1, help="Stop after so many epochs that improve nothing.")
+        int,
+        typer.Option(min=1, metavar="N", help="Stop after so many epochs that improve nothing."),
     ] = 2,
     teacher_space: Annotated[
         bool,
@@ -151,7 +173,7 @@ def warmup(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="The file.", show_default="OUTPUT_DIR-projectors.safetensors"),
+        typer.Option(help="The file; default: OUTPUT_DIR with `-projectors.safetensors` after it."),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the course of training (PNG).")
@@ -171,6 +193,8 @@ def warmup(
 
     What is finished and has the same models, rows and settings is not repeated. Ctrl-C exits with
     130, and the same command then goes on after the last whole epoch.
+
+    Exit codes: 0 the file is there; 1 an error; 130 interrupted.
     """
     from dwakd_cli.warmup import run
 
@@ -211,7 +235,7 @@ def quickstart(
 
 
 @app.command(
-    epilog="Example:  dwakd check Qwen/Qwen1.5-1.8B openai-community/gpt2 --texts train.jsonl",
+    epilog="Example:  dwakd check Qwen/Qwen1.5-1.8B gpt2 --texts train.jsonl",
 )
 def check(
     teacher: Annotated[str, typer.Argument(help="The teacher's folder or hub id.")],
@@ -264,7 +288,7 @@ def check(
 
 
 @app.command(
-    epilog="Example:  dwakd align recipe.yml --checkpoint outputs/dwakd --before --sample 3",
+    epilog="Example:  dwakd align recipe.yml --checkpoint outputs/dwakd --sample 3",
 )
 def align(
     recipe: Recipe,
@@ -272,6 +296,7 @@ def align(
         list[int] | None,
         typer.Option(
             min=1,
+            metavar="N",
             help="Which sample of the evaluation set (of the training set, where there is none), "
             "from 1; may be repeated.",
             show_default="1",
@@ -284,7 +309,9 @@ def align(
     before: Annotated[
         bool, typer.Option("--before", help="With --checkpoint: before training too, beside it.")
     ] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Draw so many tokens a side.")] = 80,
+    tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Draw so many tokens a side.")
+    ] = 80,
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures (PNG) and the page (HTML).")
     ] = Path("alignment"),
@@ -321,7 +348,10 @@ def export(
     dest: Annotated[Path, typer.Argument(help="The new folder.")],
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Precision of the weights; auto: as they are."),
+        typer.Option(
+            metavar="NAME",
+            help="Precision of the weights: float32, bfloat16, float16, or auto: as they are.",
+        ),
     ] = "auto",
     keep_adapter: Annotated[
         bool, typer.Option("--keep-adapter", help="Export a LoRA adapter without merging it.")
@@ -351,6 +381,8 @@ def export(
     with the run's student before it appears at DEST; on any error nothing is left there.
 
     Computes in float32 on the CPU, which takes 4 bytes of memory a parameter.
+
+    Exit codes: 0 the student is at DEST, and on the hub where that was asked for; 1 an error.
     """
     from dwakd_cli.export import run as run_export
 
@@ -405,7 +437,9 @@ def recipes_copy(
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 an error with a message, 130 interrupted."""
-    with error_boundary():
+    from dwakd_cli.terminal import writable
+
+    with writable(), error_boundary():
         app()
 
 
@@ -417,8 +451,12 @@ def error_boundary() -> Iterator[None]:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+        from rich.console import Console
+        from rich.text import Text
+
+        # Unbroken lines: a command in a message can be copied.
+        Console(stderr=True).print(Text(f"Error: {error}", style="red"), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.secho("Interrupted.", err=True)
+        print("Interrupted.", file=sys.stderr)
         sys.exit(130)

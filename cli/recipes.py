@@ -12,33 +12,33 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 
 
 def list_recipes(*, json_output: bool) -> None:
-    """Name, purpose, student and teacher of each, as a table or as JSON."""
+    """Name, purpose, student and teacher of each, as text or as JSON."""
     recipes = [
         describe(name, file.read_text(encoding="utf-8")) for name, file in _shipped().items()
     ]
     if json_output:
         print(json.dumps(recipes, indent=1))
         return
-    table = Table(title="Recipes")
-    for column in ("name", "what it is for", "student", "teacher"):
-        table.add_column(column, overflow="fold")
+    console = Console(highlight=False)
     for recipe in recipes:
-        table.add_row(*(recipe[key] or "none" for key in ("name", "purpose", "student", "teacher")))
-    console = Console()
-    console.print(table)
+        console.print(Text(recipe["name"], style="bold"))
+        models = f"student {recipe['student']}, teacher {recipe['teacher'] or 'none'}"
+        console.print(Padding(Text(f"{recipe['purpose']}\n{models}"), (0, 0, 1, 2)))
     console.print("`dwakd recipes show NAME` prints one, `dwakd recipes copy NAME` copies it.")
 
 
 def show(name: str) -> None:
     """The recipe as it is, comments included."""
-    sys.stdout.write(find(name).read_text(encoding="utf-8"))
+    # The file's bytes: UTF-8 whatever the terminal's encoding, so that `> FILE` is a recipe.
+    sys.stdout.buffer.write(find(name).read_bytes())
 
 
 def copy(name: str, dest: Path | None, *, force: bool) -> Path:

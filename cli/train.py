@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,11 @@ def run(
     signed_before = _signature(launch)
     _write_recipe(launch, recipe_file)
     code, stopped_by = execute(
-        launch.command, launch.environment, sys.stderr if json_output else None
+        launch.command,
+        launch.environment,
+        sys.stderr if json_output else None,
+        # axolotl learns to stop when the models are loaded, right after the plugin signs.
+        can_save=lambda: not _writes_here(launch) or _signature(launch) != signed_before,
     )
     if stopped_by is not None:
         console.print(_how_to_go_on(launch, stopped_by), highlight=False)
@@ -295,24 +300,32 @@ def _overrides(
 
 
 def execute(
-    command: list[str], environment: dict[str, str], stdout: Any = None
+    command: list[str],
+    environment: dict[str, str],
+    stdout: Any = None,
+    can_save: Callable[[], bool] = lambda: True,
 ) -> tuple[int, int | None]:
     """Runs a command to its end; returns its exit code and the signal that stopped it, if one did.
 
-    SIGINT, SIGTERM and SIGHUP reach the command as SIGINT, on which axolotl saves and stops; a
-    second one kills it.
+    SIGINT, SIGTERM and SIGHUP reach the command as SIGINT, on which axolotl saves and stops, or as
+    SIGTERM as long as it cannot save anything yet; a second one kills it.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
+
+    def stop(group: int) -> None:
+        saves = can_save()
+        what = "axolotl saves first" if saves else "there is nothing to save yet"
+        print(f"\nStopping: {what}. Once more to kill it.", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+            os.killpg(group, signal.SIGINT if saves else signal.SIGTERM)
 
     def pass_on(number: int, frame: Any = None) -> None:
         received.append(number)
         if process is None:
             return
         if len(received) == 1:
-            print("\nStopping: axolotl saves first. Once more to kill it.", file=sys.stderr)
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
-                os.killpg(process.pid, signal.SIGINT)
+            stop(process.pid)
         else:
             _kill(process.pid)
 
@@ -322,7 +335,7 @@ def execute(
         # In a session of its own, Ctrl-C reaches it through `pass_on` alone, and once.
         process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
         if received:
-            os.killpg(process.pid, signal.SIGINT)
+            stop(process.pid)
         code = process.wait()
     finally:
         for number, handler in before.items():

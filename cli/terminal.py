@@ -1,0 +1,66 @@
+"""What standard output can take: other encodings than UTF-8, and readers that leave early."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from io import TextIOWrapper
+
+# What pictures and sentences use, where the output's encoding lacks it.
+_ASCII = {
+    "│": "|",
+    "┆": ":",
+    "·": ".",
+    "⏎": "$",
+    "⇥": ">",
+    "␍": "<",
+    "…": ".",
+    "—": "-",
+    "–": "-",
+    "−": "-",
+    "•": "*",
+    "━": "-",
+    "╸": "-",
+    "╺": "-",
+    "›": ">",
+}
+_ERRORS = "dwakd.nearest"
+
+
+@contextlib.contextmanager
+def writable() -> Iterator[None]:
+    """Lets standard output and error write whatever characters a message has.
+
+    What the encoding lacks becomes ASCII of the same width. A reader that closes the pipe early,
+    as `head` does, ends the process with 1 and without a word.
+    """
+    codecs.register_error(_ERRORS, _nearest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+    try:
+        yield
+    finally:
+        # What is still buffered would fail at the interpreter's end, and say so.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                sys.exit(1)
+
+
+def _nearest(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A codecs error handler: ASCII for one character that cannot be encoded."""
+    assert isinstance(error, UnicodeEncodeError)
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no text: as it was
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    from rich.cells import cell_len
+
+    if "\u2800" <= character <= "\u28ff":  # a spinner
+        return "*", error.start + 1
+    return _ASCII.get(character, "?" * cell_len(character)), error.start + 1
