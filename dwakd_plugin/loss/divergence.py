@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -24,11 +23,14 @@ from dwakd_plugin.loss.token_weights import entropy
 
 SKEW = 0.1  # λ of the skewed divergences, as in DistiLLM (arXiv 2402.03898)
 HEAD_MASS = 0.5  # μ of adaptive KL: probability mass that makes up the target's head
-# With chunk_size "auto", the logits of one chunk: this share of the device's memory in float32, at
-# most so many. About eight tensors of that size live at once. Of all memory, not of what is free: a
-# run and its resumed half must cut the same chunks to agree bit for bit. On a CPU 64 MiB a tensor:
-# tensors of 32 MiB and less stay on malloc's heap, which then grows with the number of chunks.
-AUTO_CHUNK_SHARE = 1 / 256
+# With chunk_size "auto", the logits of one chunk in float32 take at most this share of the device's
+# memory; about six tensors of that size live at once. Of all memory, not of what is free: a run and
+# its resumed half must cut the same chunks to agree bit for bit.
+AUTO_CHUNK_SHARE = 1 / 128
+# Within that share, so many tokens: with fewer, reading the head anew for each chunk is what a
+# product costs. And so many elements: more makes nothing faster. (On a CPU 64 MiB, above the 32 MiB
+# up to which freed tensors stay on malloc's heap, which then grows with the number of chunks.)
+AUTO_CHUNK_TOKENS = 256
 AUTO_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
@@ -130,36 +132,109 @@ def student_statistics(
 
     Shapes: student_logits and t2s_logits (C, Vs), labels (C,).
     """
-    log_probs = student_logits.log_softmax(-1)
-    t2s_log_probs = t2s_logits.log_softmax(-1)
     return StudentStatistics(
-        ce=F.nll_loss(log_probs, labels, reduction="none"),
-        t2s_ce=F.nll_loss(t2s_log_probs, labels, reduction="none"),
-        divergence=DIVERGENCES[divergence](
-            (t2s_logits.detach() / temperature).log_softmax(-1),
-            (student_logits / temperature).log_softmax(-1),
-        ),
-        entropy=entropy(log_probs),
-        gate=t2s_log_probs.detach().max(-1).values.exp(),
-        t2s_correct=t2s_log_probs.detach().argmax(-1) == labels,
+        *_StudentStatistics.apply(  # type: ignore[no-untyped-call]
+            student_logits, t2s_logits, labels, divergence, temperature
+        )
     )
 
 
-def teacher_statistics(
+class _StudentStatistics(torch.autograd.Function):
+    """`student_statistics`, with the gradient written down: a third of autograd's passes over the
+    logits, and half of its memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        t2s_logits: Tensor,
+        labels: Tensor,
+        divergence: Divergence,
+        temperature: float,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(student_logits, t2s_logits, labels)
+        ctx.divergence, ctx.temperature = divergence, temperature
+        student_log_probs = student_logits.log_softmax(-1)
+        ce, student_entropy = _nll(student_log_probs, labels), entropy(student_log_probs)
+        t2s_log_probs = t2s_logits.log_softmax(-1)
+        t2s_ce, best = _nll(t2s_log_probs, labels), t2s_log_probs.max(-1)
+        if temperature != 1:
+            del student_log_probs, t2s_log_probs  # before others of their size are made
+            student_log_probs = _log_softmax(student_logits, temperature)
+            t2s_log_probs = _log_softmax(t2s_logits, temperature)
+        value = DIVERGENCES[divergence](t2s_log_probs, student_log_probs)
+        detached = student_entropy, best.values.exp(), best.indices == labels
+        ctx.mark_non_differentiable(*detached)
+        return ce, t2s_ce, value, *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        student_logits, t2s_logits, labels = ctx.saved_tensors
+        ce_grad, t2s_ce_grad, divergence_grad = (grad[:, None] for grad in grads[:3])
+        student_grad = t2s_grad = None
+        if ctx.needs_input_grad[0]:
+            student_grad = _nll_gradient(student_logits, labels, ce_grad)
+            if ctx.divergence == "forward_kl":  # (p_s − p_t2s) / τ at temperature τ
+                scale = divergence_grad / ctx.temperature
+                student_grad.addcmul_(_softmax(student_logits, ctx.temperature), scale)
+                student_grad.addcmul_(_softmax(t2s_logits, ctx.temperature), scale, value=-1)
+            else:
+                target = _log_softmax(t2s_logits, ctx.temperature)
+                with torch.enable_grad():
+                    leaf = student_logits.detach().requires_grad_()
+                    value = DIVERGENCES[ctx.divergence](target, _log_softmax(leaf, ctx.temperature))
+                student_grad += torch.autograd.grad(value, leaf, divergence_grad[:, 0])[0]
+        if ctx.needs_input_grad[1]:
+            t2s_grad = _nll_gradient(t2s_logits, labels, t2s_ce_grad)
+        return student_grad, t2s_grad, None, None, None
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).softmax(-1)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _nll(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return -log_probs.gather(-1, labels[:, None]).squeeze(-1)
+
+
+def _nll_gradient(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    """grad · (p − onehot(y)), for logits (C, V), labels (C,) and grad (C, 1)."""
+    return logits.softmax(-1).mul_(grad).scatter_add_(-1, labels[:, None], -grad)
+
+
+def teacher_statistics_(
     teacher_logits: Tensor, s2t_logits: Tensor, temperature: float
-) -> TeacherStatistics:
+) -> tuple[TeacherStatistics, Tensor]:
     """What the teacher-space term needs of each token (Eq. 8, 14); always forward KL (D5).
 
-    Shapes: teacher_logits and s2t_logits (C, Vt).
+    And the divergence's gradient (p_s2t − p_t) / τ in s2t_logits. Works in place, with one more
+    tensor of the size of the logits; both inputs are lost.
+
+    Shapes: teacher_logits and s2t_logits (C, Vt), without a graph → each statistic (C,), (C, Vt).
     """
-    teacher_logits = teacher_logits.detach()
-    return TeacherStatistics(
-        divergence=forward_kl(
-            (teacher_logits / temperature).log_softmax(-1),
-            (s2t_logits / temperature).log_softmax(-1),
-        ),
-        entropy=entropy(teacher_logits.log_softmax(-1)),
-    )
+    # Shifted by the largest, exponentials never overflow; probabilities are `weights / total`.
+    teacher_logits -= teacher_logits.amax(-1, keepdim=True)
+    weights = teacher_logits.exp()
+    total = weights.sum(-1)
+    token_entropy = total.log() - torch.linalg.vecdot(weights, teacher_logits) / total
+    if temperature != 1:
+        teacher_logits /= temperature
+        torch.exp(teacher_logits, out=weights)
+        total = weights.sum(-1)
+    s2t_logits -= s2t_logits.amax(-1, keepdim=True)
+    s2t_logits /= temperature
+    teacher_logits -= s2t_logits
+    divergence = torch.linalg.vecdot(weights, teacher_logits) / total - total.log()
+    s2t_total = s2t_logits.exp_().sum(-1)
+    divergence += s2t_total.log()
+    s2t_logits /= (s2t_total * temperature)[:, None]
+    s2t_logits.addcmul_(weights, (1 / (total * temperature))[:, None], value=-1)
+    return TeacherStatistics(divergence, token_entropy), s2t_logits
 
 
 def tokens_per_chunk(
@@ -172,12 +247,12 @@ def tokens_per_chunk(
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    elements = min(int(memory * AUTO_CHUNK_SHARE) // 4, AUTO_CHUNK_ELEMENTS.get(device.type, 2**24))
-    return max(1, elements // vocab_size)
+    wanted = max(AUTO_CHUNK_TOKENS * vocab_size, AUTO_CHUNK_ELEMENTS.get(device.type, 2**24))
+    return max(1, min(wanted, int(memory * AUTO_CHUNK_SHARE) // 4) // vocab_size)
 
 
 class _TeacherSpace(torch.autograd.Function):
-    """`teacher_statistics` chunk by chunk, with the gradient formed in forward.
+    """`teacher_statistics_` chunk by chunk, with the gradient formed in forward.
 
     A token's divergence depends on its own projected state alone, and the head is constant. So one
     row (D,) per token is all that backward needs, and a chunk's logits are computed once, where
@@ -198,13 +273,15 @@ class _TeacherSpace(torch.autograd.Function):
         for projected_chunk, hidden_chunk in zip(*chunks, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 leaf = projected_chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                divergence, token_entropy = teacher_statistics(
-                    logits(hidden_chunk), logits(leaf), temperature
-                )
-                if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(divergence.sum(), leaf)
-            divergences.append(divergence.detach())
-            entropies.append(token_entropy)
+                s2t_logits = logits(leaf)
+            statistics, gradient = teacher_statistics_(
+                logits(hidden_chunk), s2t_logits.detach(), temperature
+            )
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(s2t_logits, leaf, gradient)
+            del s2t_logits, gradient  # before the next chunk's are made
+            divergences.append(statistics.divergence)
+            entropies.append(statistics.entropy)
         ctx.save_for_backward(torch.cat(gradients) if gradients else projected)
         entropies_ = torch.cat(entropies)
         ctx.mark_non_differentiable(entropies_)
@@ -224,7 +301,7 @@ def teacher_space_statistics(
     temperature: float,
     chunk_size: int,
 ) -> TeacherStatistics:
-    """`teacher_statistics` of every token, a chunk of logits at a time.
+    """`teacher_statistics_` of every token, a chunk of logits at a time.
 
     Shapes: the teacher's hidden states and the student's projected ones (N, D), `logits` their
     constant head → each result (N,). The gradient reaches `projected` only.

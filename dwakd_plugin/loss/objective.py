@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dwakd_plugin.config import LossConfig, SoftDTWConfig
 from dwakd_plugin.loss.alignment import (
@@ -574,11 +575,47 @@ def normalised_soft_dtw(
 
     Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
     """
-    x, y = _unit(x), _unit(y)
-    across = soft_dtw_distance(_cost_between(x, y, penalty), x_lengths, y_lengths, gamma)
-    x_self = soft_dtw_distance(1 - x @ x.transpose(1, 2), x_lengths, x_lengths, gamma)
-    y_self = soft_dtw_distance(1 - y @ y.transpose(1, 2), y_lengths, y_lengths, gamma)
-    return across - 0.5 * (x_self + y_self)
+
+    def distances(x: Tensor, y: Tensor) -> Tensor:
+        x, y = _unit(x), _unit(y)
+        across = soft_dtw_distance(_cost_between(x, y, penalty), x_lengths, y_lengths, gamma)
+        x_self = soft_dtw_distance(1 - x @ x.transpose(1, 2), x_lengths, x_lengths, gamma)
+        y_self = soft_dtw_distance(1 - y @ y.transpose(1, 2), y_lengths, y_lengths, gamma)
+        return across - 0.5 * (x_self + y_self)
+
+    return _PerSample.apply(distances, x, y)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _PerSample(torch.autograd.Function):
+    """function(x, y) → (B,), where each value depends on its own sample's x and y alone.
+
+    The gradients are formed in forward, and stand in for all that `function` would keep until
+    backward, while the heads need the memory: costs, unit vectors, alignments.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+    ) -> Tensor:
+        _, *needed = ctx.needs_input_grad
+        x, y = (
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip((x, y), needed, strict=True)
+        )
+        with torch.set_grad_enabled(any(needed)):
+            values = function(x, y)
+        leaves = [tensor for tensor in (x, y) if tensor.requires_grad]
+        if leaves:
+            gradients = torch.autograd.grad(values, leaves, torch.ones_like(values))
+            ctx.save_for_backward(*gradients)
+        return values.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        _, *needed = ctx.needs_input_grad
+        return None, *(grad[:, None, None] * next(saved) if need else None for need in needed)
 
 
 def _sequence_pairs(

@@ -18,7 +18,8 @@ from torch import Tensor
 def entropy(log_probs: Tensor) -> Tensor:
     """H(p) in nats, detached: (..., V) → (...)."""
     log_probs = log_probs.detach()
-    return -(log_probs.exp() * log_probs).sum(-1)
+    negative: Tensor = torch.linalg.vecdot(log_probs.exp(), log_probs)
+    return -negative
 
 
 def normalise_per_sample(weights: Tensor, valid: Tensor) -> Tensor:
