@@ -51,12 +51,7 @@ def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator
         own = _without_a_run(recipe, folder)
         if checkpoint is not None:
             own = _from_checkpoint(own, checkpoint)
-        config = check_all(own)
-        file = Path(folder) / "recipe.yml"
-        file.write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
-        # It hangs at exit where it is offline, and its copy of the output would be one of ours.
-        os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-        os.environ["AXOLOTL_TEE_STDOUT"] = "0"
+        config, file = _checked(own, Path(folder))
         try:
             with _quiet():
                 cfg, trainer = _load(file)
@@ -72,6 +67,33 @@ def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator
             yield OpenRun(cfg, config, trainer, distillation)
         finally:
             _close()
+
+
+@contextlib.contextmanager
+def open_rows(recipe: dict[str, Any]) -> Iterator[tuple[DWAKDConfig, list[Any]]]:
+    """The settings, and the data sets to train and to evaluate on, with both sides of each row.
+
+    As `open_run` has them, and without loading a model. A data set may be None. Raises UserError.
+    """
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        config, file = _checked(_without_a_run(recipe, folder), Path(folder))
+        try:
+            with _quiet(), _axolotl(file) as (cfg, manager):
+                rows = manager.load_datasets(cfg, preprocess=False)
+            yield config, [rows.train_dataset, rows.eval_dataset]
+        finally:
+            _close()
+
+
+def _checked(recipe: dict[str, Any], folder: Path) -> tuple[DWAKDConfig, Path]:
+    """The recipe's settings, and its file for axolotl."""
+    config = check_all(recipe)
+    file = folder / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    # It hangs at exit where it is offline, and its copy of the output would be one of ours.
+    os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+    os.environ["AXOLOTL_TEE_STDOUT"] = "0"
+    return config, file
 
 
 def _without_a_run(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -116,15 +138,25 @@ def _with_projectors(recipe: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 def _load(file: Path) -> tuple[Any, Any]:
     """axolotl's way to a trainer, up to where `axolotl train` would start it."""
+    from axolotl.train import setup_model_and_trainer
+
+    with _axolotl(file) as (cfg, manager):
+        trainer, *_ = setup_model_and_trainer(cfg, manager.load_datasets(cfg, preprocess=False))
+    if getattr(trainer, "distillation", None) is None:
+        raise UserError("axolotl did not load dwakd's plugin, so there is no teacher.")
+    return cfg, trainer
+
+
+@contextlib.contextmanager
+def _axolotl(file: Path) -> Iterator[tuple[Any, Any]]:
+    """axolotl's settings and plugins for a recipe; its errors become UserError."""
     from axolotl.cli.config import load_cfg
     from axolotl.integrations.base import PluginManager
-    from axolotl.train import setup_model_and_trainer
 
     manager = PluginManager.get_instance()
     manager.plugins.clear()
     try:
-        cfg = load_cfg(str(file))
-        trainer, *_ = setup_model_and_trainer(cfg, manager.load_datasets(cfg, preprocess=False))
+        yield load_cfg(str(file)), manager
     except SystemExit as error:
         # The plugin's hooks end the process with a message, which axolotl's log swallows here.
         if isinstance(error.__context__, UserError):
@@ -137,9 +169,6 @@ def _load(file: Path) -> tuple[Any, Any]:
             f"axolotl cannot load what the recipe asks for: {type(error).__name__}: {error}\n"
             "`dwakd --debug` before the command shows where."
         ) from error
-    if getattr(trainer, "distillation", None) is None:
-        raise UserError("axolotl did not load dwakd's plugin, so there is no teacher.")
-    return cfg, trainer
 
 
 @contextlib.contextmanager
@@ -157,8 +186,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _close() -> None:
-    from axolotl.integrations.base import PluginManager
-    from axolotl.utils.tee import close_debug_log
-
-    PluginManager.get_instance().plugins.clear()
-    close_debug_log()
+    # Only what was imported: after Ctrl-C in the midst of it, another try would take seconds and
+    # fail on what is half there.
+    base = sys.modules.get("axolotl.integrations.base")
+    tee = sys.modules.get("axolotl.utils.tee")
+    if base is not None:
+        base.PluginManager.get_instance().plugins.clear()
+    if tee is not None:
+        tee.close_debug_log()
