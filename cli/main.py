@@ -173,7 +173,7 @@ def warmup(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="The file; default: OUTPUT_DIR with `-projectors.safetensors` after it."),
+        typer.Option(help="The file; by default it lies beside OUTPUT_DIR and is named after it."),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the course of training (PNG).")
@@ -209,6 +209,109 @@ def warmup(
         force=force,
         json_output=json_output,
     )
+
+
+@app.command(
+    epilog="Example:  dwakd cache recipe.yml --load-in-4bit --dtype float8_e4m3",
+)
+def cache(
+    recipe: Recipe,
+    teacher: Teacher = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the states; goes before the recipe's.",
+            show_default="OUTPUT_DIR-teacher-cache",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float16", "bfloat16", "float8_e4m3"] | None,
+        typer.Option(help="How to keep the states; auto: as computed.", show_default="auto"),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that the teacher reads at once.", show_default="2048"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute nothing: compare every checksum.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Let the teacher read every row once, and keep its hidden states for training.
+
+    Training from the cache loads the teacher's head and embeddings and never its body. Says what
+    it takes on disk before it begins. Ctrl-C exits with 130; the same command goes on from there,
+    and adds the rows that the recipe has got since.
+    """
+    from dwakd_cli.cache import run
+
+    run(
+        recipe,
+        teacher=_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
+        | ({"cache_dtype": dtype} if dtype else {}),
+        batch_tokens=batch_tokens,
+        verify=verify,
+        json_output=json_output,
+    )
+
+
+@app.command(
+    epilog="Example:  dwakd plan sft.yml --teacher Qwen/Qwen1.5-1.8B --gpu 24GB",
+)
+def plan(
+    recipe: Recipe,
+    teacher: Teacher = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    teacher_cache: TeacherCache = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="What it should fit on: 24GB, A100-80GB, ..., or cpu.",
+            show_default="the GPU found, else the CPU",
+        ),
+    ] = None,
+    response_share: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="How much of a row is response; the rest is prompt."),
+    ] = 1.0,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Tokenise the data and plan for its longest rows."),
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the parts (PNG).")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if it does not fit.")] = (
+        False
+    ),
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Say what a run will take in memory and time, before anything large is downloaded.
+
+    Needs both models' configs alone. Memory by part at the worst moment of a step, the largest
+    micro-batch that fits, an estimate of the time, and what would help, in order of effect. Rows
+    are taken to be as long as `sequence_len`, the worst case, unless --data.
+
+    Exit codes: 0 planned, whether it fits or not; 1 an error; 3 with --strict, does not fit.
+    """
+    from dwakd_cli.plan import run
+
+    fits = run(
+        recipe,
+        teacher=_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache),
+        gpu=gpu,
+        response_share=response_share,
+        data=data,
+        plot=plot,
+        json_output=json_output,
+    )
+    if strict and not fits:
+        raise typer.Exit(3)
 
 
 @app.command(
@@ -440,7 +543,7 @@ def main() -> None:
     from dwakd_cli.terminal import writable
 
     with writable(), error_boundary():
-        app()
+        app(prog_name="dwakd")
 
 
 @contextmanager

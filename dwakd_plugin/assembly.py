@@ -14,6 +14,7 @@ from axolotl.utils.train import determine_last_checkpoint
 from torch import Tensor, nn
 
 import dwakd_plugin
+from dwakd_plugin.cached_teacher import cached_teacher, teacher_rows
 from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, parameter_count
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
@@ -27,7 +28,7 @@ from dwakd_plugin.projectors import (
     load_projectors,
     shared_vocabulary_init,
 )
-from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
+from dwakd_plugin.teacher import Teacher, load_teacher
 from dwakd_plugin.tokenizer_pair import shared_vocabulary
 from dwakd_plugin.trainer import Distillation
 from dwakd_plugin.warmup import warm_up
@@ -49,7 +50,12 @@ def assemble(
         teacher = load_teacher(config.teacher, device)
     else:
         teacher, cache = cached_teacher(
-            config.teacher, device, _teacher_rows(trainer), _progress("Teacher states", "row")
+            config.teacher,
+            device,
+            teacher_rows(trainer.train_dataset, trainer.eval_dataset),
+            teacher_tokenizer,
+            _progress("Teacher states", "token"),
+            lambda text: LOG.info(text, main_process_only=False),
         )
         trainer.data_collator.teacher_cache = cache
         trainer.train_data_collator.teacher_cache = cache
@@ -139,20 +145,6 @@ def _projectors(
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
     return table.detach()[ids.to(table.device)].float().cpu()
-
-
-def _teacher_rows(trainer: Any) -> list[tuple[Tensor, Tensor]]:
-    """Teacher ids and labels of every row that training or evaluation will ask for."""
-    rows = []
-    for dataset in (trainer.train_dataset, trainer.eval_dataset):
-        if dataset is None:
-            continue
-        columns = dataset.select_columns(["teacher_input_ids", "teacher_labels"]).with_format(None)
-        rows += [
-            (torch.tensor(row["teacher_input_ids"]), torch.tensor(row["teacher_labels"]))
-            for row in columns
-        ]
-    return rows
 
 
 def _progress(title: str, unit: str) -> Any:

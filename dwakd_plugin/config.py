@@ -8,9 +8,10 @@ as they are.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dwakd_plugin.errors import UserError
 
@@ -44,23 +45,34 @@ class TeacherConfig(_Block):
 
     base_model: str = Field(min_length=1, description="Hub id or folder of the teacher.")
     tokenizer: str | None = Field(None, description="Hub id or folder; default: `base_model`.")
-    adapter: str | None = Field(None, description="A LoRA of the teacher, attached at load.")
+    adapter: str | None = Field(
+        None,
+        description="A LoRA of the teacher: merged at load, or attached where it is quantised.",
+    )
     revision: str | None = Field(None, description="Revision of the teacher on the hub.")
     trust_remote_code: bool = Field(
         False, description="Let the teacher's repository run code of its own."
     )
-    load_in_8bit: bool = Field(False, description="Hold the teacher's linear layers in 8 bit.")
+    load_in_8bit: bool = Field(
+        False, description="Hold the teacher's linear layers in 8 bit, head and embeddings not."
+    )
     load_in_4bit: bool = Field(
-        False, description="Hold the teacher's linear layers in 4 bit (nf4)."
+        False, description="In 4 bit (nf4, double quantisation), head and embeddings not."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="The teacher's dtype; auto: the checkpoint's, float32 on a CPU."
     )
     attn_implementation: str = Field(
         "auto",
-        description="auto: flash_attention_2 where it is installed and the device can, else sdpa.",
+        description="auto: flash attention where it can be had (flash_attention_3, "
+        "flash_attention_2, or the hub's kernel through `kernels`) and device, dtype and "
+        "architecture can, else sdpa or eager; or a name of transformers'.",
     )
-    device: str | None = Field(None, description="For example cuda:1; default: the student's.")
+    device: str | dict[str, str] | None = Field(
+        None,
+        description="cuda:1, cpu, ...; default: the student's. offload: half of the GPU's free "
+        "memory, then the CPU's, then disk; limits of your own as in {cuda:0: 20GiB, cpu: 60GiB}.",
+    )
     sequence_len: int | None = Field(
         None, ge=2, description="Longest teacher sequence in tokens; default: the student's."
     )
@@ -69,8 +81,14 @@ class TeacherConfig(_Block):
     )
     cache: str | None = Field(
         None,
-        description="Folder for the teacher's hidden states. Rows that it lacks are computed "
-        "before training; when it holds every row, the teacher itself is not loaded.",
+        description="Folder for the teacher's hidden states, filled by `dwakd cache`. Rows that it "
+        "lacks are computed before training; when it holds every row, only the teacher's head and "
+        "embeddings are loaded.",
+    )
+    cache_dtype: Literal["auto", "float16", "bfloat16", "float8_e4m3"] = Field(
+        "auto",
+        description="How a new cache keeps the states; auto: as computed. float8_e4m3 has a scale "
+        "a token. auto takes a cache that is there as it is.",
     )
 
     @model_validator(mode="before")
@@ -83,6 +101,21 @@ class TeacherConfig(_Block):
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit are both set; choose one")
         return self
+
+    @field_validator("device")
+    @classmethod
+    def _devices_with_limits(cls, device: str | dict[str, str] | None) -> Any:
+        for name, limit in device.items() if isinstance(device, dict) else ():
+            if not re.fullmatch(r"cpu|cuda:\d+", name) or not re.fullmatch(
+                r"\d+(\.\d+)? ?[KMG]i?B", limit
+            ):
+                raise ValueError(
+                    f"{name}: {limit} is no device with a limit; write cpu or cuda:N, and a size "
+                    "as in 20GiB"
+                )
+        if device == {}:
+            raise ValueError("names no device; leave it out for the student's device")
+        return device
 
 
 class LossConfig(_Block):
@@ -281,6 +314,8 @@ def _values(annotation: Any) -> str:
     for part in get_args(annotation) or (annotation,):
         if get_origin(part) is Literal:
             words += [f"`{value}`" for value in get_args(part)]
+        elif get_origin(part) is dict:
+            words.append("mapping")
         elif isinstance(part, type):
             names = {str: "text", bool: "true, false", float: "number", int: "whole number"}
             words.append(names.get(part, "null"))

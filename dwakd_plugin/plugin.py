@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import check_output_folder, check_recipe
+from dwakd_plugin.preflight import check_output_folder, check_recipe, loads_body
 from dwakd_plugin.run_report import describe_run, final_words
 
 LOG = get_logger("axolotl.dwakd")
@@ -70,9 +70,11 @@ class DWAKDPlugin(BasePlugin):
         from axolotl.common.datasets import load_datasets
 
         from dwakd_plugin.dual_tokenization import dual_tokenization
-        from dwakd_plugin.teacher import teacher_config
+        from dwakd_plugin.teacher import check_teacher, teacher_config
 
         teacher_config(config.teacher)
+        if loads_body(config.teacher):
+            check_teacher(config.teacher, _student_device())
         if not preprocess:
             check_output_folder(cfg, config)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
@@ -125,6 +127,11 @@ class DWAKDPlugin(BasePlugin):
             # axolotl has left the process group by now, which its logger would ask for the rank.
             LOG.info("%s", final_words(cfg), main_process_only=False)
         self._trainer = None
+
+
+def _student_device() -> str:
+    """The device that axolotl will give the student, before there is one."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _settings(cfg: DictDefault) -> DWAKDConfig | None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dwakd_plugin.config import DWAKDConfig, parse_recipe
+from dwakd_plugin.config import DWAKDConfig, TeacherConfig, parse_recipe
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.teacher_quantisation import check_packages, own_quantisation
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 
@@ -91,12 +92,49 @@ def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
 
     check(lambda: check_recipe(recipe))
     check(lambda: check_files(recipe))
+    if config is not None:
+        check(lambda: check_teacher_recipe(config))
     # What is whose run can be said of a recipe that names both models.
     if config is not None and isinstance(recipe.get("base_model"), str):
         check(lambda: check_output_folder(recipe, config, only_look=True))
     if findings or config is None:
         raise UserError("\n".join(findings))
     return config
+
+
+def check_teacher_recipe(config: DWAKDConfig) -> None:
+    """Raises UserError where the teacher's quantisation, attention or device cannot be had here.
+
+    Looks at the packages, and no further where the recipe leaves attention and device to us: only
+    then are torch and transformers not needed for it.
+    """
+    teacher = config.teacher
+    if not loads_body(teacher):
+        return
+    file = Path(teacher.base_model) / "config.json"
+    model_config: dict[str, Any] = {}
+    if file.is_file():
+        try:
+            model_config = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"The teacher's {file} is damaged: {error}") from error
+    check_packages(teacher, own_quantisation(model_config))
+    usual = teacher.attn_implementation in ("auto", "sdpa", "eager")
+    if not usual or teacher.device is not None:
+        import torch
+
+        from dwakd_plugin.teacher import check_teacher
+
+        check_teacher(teacher, "cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def loads_body(teacher: TeacherConfig) -> bool:
+    """Whether a run loads more of the teacher than head and embeddings, as far as can be seen."""
+    if teacher.cache is None or not Path(teacher.cache).is_dir():
+        return True
+    from dwakd_plugin.teacher_cache import INDEX
+
+    return not (Path(teacher.cache) / INDEX).is_file()
 
 
 def check_files(recipe: dict[str, Any]) -> None:

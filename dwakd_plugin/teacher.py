@@ -7,38 +7,51 @@ which. The teacher never trains, is never wrapped by accelerate and never saved.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dwakd_plugin.causal_lm import (
     EmbeddingTable,
+    causal_lm,
     embedding_table,
     gather_positions,
     hidden_states,
     output_head,
     parameter_count,
+    short_dtype,
 )
-from dwakd_plugin.collator import teacher_batch
 from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head, ResponseStates
-from dwakd_plugin.teacher_cache import TeacherCache, fingerprint_of_folder, row_key
-
-# Rows per shard are bounded by bytes: a kill loses at most this much of the teacher's work.
-SHARD_BYTES = 64 * 2**20
+from dwakd_plugin.out_of_memory import explain_out_of_memory
+from dwakd_plugin.teacher_attention import attention_facts, choose_attention
+from dwakd_plugin.teacher_quantisation import (
+    asked,
+    check_device,
+    check_head,
+    check_packages,
+    describe,
+    own_quantisation,
+    quantisation_config,
+)
 
 
 @dataclass
 class Teacher:
-    """A frozen teacher: embeddings and head always, its body only where states are computed."""
+    """A frozen teacher: embeddings and head always, its body only where states are computed.
+
+    Embeddings and head are on the student's device; the body takes its tokens on `device`.
+    """
 
     embeddings: EmbeddingTable
     head: Head
@@ -46,6 +59,8 @@ class Teacher:
     parameters: int
     attention: str
     precision: str
+    device: torch.device | None = None
+    offload_folder: Any = None  # a temporary folder that goes when the teacher does
 
     @property
     def hidden_size(self) -> int:
@@ -53,19 +68,23 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Final hidden states at response positions (B, T, D), for a collated batch."""
+        """Final hidden states at response positions (B, T, D), for a collated batch.
+
+        In the head's dtype, from the body or the cache. Raises UserError where memory runs out.
+        """
         if "teacher_hidden" in batch:
-            return batch["teacher_hidden"]
+            return batch["teacher_hidden"].to(self.head.weight.dtype)
         if self.model is None:
             raise RuntimeError("the teacher's body was released and the batch holds no states")
-        device = self.model.device  # may be another than the student's
-        states = hidden_states(
-            self.model,
-            batch["teacher_input_ids"].to(device),
-            batch["teacher_attention_mask"].to(device),
-        )
-        states = gather_positions(states, batch["teacher_positions"].to(device))
-        return states.to(batch["teacher_positions"].device)
+        positions = batch["teacher_positions"]
+        with explain_out_of_memory("the teacher's forward"):
+            states = hidden_states(
+                self.model,
+                batch["teacher_input_ids"].to(self.device),
+                batch["teacher_attention_mask"].to(self.device),
+            )
+            states = gather_positions(states, positions.to(states.device))
+        return states.to(positions.device, self.head.weight.dtype)
 
     @torch.no_grad()
     def states(self, batch: dict[str, Tensor]) -> ResponseStates:
@@ -83,65 +102,91 @@ class Teacher:
 
 
 def load_teacher(config: TeacherConfig, device: str) -> Teacher:
-    """Loads the teacher frozen, in eval mode, on `device`.
+    """Loads the teacher frozen, in eval mode; `device` is the student's, and the default.
 
-    Raises UserError where the checkpoint, its quantisation or its attention cannot be had.
+    Raises UserError where the checkpoint, its quantisation, its attention or the memory for it
+    cannot be had.
     """
-    student_device, device = device, config.device or device
-    attention = choose_attention(config, device)
-    quantisation = _quantisation(config)
+    model_config = teacher_config(config)
+    attention, why = check_teacher(config, device)
+    own = teacher_device(config, device)
+    dtype = teacher_dtype(config, model_config, own)
+    quantised = own_quantisation(model_config) is not None or asked(config) is not None
+    if quantised:
+        # It says for every layer in every forward that it computes in half precision.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    folder = _OffloadFolder() if _is_spread(config) else None
     try:
-        with _without_rank_zero_loading():
+        with explain_out_of_memory("loading the teacher"), _without_rank_zero_loading():
             model = AutoModelForCausalLM.from_pretrained(
                 config.base_model,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
-                dtype=_dtype(config, device),
+                dtype=dtype,
                 attn_implementation=attention,
-                quantization_config=quantisation,
-                device_map={"": device},
+                quantization_config=None
+                if own_quantisation(model_config)
+                else quantisation_config(config, dtype),
+                **(_limits(config, own, folder.name) if folder else {"device_map": {"": own}}),
             )
             if config.adapter:
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, config.adapter)
-                if quantisation is None:
+                if not quantised:
                     model = model.merge_and_unload()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
-            f"The teacher {config.base_model} cannot be loaded: {str(error).splitlines()[0]}"
+            f"The teacher {config.base_model} cannot be loaded: {str(error).partition(chr(10))[0]}"
         ) from error
     model.eval().requires_grad_(False)
-    table, head = embedding_table(model), output_head(model)
-    if torch.device(device) != torch.device(student_device):
+    lm = causal_lm(model)
+    reads, writes = lm.get_input_embeddings(), lm.get_output_embeddings()
+    # What is offloaded has no values but in these two blocks.
+    with align_module_device(reads), align_module_device(writes):
+        table, head = embedding_table(model), output_head(model)
+    check_head(config.base_model, head.weight, table.weight)
+    if table.weight.device != torch.device(device):
         tied = head.weight is table.weight
-        table = replace(table, weight=table.weight.to(student_device))
-        head = replace(head, weight=table.weight if tied else head.weight.to(student_device))
+        table = replace(table, weight=table.weight.to(device))
+        head = replace(head, weight=table.weight if tied else head.weight.to(device))
     return Teacher(
         embeddings=table,
         head=head,
         model=model,
-        parameters=parameter_count(model),
-        attention=attention,
-        precision=_precision(config, device),
+        parameters=parameter_count(lm),
+        attention=f"{attention} ({why})",
+        precision=_description(config, model_config, own, lm, head),
+        device=_input_device(reads),
+        offload_folder=folder,
     )
 
 
-def open_cache(config: TeacherConfig, device: str) -> TeacherCache:
-    """The cache folder that the recipe names, for this teacher in this precision."""
-    assert config.cache is not None
-    hidden_size = teacher_config(config).get_text_config().hidden_size
-    folder = Path(config.base_model)
-    return TeacherCache(
-        Path(config.cache),
-        {
-            "teacher": fingerprint_of_folder(folder) if folder.is_dir() else config.base_model,
-            "revision": config.revision,
-            "adapter": config.adapter,
-            "precision": _precision(config, config.device or device),
-            "hidden_size": hidden_size,
-        },
-    )
+def check_teacher(config: TeacherConfig, device: str) -> tuple[str, str]:
+    """The teacher's attention and why; raises UserError where it cannot be loaded as asked.
+
+    Looks at its config, at the packages that are installed and at the device, and loads no weights.
+    """
+    model_config = teacher_config(config)
+    own = teacher_device(config, device)
+    quantisation = own_quantisation(model_config)
+    check_packages(config, quantisation)
+    kind = torch.device(own).type
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if (torch.device(own).index or 0) >= count:
+            raise UserError(
+                f"dwakd.teacher.device: {config.device}, and this machine has {count or 'no'} "
+                "GPU" + ("" if count == 1 else "s") + ". Leave it out for the student's device."
+            )
+    if quantisation is None and asked(config) is not None:
+        import bitsandbytes
+
+        capability = torch.cuda.get_device_capability(own) if kind == "cuda" else None
+        check_device(config, kind, capability, set(bitsandbytes.supported_torch_devices))
+    dtype = teacher_dtype(config, model_config, own)
+    facts = attention_facts(config.attn_implementation, model_config, own, dtype)
+    return choose_attention(config.attn_implementation, facts)
 
 
 def teacher_config(config: TeacherConfig) -> Any:
@@ -157,126 +202,97 @@ def teacher_config(config: TeacherConfig) -> Any:
         ) from error
 
 
-def cached_teacher(
-    config: TeacherConfig,
-    device: str,
-    rows: Sequence[tuple[Tensor, Tensor]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Teacher, TeacherCache]:
-    """A teacher without a body, and a cache that holds the states of every row.
+def teacher_device(config: TeacherConfig, device: str) -> str:
+    """Where the teacher computes: the recipe's device, else the student's, `device`.
 
-    rows: teacher ids and labels (L,) of each row that training or evaluation will ask for. Missing
-    rows are computed first, shortest to longest; `progress` hears how many of how many are done.
+    Of a teacher that is spread over several, the first GPU of them.
     """
-    cache = open_cache(config, device)
-    missing = {
-        row_key(ids, labels): (ids, labels) for ids, labels in rows if labels[1:].ne(-100).any()
-    }
-    missing = {key: row for key, row in missing.items() if key not in cache}
-    weights = cache.load_weights(device)
-    if missing or weights is None:
-        teacher = load_teacher(config, device)
-        cache.save_weights(_weights(teacher))
-        _fill(cache, teacher, missing, progress)
-        teacher.model = None
-        return teacher, cache
-    return _from_weights(config, weights), cache
+    if isinstance(config.device, dict):
+        return min((name for name in config.device if name != "cpu"), default="cpu")
+    return device if config.device in (None, "offload") else config.device
 
 
-def _fill(
-    cache: TeacherCache,
-    teacher: Teacher,
-    rows: dict[str, tuple[Tensor, Tensor]],
-    progress: Callable[[int, int], None],
-    tokens_per_batch: int = 2048,
-) -> None:
-    """Computes the states of `rows` in batches of about `tokens_per_batch` padded tokens."""
-    keys = sorted(rows, key=lambda key: (len(rows[key][0]), key))
-    pending: dict[str, Tensor] = {}
-    done = 0
-    while done < len(keys):
-        length = len(rows[keys[done]][0])
-        batch_keys = keys[done : done + max(1, tokens_per_batch // length)]
-        batch = teacher_batch(*map(list, zip(*(rows[key] for key in batch_keys), strict=True)))
-        lengths = batch["teacher_lengths"].tolist()
-        hidden = teacher.hidden(batch)
-        for key, states, count in zip(batch_keys, hidden, lengths, strict=True):
-            pending[key] = states[:count].clone()
-        done += len(batch_keys)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in pending.values())
-        if size >= SHARD_BYTES or done >= len(keys):
-            cache.append(pending)
-            pending = {}
-        progress(done, len(keys))
-
-
-def _weights(teacher: Teacher) -> dict[str, Tensor]:
-    """Embeddings and head as named tensors; a tied head is kept once."""
-    head = teacher.head
-    weights = {
-        "embeddings": teacher.embeddings.weight,
-        "embed_scale": torch.tensor(teacher.embeddings.scale, dtype=torch.float64),
-        "scale": torch.tensor(head.scale, dtype=torch.float64),
-        "softcap": torch.tensor(head.softcap or 0.0, dtype=torch.float64),
-        "parameters": torch.tensor(teacher.parameters),
-    }
-    if head.weight.data_ptr() != teacher.embeddings.weight.data_ptr():
-        weights["head"] = head.weight
-    if head.bias is not None:
-        weights["bias"] = head.bias
-    return weights
-
-
-def _from_weights(config: TeacherConfig, weights: dict[str, Tensor]) -> Teacher:
-    embeddings = weights["embeddings"]
-    return Teacher(
-        embeddings=EmbeddingTable(embeddings, float(weights["embed_scale"])),
-        head=Head(
-            weights.get("head", embeddings),
-            weights.get("bias"),
-            float(weights["scale"]),
-            float(weights["softcap"]) or None,
-        ),
-        model=None,
-        parameters=int(weights["parameters"]),
-        attention="not needed",
-        precision="states from the cache",
-    )
-
-
-def choose_attention(config: TeacherConfig, device: str) -> str:
-    """The attention backend: the recipe's, or flash_attention_2 where it can be had, or sdpa."""
-    if config.attn_implementation != "auto":
-        return config.attn_implementation
-    half = _dtype(config, device) in ("auto", torch.bfloat16, torch.float16)
-    if device.startswith("cuda") and half and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "sdpa"
-
-
-def _precision(config: TeacherConfig, device: str) -> str:
-    if config.load_in_8bit or config.load_in_4bit:
-        return "8 bit" if config.load_in_8bit else "4 bit (nf4)"
-    return str(_dtype(config, device)).removeprefix("torch.")
-
-
-def _dtype(config: TeacherConfig, device: str) -> torch.dtype | str:
+def teacher_dtype(config: TeacherConfig, model_config: Any, device: str) -> torch.dtype:
+    """The dtype of the teacher's unquantised weights on a device."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.float32 if device == "cpu" else "auto"  # half precision is slow on CPUs
+    if torch.device(device).type == "cpu":
+        return torch.float32  # half precision is slow on CPUs
+    dtype = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _quantisation(config: TeacherConfig) -> BitsAndBytesConfig | None:
-    if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if config.load_in_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    return None
+def precision_name(config: TeacherConfig, model_config: Any, device: str) -> str:
+    """What decides the states' values beside the weights: the quantisation, or the dtype."""
+    own = own_quantisation(model_config)
+    dtype = short_dtype(teacher_dtype(config, model_config, device))
+    if own is not None:
+        return f"{describe(own)}, {dtype}"
+    names = {
+        "load_in_8bit": f"8 bit, {dtype}",
+        "load_in_4bit": f"4 bit (nf4), {dtype}",
+        None: dtype,
+    }
+    return names[asked(config)]
+
+
+def _description(
+    config: TeacherConfig, model_config: Any, device: str, lm: PreTrainedModel, head: Head
+) -> str:
+    """How the teacher is held, for the log."""
+    words = [precision_name(config, model_config, device)]
+    own = own_quantisation(model_config)
+    if own is not None:
+        ignored = asked(config)
+        words[0] += " (the checkpoint's own" + (f"; {ignored} left out)" if ignored else ")")
+    if own is not None or asked(config):
+        words.append(f"head and embeddings in {short_dtype(head.weight.dtype)}")
+    if config.adapter:
+        quantised = own is not None or asked(config)
+        words.append(f"adapter {config.adapter} {'attached' if quantised else 'merged'}")
+    if _is_spread(config):
+        counts: dict[str, int] = {}
+        for place in getattr(lm, "hf_device_map", {"": device}).values():
+            name = f"cuda:{place}" if isinstance(place, int) else str(place)
+            counts[name] = counts.get(name, 0) + 1
+        words.append("modules on " + ", ".join(f"{name}: {n}" for name, n in counts.items()))
+    elif config.device is not None:
+        words.append(f"on {device}")
+    return ", ".join(words)
+
+
+def _is_spread(config: TeacherConfig) -> bool:
+    return isinstance(config.device, dict) or config.device == "offload"
+
+
+class _OffloadFolder(tempfile.TemporaryDirectory):
+    """Where layers go that fit neither GPU nor CPU; in TMPDIR, as large as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix="dwakd-teacher-", ignore_cleanup_errors=True)
+
+
+def _limits(config: TeacherConfig, device: str, folder: str) -> dict[str, Any]:
+    """How accelerate spreads the layers: first to the GPUs, then the CPU, then disk."""
+    limits: dict[int | str, int | str]
+    if isinstance(config.device, dict):
+        limits = {
+            name if name == "cpu" else int(name.partition(":")[2]): limit
+            for name, limit in config.device.items()
+        }
+    else:
+        # The other half is the student's: its gradients, optimizer and activations are yet to come.
+        limits = {"cpu": psutil.virtual_memory().available // 2}
+        if torch.device(device).type == "cuda":
+            limits[torch.device(device).index or 0] = torch.cuda.mem_get_info(device)[0] // 2
+    return {"device_map": "sequential", "max_memory": limits, "offload_folder": folder}
+
+
+def _input_device(embeddings: torch.nn.Module) -> torch.device:
+    """Where the body takes its tokens; what is offloaded is on no device until it computes."""
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return embeddings.weight.device if execution is None else torch.device(execution)
 
 
 @contextlib.contextmanager

@@ -4,22 +4,33 @@ The loss needs of the teacher its final hidden states at response positions, its
 head, and none of them changes. A cache folder holds all three, so that training from a full cache
 needs no teacher at all:
 
-    index.json              format, identity of the teacher, and per shard its file, size, checksum
-                            and keys
+    index.jsonl             one JSON object a line: first the format, the identity of the teacher
+                            and the dtype of the states; then, per file, its size and the CRC-32 of
+                            each tensor in it
     teacher.safetensors     embeddings and head
     states-*.safetensors    one tensor (T, D) per row, named by the row's key
+    lock                    locked while somebody writes
 
 A row's key is a hash of its teacher token ids and response positions, so that shuffling, splitting
-and adding rows keep the cache valid. Every file is written beside its place and moved into it, the
-index last: after a kill, what the index names is whole.
+and adding rows keep the cache valid. A file is written beside its place and moved into it, and then
+named by a line at the end of the index: after a kill, what the index names is whole, and a line cut
+off at its end counts as not written.
+
+Sizes are compared when a cache is opened, and a checksum when its tensor is read: opening takes no
+time, and no value is used unchecked.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+import socket
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +41,85 @@ from torch import Tensor
 
 from dwakd_plugin.errors import UserError
 
-FORMAT = 1
-INDEX = "index.json"
+FORMAT = 2
+INDEX = "index.jsonl"
 WEIGHTS = "teacher.safetensors"
+LOCK = "lock"
+# Rows per shard are bounded by bytes: a kill loses at most this much of the model's work.
+SHARD_BYTES = 64 * 2**20
+FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+
+
+class DiskFull(UserError):
+    """The disk took no more; what the index names before is whole."""
 
 
 def row_key(teacher_ids: Tensor, teacher_labels: Tensor) -> str:
     """Names a row by its teacher token ids and by which of its labels count, both (L,)."""
-    digest = hashlib.sha256(teacher_ids.to(torch.int64).numpy().tobytes())
+    digest = sha256(teacher_ids.to(torch.int64).numpy().tobytes())
     digest.update(teacher_labels.ne(-100).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def encode(states: Tensor, dtype: str) -> Tensor:
+    """States (T, D) as they are kept: as computed (auto), in another dtype, or packed.
+
+    float8_e4m3 has a scale per token, so that large and small tokens keep their relative precision:
+    uint8 (T, D + 4), the token's numbers divided by its scale and then the scale, a float32.
+    """
+    if dtype == "auto":
+        return states
+    if dtype != "float8_e4m3":
+        kept = states.to(getattr(torch, dtype))
+        if kept.isinf().any() and not states.isinf().any():
+            raise UserError(
+                f"The teacher's states reach {states.abs().max().item():.3g}, beyond float16's "
+                "range. Keep them in bfloat16 or float8_e4m3 (dwakd.teacher.cache_dtype), in a new "
+                "folder."
+            )
+        return kept
+    scale = states.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / FLOAT8_LARGEST
+    numbers = (states.float() / scale).to(torch.float8_e4m3fn)
+    return torch.cat([numbers.view(torch.uint8), scale.view(torch.uint8)], dim=1)
+
+
+def decode(kept: Tensor) -> Tensor:
+    """States (T, D) from what `encode` made of them; float32 where they were packed."""
+    if kept.dtype != torch.uint8:
+        return kept
+    numbers = kept[:, :-4].view(torch.float8_e4m3fn).float()
+    return numbers * kept[:, -4:].contiguous().view(torch.float32)
+
+
+def bytes_per_token(hidden_size: int, dtype: str, computed: torch.dtype) -> int:
+    """Bytes that one token's states take on disk; `computed` is the dtype that `auto` keeps."""
+    if dtype == "float8_e4m3":
+        return hidden_size + 4
+    return hidden_size * (computed if dtype == "auto" else getattr(torch, dtype)).itemsize
 
 
 class TeacherCache:
     """A folder of teacher states, opened for one teacher.
 
-    Pickles small: data-loader workers open the shards anew.
+    Pickles small: data-loader workers open the shards anew, as memory maps.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], dtype: str = "auto") -> None:
         """Opens the folder, or starts an empty cache there.
 
-        `identity` says which teacher, in which precision, the states come from. Raises UserError
-        where the folder holds something else, another teacher's states, or damaged files.
+        `identity` says which teacher, in which precision, the states come from, and has its
+        `hidden_size`. `dtype` is how a new cache keeps them; of one that is there, `auto` takes its
+        own. Raises UserError where the folder holds something else, another teacher's states,
+        another dtype, or damaged files.
         """
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
-        self.shards: list[dict[str, Any]] = []
+        self.dtype = dtype
+        self._asked_dtype = dtype
+        self._files: dict[str, dict[str, Any]] = {}  # name: bytes, crc32
         self._shard_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._read_index(index)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"dwakd.teacher.cache: {folder} exists and is no teacher cache (it has no {INDEX})."
-                " Give another folder."
-            )
+        self._read_index()
 
     def __len__(self) -> int:
         return len(self._shard_of)
@@ -77,60 +130,138 @@ class TeacherCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
+    @property
+    def bytes(self) -> int:
+        """What the files take on disk."""
+        return sum(entry["bytes"] for entry in self._files.values())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether embeddings and head were kept."""
+        return WEIGHTS in self._files
+
     def read(self, teacher_ids: Tensor, teacher_labels: Tensor) -> Tensor:
         """The hidden states (T, D) of one row, from its teacher ids and labels (L,)."""
-        if not teacher_labels[1:].ne(-100).any():
+        count = int(teacher_labels[1:].ne(-100).sum())
+        if count == 0:
             return torch.zeros(0, self.identity["hidden_size"])
         key = row_key(teacher_ids, teacher_labels)
         if key not in self._shard_of:
             raise UserError(
-                f"The teacher cache {self.folder} lacks a row that training asks for. Run again: "
-                "missing rows are filled in at the start."
+                f"The teacher cache {self.folder} lacks a row that training asks for. Run "
+                "`dwakd cache RECIPE`, which adds missing rows."
             )
         file = self._shard_of[key]
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_tensor(key)
+        states = decode(self._tensor(file, key))
+        if states.shape != (count, self.identity["hidden_size"]):
+            raise UserError(_damaged(self.folder / file, f"row {key} has shape {states.shape}"))
+        return states
 
     def append(self, states: dict[str, Tensor]) -> None:
-        """Adds rows, key to (T, D), as one shard."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"states-{len(self.shards):05d}-{os.getpid()}.safetensors"
-        _save_atomically(states, self.folder / name)
-        shard = {
-            "file": name,
-            "bytes": (self.folder / name).stat().st_size,
-            "sha256": _sha256(self.folder / name),
-            "keys": list(states),
-        }
-        self.shards.append(shard)
+        """Adds rows, key to (T, D), as one shard. Raises DiskFull."""
+        number = len(self._files)
+        name = f"states-{number:05d}-{os.getpid()}.safetensors"
+        self._add(name, {key: encode(tensor, self.dtype) for key, tensor in states.items()})
         self._shard_of.update(dict.fromkeys(states, name))
-        self._write_index()
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
-        """Keeps the teacher's embeddings and head: names to tensors."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _save_atomically(weights, self.folder / WEIGHTS)
-        self._write_index()
+        """Keeps the teacher's embeddings and head: names to tensors. Raises DiskFull."""
+        self._add(WEIGHTS, weights)
 
     def load_weights(self, device: str) -> dict[str, Tensor] | None:
         """The teacher's embeddings and head, or None where they were not kept yet."""
-        file = self.folder / WEIGHTS
-        if not file.is_file():
+        if not self.has_weights:
             return None
-        try:
-            with safe_open(file, framework="pt", device=device) as weights:
-                return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(_damaged(file, str(error))) from error
+        names = self._files[WEIGHTS]["crc32"]
+        return {name: self._tensor(WEIGHTS, name).to(device) for name in names}
 
-    def _read_index(self, index: Path) -> None:
+    def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compares the checksum of every tensor. Raises UserError that names what differs."""
+        for done, (file, entry) in enumerate(self._files.items()):
+            progress(done, len(self._files))
+            for name in entry["crc32"]:
+                self._tensor(file, name)
+        progress(len(self._files), len(self._files))
+
+    @contextmanager
+    def writing(self, *, wait: bool, on_wait: Callable[[str], None] = print) -> Iterator[None]:
+        """Holds the folder's lock: one process writes. What others wrote meanwhile is read first.
+
+        Where another holds it, waits and tells `on_wait` who, or, with `wait` false, raises
+        UserError. The system releases the lock of a process that has died.
+        """
         try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-            found, self.shards = content["identity"], content["shards"]
-            version = content["format"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(_damaged(index, str(error))) from error
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"The teacher cache {self.folder} cannot be written: {error}"
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+                if not wait:
+                    raise UserError(
+                        f"The teacher cache {self.folder} is being written by {holder}. Let it "
+                        "finish, or stop it and run this again: what it has written is kept."
+                    ) from None
+                on_wait(f"Waiting for {holder}, which writes the teacher cache {self.folder}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            self._read_index()
+            self._remove_leftovers()
+            yield
+        finally:
+            # Not by closing alone: a forked worker would hold it on.
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+    def _remove_leftovers(self) -> None:
+        """Removes files that a killed writer left without naming them in the index."""
+        for file in self.folder.glob("*.safetensors*"):
+            if _is_ours(file.name) and file.name not in self._files:
+                file.unlink()
+
+    def _tensor(self, file: str, name: str) -> Tensor:
+        """A tensor, mapped from its file, whose checksum is right."""
+        path = self.folder / file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(path, framework="pt")
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(_damaged(path, str(error))) from error
+        if _crc32(tensor) != self._files[file]["crc32"][name]:
+            raise UserError(_damaged(path, f"the checksum of {name} does not match"))
+        return tensor
+
+    def _read_index(self) -> None:
+        index = self.folder / INDEX
+        if not index.is_file():
+            files = self.folder.iterdir() if self.folder.is_dir() else []
+            foreign = any(not _is_ours(file.name) for file in files)
+            if foreign or (self.folder.exists() and not self.folder.is_dir()):
+                raise UserError(
+                    f"dwakd.teacher.cache: {self.folder} exists and is no teacher cache (it has no "
+                    f"{INDEX}). Give another folder."
+                )
+            return
+        head, *lines = _whole_lines(index.read_bytes()) or [None]
+        try:
+            if head is None:
+                return
+            content = json.loads(head)
+            found, version, dtype = content["identity"], content["format"], content["dtype"]
+            entries = {Path(entry["file"]).name: entry for entry in map(json.loads, lines)}
+            for entry in entries.values():
+                entry["bytes"] + 0, dict(entry["crc32"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(_damaged(index, f"{type(error).__name__}: {error}")) from error
         if version != FORMAT:
             raise UserError(
                 f"The teacher cache {self.folder} has format {version}; this version reads "
@@ -147,56 +278,119 @@ class TeacherCache:
                 + "\n".join(differing)
                 + "\nGive another folder as dwakd.teacher.cache, or remove this one."
             )
-        for shard in self.shards:
-            file = self.folder / Path(shard["file"]).name  # an index cannot point elsewhere
-            if not file.is_file():
-                raise UserError(_damaged(file, "it is missing"))
-            if file.stat().st_size != shard["bytes"] or _sha256(file) != shard["sha256"]:
-                raise UserError(_damaged(file, "its checksum does not match the index"))
-            self._shard_of.update(dict.fromkeys(shard["keys"], file.name))
+        if self._asked_dtype not in ("auto", dtype):
+            raise UserError(
+                f"The teacher cache {self.folder} keeps its states in "
+                f"{'the dtype they were computed in' if dtype == 'auto' else dtype}, and "
+                f"dwakd.teacher.cache_dtype asks for {self._asked_dtype}. Remove that line, or "
+                "give another folder."
+            )
+        for name, entry in entries.items():
+            file = self.folder / name  # the name alone: an index cannot point elsewhere
+            try:
+                size = file.stat().st_size
+            except FileNotFoundError:
+                raise UserError(_damaged(file, "it is missing")) from None
+            if size != entry["bytes"]:
+                raise UserError(_damaged(file, f"it has {size} bytes, the index {entry['bytes']}"))
+        self.dtype, self._files = dtype, entries
+        self._shard_of = {
+            key: name
+            for name, entry in entries.items()
+            if name != WEIGHTS
+            for key in entry["crc32"]
+        }
 
-    def _write_index(self) -> None:
-        content = {"format": FORMAT, "identity": self.identity, "shards": self.shards}
-        partial = self.folder / f"{INDEX}.partial-{os.getpid()}"
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(self.folder / INDEX)
+    def _add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Writes a file, and then the index's line that names it."""
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        with self._explaining_a_full_disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _save_atomically(tensors, self.folder / name)
+            entry = {
+                "file": name,
+                "bytes": (self.folder / name).stat().st_size,
+                "crc32": {key: _crc32(tensor) for key, tensor in tensors.items()},
+            }
+            head = {"format": FORMAT, "identity": self.identity, "dtype": self.dtype}
+            _append_lines(self.folder / INDEX, head, entry)
+        self._files[name] = entry
+        self._open.pop(name, None)
+
+    @contextmanager
+    def _explaining_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if not full and "No space left" not in str(error) and "quota" not in str(error):
+                raise UserError(
+                    f"The teacher cache {self.folder} cannot be written: {error}"
+                ) from error
+            raise DiskFull(f"The disk of {self.folder} is full.") from error
 
 
 def fingerprint_of_folder(folder: Path) -> str:
-    """A model folder's identity: names, sizes, and both ends of its weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(_weight_files(folder)):
+    """A model folder's identity: names and sizes of its files, and samples from all over them.
+
+    Samples, as a large model would take minutes to read: 256 blocks, evenly spread, of each file,
+    so that a fine-tuning that changed a twentieth of the bytes would go unseen once in 500,000.
+    """
+    digest = sha256()
+    block = 4096
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".safetensors", ".bin", ".json", ".jinja", ".gguf"):
+            continue
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read(1 << 20))
+            for offset in sorted({size * part // 256 for part in range(256)} | {size - block}):
+                stream.seek(max(0, offset))
+                digest.update(stream.read(block))
     return digest.hexdigest()[:32]
 
 
-def _weight_files(folder: Path) -> Iterable[Path]:
-    return (
-        file
-        for file in folder.iterdir()
-        if file.suffix in (".safetensors", ".bin", ".json", ".gguf")
-    )
+def _is_ours(name: str) -> bool:
+    return name in (LOCK, INDEX) or name.startswith((WEIGHTS, "states-"))
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+def _append_lines(file: Path, head: dict[str, Any], line: dict[str, Any]) -> None:
+    """Adds a line, and the head before the first; what a kill left of a line is cut off before."""
+    with file.open("a+b", buffering=0) as stream:
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, end - 1))
+        if stream.read(1) not in (b"", b"\n"):
+            stream.seek(0)
+            end = stream.read().rfind(b"\n") + 1
+            stream.truncate(end)
+        lines = [line] if end else [head, line]
+        text = "".join(json.dumps(each) + "\n" for each in lines).encode()
+        try:
+            if stream.write(text) < len(text):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(end)
+            raise
 
 
 def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        save_file(tensors, partial)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _damaged(file: Path, why: str) -> str:

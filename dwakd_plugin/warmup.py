@@ -11,7 +11,8 @@ epochs over states that are computed once, with early stopping on held-out rows 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from dwakd_plugin.causal_lm import embedding_table
 from dwakd_plugin.collator import DISTILLATION_KEYS
 from dwakd_plugin.config import DWAKDConfig
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.projectors import Projectors, read_projectors, save_projectors
 from dwakd_plugin.student import student_states
-from dwakd_plugin.teacher import SHARD_BYTES, Teacher
-from dwakd_plugin.teacher_cache import TeacherCache, row_key
+from dwakd_plugin.teacher import Teacher
+from dwakd_plugin.teacher_cache import SHARD_BYTES, TeacherCache, row_key
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 Progress = Callable[[int, int], None]
@@ -197,6 +200,7 @@ class FrozenPair:
                 if key not in self.cache:
                     missing[key] = row
         keys = sorted(missing, key=lambda key: (len(missing[key]["input_ids"]), key))
+        self._check_disk(missing.values())
         was_training = self.student.training
         self.student.eval()
         pending: dict[str, Tensor] = {}
@@ -217,6 +221,19 @@ class FrozenPair:
                 pending = {}
             progress(done, len(keys))
         self.student.train(was_training)
+
+    def _check_disk(self, missing: Iterable[dict[str, Any]]) -> None:
+        """Raises UserError where the states of these rows will not fit."""
+        tokens = sum(int(torch.tensor(row["labels"])[1:].ne(-100).sum()) for row in missing)
+        weight = embedding_table(self.student).weight
+        need = tokens * weight.shape[1] * weight.element_size()
+        free = shutil.disk_usage(self.cache.folder.parent).free
+        if need > free:
+            raise UserError(
+                f"The student's states of {tokens:,} response tokens will take {need / 1e9:.2f} GB "
+                f"in {self.cache.folder}, and {free / 1e9:.2f} GB are free. Free some, or give "
+                "--output on another disk."
+            )
 
     def states(self, rows: list[dict[str, Any]]) -> tuple[ResponseStates, ResponseStates]:
         """Both sides of a batch of rows, from the caches."""

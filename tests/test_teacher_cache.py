@@ -11,7 +11,8 @@ import torch
 
 from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.teacher import Teacher, cached_teacher, load_teacher
+from dwakd_plugin.cached_teacher import cached_teacher
+from dwakd_plugin.teacher import Teacher, load_teacher
 from dwakd_plugin.teacher_cache import TeacherCache, row_key
 
 IDENTITY = {"teacher": "big", "precision": "float32", "hidden_size": 4}
