@@ -1,0 +1,311 @@
+"""What `dwakd plan` says a run takes, against what it takes: peak resident memory on a CPU.
+
+python -m benchmarks.plan [--only NAME ...]
+
+Each configuration trains three steps through axolotl in a process of its own, on rows that fill
+`sequence_len` on both sides, which is what the plan assumes. Memory counts from where everything is
+imported and nothing is loaded; the kernel keeps the highest mark (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.measure import MIB, RESULTS, _status_bytes, say, start, target, write_report
+
+NAME = "plan"
+LIMIT = 0.15  # the plan may be off by so much
+ROWS = 12
+STEPS = 3
+
+
+# Models, rows and recipes -------------------------------------------------------------------
+
+
+def prepare(folder: Path) -> None:
+    """The quickstart's models, two random pairs, and rows longer than any run's."""
+    from dwakd_cli import embedded, quickstart
+
+    folder.mkdir(parents=True, exist_ok=True)
+    quickstart.prepare(folder / "quickstart")
+    texts = embedded.documentation_rows(quickstart.HELD_OUT_ROWS).pretraining_texts
+    rows = [
+        {"instruction": "Read.", "input": "", "output": " ".join(texts[index::ROWS])[:12_000]}
+        for index in range(ROWS)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, config in random_models().items():
+        if not (folder / name).is_dir():
+            _create(folder / name, config, texts)
+
+
+def random_models() -> dict[str, Any]:
+    """Configs of models whose weights are random: only their sizes matter here."""
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+    return {
+        "qwen": Qwen2Config(
+            vocab_size=151_936,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=12,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            tie_word_embeddings=True,
+        ),
+        "gpt2": GPT2Config(n_embd=512, n_layer=8, n_head=8),
+        "llama": LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+        ),
+        "small-llama": LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+        ),
+    }
+
+
+def _create(dest: Path, config: Any, texts: list[str]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dwakd_cli import embedded
+
+    vocabulary = 3000 if dest.name in ("qwen", "llama") else 2500
+    tokenizer = embedded.train_tokenizer(texts, vocabulary)
+    torch.manual_seed(0)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    partial = dest.with_name(f"{dest.name}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(dest)
+
+
+LORA = {
+    "adapter": "lora",
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "lora_target_linear": True,
+    **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
+}
+
+
+def configurations(folder: Path) -> dict[str, dict[str, Any]]:
+    """Recipes by name."""
+    embedded = str(folder / "quickstart" / "untrained"), str(folder / "quickstart" / "teacher")
+    gpt2 = str(folder / "gpt2"), str(folder / "qwen")
+    llama = str(folder / "small-llama"), str(folder / "llama")
+    checkpointing = {"gradient_checkpointing": True}
+    return {
+        "embedded, batch 1": _recipe(folder, *embedded, 1, 256),
+        "embedded, batch 4": _recipe(folder, *embedded, 4, 256),
+        "embedded, batch 8": _recipe(folder, *embedded, 8, 256),
+        "embedded, batch 8, checkpointing": _recipe(folder, *embedded, 8, 256, **checkpointing),
+        "embedded, batch 8, LoRA": _recipe(folder, *embedded, 8, 256, **LORA),
+        "embedded, batch 8, teacher cached": _recipe(
+            folder, *embedded, 8, 256, cache=str(folder / "states")
+        ),
+        "Qwen2 260M → GPT-2 51M, batch 2": _recipe(folder, *gpt2, 2, 256),
+        "Llama 271M → Llama 72M, batch 4, LoRA, checkpointing": _recipe(
+            folder, *llama, 4, 512, **LORA, **checkpointing
+        ),
+        "Llama 271M → Llama 72M, batch 2": _recipe(folder, *llama, 2, 512),
+    }
+
+
+def _recipe(
+    folder: Path,
+    student: str,
+    teacher: str,
+    batch: int,
+    length: int,
+    *,
+    cache: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    return {
+        "base_model": student,
+        "plugins": ["dwakd_plugin.DWAKDPlugin"],
+        "distillation": "dwakd",
+        "dwakd": {"teacher": {"base_model": teacher, "cache": cache}},
+        "datasets": [{"path": str(folder / "rows.jsonl"), "type": "alpaca"}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "excess_length_strategy": "truncate",
+        "sequence_len": length,
+        "pad_to_sequence_len": False,
+        "micro_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "max_steps": STEPS,
+        "optimizer": "adamw_torch",
+        "learning_rate": 1e-4,
+        "lr_scheduler": "cosine",
+        "bf16": False,
+        "fp16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataset_num_proc": 1,
+        "seed": 7,
+    } | settings
+
+
+# One run ------------------------------------------------------------------------------------
+
+
+def run_one(recipe: Path) -> dict[str, Any]:
+    """Trains a recipe in this process; bytes of resident memory above what the imports left.
+
+    `peak` is the kernel's own high-water mark; `anonymous` leaves file pages out (a checkpoint that
+    is mapped counts as resident while it is read), sampled; `at_training` is what was resident when
+    the first step began.
+    """
+    import axolotl.cli.train
+    import axolotl.train
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    import dwakd_plugin.assembly
+    import dwakd_plugin.loss.soft_dtw.cpu  # noqa: F401
+    from dwakd_plugin.trainer import DWAKDTrainer
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    baseline, anonymous = _status_bytes("VmRSS"), _status_bytes("RssAnon")
+    marks: dict[str, int] = {}
+    train = DWAKDTrainer.train
+
+    def marked(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        marks["at_training"] = _status_bytes("VmRSS") - baseline
+        marks["peak_before"] = _status_bytes("VmHWM") - baseline
+        result = train(trainer, *args, **kwargs)
+        marks["peak_of_training"] = _status_bytes("VmHWM") - baseline
+        return result
+
+    DWAKDTrainer.train = marked  # type: ignore[method-assign]
+    with _sampled("RssAnon") as samples:
+        axolotl.cli.train.do_train(load_cfg(str(recipe)), TrainerCliArgs())
+    return {
+        "baseline": baseline,
+        "peak": _status_bytes("VmHWM") - baseline,
+        "anonymous": max(samples) - anonymous,
+        **marks,
+    }
+
+
+@contextlib.contextmanager
+def _sampled(field: str) -> Iterator[list[int]]:
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.01):
+            samples.append(_status_bytes(field))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Runs one configuration in a fresh process. Raises where it fails."""
+    import shutil
+
+    place = folder / "runs" / "".join(c if c.isalnum() else "-" for c in name)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    file = place / "recipe.yml"
+    if recipe["dwakd"]["teacher"]["cache"]:
+        shutil.rmtree(recipe["dwakd"]["teacher"]["cache"], ignore_errors=True)
+    file.write_text(yaml.safe_dump(recipe | {"output_dir": str(place / "out")}, sort_keys=False))
+    environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    result = place / "result.json"
+    command = [sys.executable, "-m", "benchmarks.plan", "--one", str(file), str(result)]
+    begun = time.monotonic()
+    with (place / "log.txt").open("wb") as log:
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
+    measured: dict[str, Any] = json.loads(result.read_text())
+    return measured | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def compare(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Plans and measures one configuration."""
+    from dwakd_plugin.memory_plan import card, plan
+
+    made = plan(recipe, card("cpu"))
+    measured = measure(folder, name, recipe)
+    error = made.total / measured["peak"] - 1
+    say(f"{name}: {made.total / MIB:.0f} MiB planned, {measured['peak'] / MIB:.0f} measured")
+    return {
+        "planned": round(made.total),
+        "error": error,
+        "peak_is": made.peak,
+        "parts": {part: round(size) for part, size in made.parts.items()},
+        "planned_seconds_per_step": made.seconds_per_step,
+        "measured": measured,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The comparison as Markdown."""
+    lines = ["| configuration | planned, MiB | measured, MiB | off by |", "|---|---|---|---|"]
+    for name, one in results.items():
+        planned, measured = one["planned"] / MIB, one["measured"]["peak"] / MIB
+        lines.append(f"| {name} | {planned:,.0f} | {measured:,.0f} | {one['error']:+.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("plan-benchmark"))
+    parser.add_argument("--only", nargs="*", default=[], help="parts of configurations' names")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        recipe_file, result = options.one
+        result.write_text(json.dumps(run_one(recipe_file)), encoding="utf-8")
+        return
+    import torch
+
+    started = start(torch.get_num_threads(), False, ["transformers", "axolotl"])
+    folder = options.folder.resolve()
+    prepare(folder)
+    chosen = {
+        name: recipe
+        for name, recipe in configurations(folder).items()
+        if not options.only or any(part in name for part in options.only)
+    }
+    results = {name: compare(folder, name, recipe) for name, recipe in chosen.items()}
+    targets = [
+        target(f"plan off by, {name}", abs(one["error"]), LIMIT) for name, one in results.items()
+    ]
+    write_report(NAME, started, results, targets, options.results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

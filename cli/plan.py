@@ -1,0 +1,276 @@
+"""`dwakd plan`: what a recipe's distillation will take, before anything large is downloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dwakd_cli.train import read_recipe, with_distillation
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.preflight import check_recipe
+
+if TYPE_CHECKING:
+    from dwakd_plugin.memory_plan import Lengths, Plan, Suggestion
+
+GIB = 2**30
+_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_blue")
+_GLYPHS = "█▓▒░▚▞#=+:"  # parts stay apart without colour
+
+
+def run(
+    recipe_file: Path,
+    *,
+    teacher: dict[str, Any],
+    gpu: str | None,
+    response_share: float,
+    data: bool,
+    plot: Path | None,
+    json_output: bool,
+) -> bool:
+    """Plans and reports; returns whether the recipe fits. Raises UserError.
+
+    `teacher` holds what the command line says of it.
+    """
+    console = Console(stderr=json_output, highlight=False)
+    recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
+    check_recipe(recipe)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    with console.status("Building both models without their weights"):
+        from dwakd_plugin import memory_plan
+
+        lengths = _measured_lengths(recipe) if data else None
+        given: dict[str, Any] = {"response_share": response_share, "lengths": lengths}
+        card = memory_plan.card(gpu)
+        now = memory_plan.plan(recipe, card, **given)
+        largest = memory_plan.largest_micro_batch(recipe, card, **given)
+    with console.status("Trying what would help"):
+        helps = memory_plan.suggestions(recipe, now, **given)
+    rows = _local_rows(recipe)
+    report = _report(recipe, now, largest, helps, rows, changes, measured=data)
+    if plot is not None:
+        _draw(now, plot)
+    if json_output:
+        print(json.dumps(report, indent=1))
+    else:
+        _show(report, now, helps, console)
+    return now.fits
+
+
+def _measured_lengths(recipe: dict[str, Any]) -> Lengths:
+    """The longest rows of the data, tokenised for both models by axolotl."""
+    from dwakd_plugin.memory_plan import Lengths
+    from dwakd_plugin.open_run import open_rows
+
+    longest = [0, 0, 0, 0]
+    with open_rows(recipe) as (_, datasets):
+        for dataset in datasets:
+            columns = ("input_ids", "teacher_input_ids", "labels", "teacher_labels")
+            for row in dataset.select_columns(list(columns)).with_format(None):
+                sizes = [len(row[name]) for name in columns[:2]]
+                sizes += [sum(label != -100 for label in row[name][1:]) for name in columns[2:]]
+                longest = [max(pair) for pair in zip(longest, sizes, strict=True)]
+    if min(longest) == 0:
+        raise UserError("The data has no row with a response on both sides, so there is no length.")
+    return Lengths(*longest)
+
+
+def _local_rows(recipe: dict[str, Any]) -> int | None:
+    """Rows of the training data, where all of it lies in local files that are quickly counted."""
+    total = 0
+    for dataset in recipe.get("datasets") or []:
+        file = Path(str(dataset.get("path")))
+        if not file.is_file():
+            return None
+        if file.suffix == ".jsonl":
+            with file.open("rb") as lines:
+                total += sum(bool(line.strip()) for line in lines)
+        elif file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            total += parquet.ParquetFile(file).metadata.num_rows
+        else:
+            return None
+    held_out = recipe.get("val_set_size") or 0
+    return total - int(held_out * total if held_out < 1 else held_out)
+
+
+def _steps(recipe: dict[str, Any], rows: int | None) -> int | None:
+    """Optimizer steps of one process; None where the recipe and local data do not say."""
+    if int(recipe.get("max_steps") or 0) > 0:
+        return int(recipe["max_steps"])
+    if rows is None:
+        return None
+    per_step = int(recipe.get("micro_batch_size") or 1) * int(
+        recipe.get("gradient_accumulation_steps") or 1
+    )
+    return math.ceil(rows / per_step * float(recipe.get("num_epochs") or 1))
+
+
+def _report(
+    recipe: dict[str, Any],
+    now: Plan,
+    largest: int,
+    helps: list[Suggestion],
+    rows: int | None,
+    changes: list[str],
+    *,
+    measured: bool,
+) -> dict[str, Any]:
+    steps = _steps(recipe, rows)
+    lengths = now.lengths
+    return {
+        "student": recipe["base_model"],
+        "teacher": now.teacher_name,
+        "fits": now.fits,
+        "total_bytes": round(now.total),
+        "parts": {name: round(size) for name, size in now.parts.items()},
+        "largest_micro_batch": largest,
+        "micro_batch": now.micro_batch,
+        "peak": now.peak,
+        "parts_at_most": {name: round(size) for name, size in now.largest.items()},
+        "card": now.card.name,
+        "card_bytes": now.card.capacity,
+        "usable_bytes": round(now.card.usable),
+        "student_parameters": now.student_parameters,
+        "trained_parameters": now.trained_parameters,
+        "teacher_parameters": now.teacher_parameters,
+        "tokens": {
+            "student": lengths.student,
+            "teacher": lengths.teacher,
+            "student_response": lengths.student_response,
+            "teacher_response": lengths.teacher_response,
+            "from": "the longest rows of the data" if measured else "sequence_len: the worst case",
+        },
+        "seconds_per_step": round(now.seconds_per_step, 4),
+        "steps": steps,
+        "hours": None if steps is None else round(steps * now.seconds_per_step / 3600, 3),
+        "cache_bytes_per_row": round(now.cache_bytes_per_row),
+        "cache_bytes": None if rows is None else round(rows * now.cache_bytes_per_row),
+        "suggestions": [
+            {
+                "title": one.title,
+                "saves_bytes": round(one.saves),
+                "yaml": one.yaml,
+                "fits": one.fits,
+            }
+            for one in helps
+        ],
+        "assumptions": [now.card.note, *now.assumptions, *changes],
+    }
+
+
+# What is shown ------------------------------------------------------------------------------
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def _show(report: dict[str, Any], now: Plan, helps: list[Suggestion], console: Console) -> None:
+    verdict = "[green]fits[/green]" if now.fits else "[bold red]does not fit[/bold red]"
+    console.print(
+        f"{_size(now.total)} for a micro-batch of {now.micro_batch}: {verdict} in "
+        f"{_size(now.card.usable)} usable of {now.card.name} ({_size(now.card.capacity)})."
+    )
+    console.print(_bar(now, max(20, min(console.width, 100) - 2)))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("part")
+    table.add_column("at the peak", justify="right")
+    table.add_column("at most", justify="right")
+    for index, (name, most) in enumerate(now.largest.items()):
+        glyph = Text(_GLYPHS[index % len(_GLYPHS)], style=_COLOURS[index % len(_COLOURS)])
+        size = now.parts.get(name, 0)
+        table.add_row(glyph, name, _size(size) if size else "–", _size(most))
+    console.print(table)
+    console.print(f"The peak is {now.peak}.")
+    console.print(
+        f"Largest micro-batch that fits: {report['largest_micro_batch'] or 'none'}."
+        + (" (The search ends there.)" if report["largest_micro_batch"] >= 4096 else "")
+    )
+    _show_facts(report, now, console)
+    if helps:
+        console.print(_helps(helps))
+    console.print("Assumed: " + "; ".join(report["assumptions"]) + ".", style="dim")
+
+
+def _show_facts(report: dict[str, Any], now: Plan, console: Console) -> None:
+    step = f"{now.seconds_per_step:.2g} s an optimizer step"
+    if report["steps"] is not None:
+        step += f", {report['steps']:,} steps, about {_hours(report['hours'])} in all"
+    console.print(f"Time: {step}; an estimate, good to a factor of two or so.")
+    lengths = now.lengths
+    console.print(
+        f"Rows of {lengths.student} student and {lengths.teacher} teacher tokens "
+        f"({lengths.student_response} and {lengths.teacher_response} of response), from "
+        f"{report['tokens']['from']}."
+    )
+    cache = f"{_size(now.cache_bytes_per_row)} a row"
+    if report["cache_bytes"] is not None:
+        cache += f", {_size(report['cache_bytes'])} in all"
+    console.print(f"A teacher cache would take {cache} on disk, at most.")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def _helps(helps: list[Suggestion]) -> Table:
+    table = Table(title="What would help, each by itself", title_justify="left", box=None)
+    table.add_column("saves", justify="right")
+    table.add_column("change")
+    table.add_column("in the recipe", overflow="fold")
+    table.add_column("fits")
+    for one in helps:
+        table.add_row(_size(one.saves), one.title, Text(one.yaml), "yes" if one.fits else "no")
+    return table
+
+
+def _bar(now: Plan, width: int) -> Text:
+    """The parts side by side, against what the card has."""
+    scale = width / max(now.total, now.card.usable)
+    bar, drawn, reached = Text(), 0, 0.0
+    names = list(now.largest)
+    for name, size in now.parts.items():
+        reached += size
+        cells = round(reached * scale) - drawn
+        index = names.index(name)
+        bar.append(_GLYPHS[index % len(_GLYPHS)] * cells, style=_COLOURS[index % len(_COLOURS)])
+        drawn += cells
+    limit = round(now.card.usable * scale)
+    if drawn < limit:
+        bar.append("·" * (limit - drawn), style="dim")
+    bar.append("\n" + " " * max(0, limit - 1) + "┘", style="dim")
+    return bar
+
+
+def _draw(now: Plan, file: Path) -> None:
+    """The same picture as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 2.8), layout="constrained")
+    left = 0.0
+    for name, size in now.parts.items():
+        axes.barh(0, size / GIB, left=left, label=f"{name}, {_size(size)}")
+        left += size / GIB
+    axes.axvline(now.card.usable / GIB, color="black", linestyle="--", label="usable")
+    axes.set(yticks=[], xlabel="GiB", title=f"{_size(now.total)} on {now.card.name}")
+    axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(file)
+    except OSError as error:
+        raise UserError(f"--plot {file} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)
