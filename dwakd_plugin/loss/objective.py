@@ -332,18 +332,17 @@ def alignment_of(
         inside, penalty = None, None
         if soft_dtw.band:
             inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
-            penalty = band_penalty(inside, soft_dtw, attention.dtype).repeat(2, 1, 1)
-        x, y = _sequence_pairs(student_side, teacher_side, projectors)
-        cost = _cost_between(_unit(x), _unit(y), penalty)
-        with torch.enable_grad():
-            distances = soft_dtw_distance(
-                cost.requires_grad_(),
-                student_lengths.repeat(2),
-                teacher_lengths.repeat(2),
-                soft_dtw.gamma_start if gamma is None else gamma,
-            )
-            (path,) = torch.autograd.grad(distances.sum(), cost)
-    hidden_path, embed_path = path.chunk(2)
+            penalty = band_penalty(inside, soft_dtw, attention.dtype)
+        gamma = soft_dtw.gamma_start if gamma is None else gamma
+        hidden_path, embed_path = (
+            _soft_dtw_and_path(
+                _cost_between(_unit(x)[0], _unit(y)[0], penalty),
+                student_lengths,
+                teacher_lengths,
+                gamma,
+            )[1]
+            for x, y in _sequence_pairs(student_side, teacher_side, projectors)
+        )
     return Alignment(attention, inside, hidden_path, embed_path)
 
 
@@ -549,16 +548,27 @@ def _teacher_space(
     return {"teacher_kd": (weights * tokens.divergence.where(paired, 0.0)).sum()}
 
 
-def _unit(states: Tensor) -> Tensor:
-    """x / ‖x‖; the zero vector stays zero, and takes no gradient."""
+def _unit(states: Tensor) -> tuple[Tensor, Tensor]:
+    """x / ‖x‖, and 1 / ‖x‖ (..., 1). The zero vector stays zero, and 0 stands for its inverse."""
     norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    return torch.where(norm > 0, states / norm.where(norm > 0, 1.0), 0.0)
+    inverse = torch.where(norm > 0, 1 / norm.where(norm > 0, 1.0), 0.0)
+    return states * inverse, inverse
 
 
 def _cost_between(x: Tensor, y: Tensor, penalty: Tensor | None) -> Tensor:
     """1 − cos(x_i, y_j) of unit vectors x (B, S, F), y (B, T, F), and the band's penalty."""
-    cost = 1 - x @ y.transpose(1, 2)
-    return cost if penalty is None else cost + penalty
+    cost = torch.baddbmm(x.new_ones(()), x, y.transpose(1, 2), alpha=-1)
+    return cost if penalty is None else cost.add_(penalty)
+
+
+def _soft_dtw_and_path(
+    cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Soft-DTW (B,) and its gradient, the expected alignment (B, S, T), of a constant cost."""
+    with torch.enable_grad():
+        values = soft_dtw_distance(cost.requires_grad_(), x_lengths, y_lengths, gamma)
+        (path,) = torch.autograd.grad(values, cost, torch.ones_like(values))
+    return values.detach(), path
 
 
 def normalised_soft_dtw(
@@ -575,75 +585,63 @@ def normalised_soft_dtw(
 
     Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
     """
-
-    def distances(x: Tensor, y: Tensor) -> Tensor:
-        x, y = _unit(x), _unit(y)
-        across = soft_dtw_distance(_cost_between(x, y, penalty), x_lengths, y_lengths, gamma)
-        x_self = soft_dtw_distance(1 - x @ x.transpose(1, 2), x_lengths, x_lengths, gamma)
-        y_self = soft_dtw_distance(1 - y @ y.transpose(1, 2), y_lengths, y_lengths, gamma)
-        return across - 0.5 * (x_self + y_self)
-
-    return _PerSample.apply(distances, x, y)  # type: ignore[no-untyped-call, no-any-return]
+    return _NormalisedSoftDTW.apply(  # type: ignore[no-untyped-call, no-any-return]
+        x, y, x_lengths, y_lengths, penalty, gamma
+    )
 
 
-class _PerSample(torch.autograd.Function):
-    """function(x, y) → (B,), where each value depends on its own sample's x and y alone.
+class _NormalisedSoftDTW(torch.autograd.Function):
+    """With the gradients formed in forward, one cost matrix at a time.
 
-    The gradients are formed in forward, and stand in for all that `function` would keep until
-    backward, while the heads need the memory: costs, unit vectors, alignments.
+    A sample's distance depends on its own rows alone, so one gradient of the size of x and y each
+    is all that backward needs. Costs and alignments are gone before the heads want the memory.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        x_lengths: Tensor,
+        y_lengths: Tensor,
+        penalty: Tensor | None,
+        gamma: float,
     ) -> Tensor:
-        _, *needed = ctx.needs_input_grad
-        x, y = (
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip((x, y), needed, strict=True)
-        )
-        with torch.set_grad_enabled(any(needed)):
-            values = function(x, y)
-        leaves = [tensor for tensor in (x, y) if tensor.requires_grad]
-        if leaves:
-            gradients = torch.autograd.grad(values, leaves, torch.ones_like(values))
-            ctx.save_for_backward(*gradients)
-        return values.detach()
+        (u, u_scale), (v, v_scale) = _unit(x), _unit(y)
+        values, path = _soft_dtw_and_path(_cost_between(u, v, penalty), x_lengths, y_lengths, gamma)
+        u_grad, v_grad = -(path @ v), -(path.transpose(1, 2) @ u)
+        for unit, grad, lengths in ((u, u_grad, x_lengths), (v, v_grad, y_lengths)):
+            own, path = _soft_dtw_and_path(_cost_between(unit, unit, None), lengths, lengths, gamma)
+            values -= own / 2
+            grad.baddbmm_(path, unit, alpha=0.5).baddbmm_(path.transpose(1, 2), unit, alpha=0.5)
+        # Through x / ‖x‖: what lies along the unit vector changes nothing.
+        for unit, grad, scale in ((u, u_grad, u_scale), (v, v_grad, v_scale)):
+            along = torch.linalg.vecdot(unit, grad)[..., None]
+            grad.addcmul_(unit, along, value=-1).mul_(scale)
+        ctx.save_for_backward(u_grad, v_grad)
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        _, *needed = ctx.needs_input_grad
-        return None, *(grad[:, None, None] * next(saved) if need else None for need in needed)
+        seed = grad[:, None, None]
+        return *(seed * saved for saved in ctx.saved_tensors), None, None, None, None
 
 
 def _sequence_pairs(
     student: _Side, teacher: _Side, projectors: ProjectorSet
-) -> tuple[Tensor, Tensor]:
-    """Student's (2B, S, d) and teacher's (2B, T, d) sequences: hidden states, then embeddings."""
-    x = torch.cat([student.hidden, student.target_embeds])
-    y = torch.cat(
-        [
-            _project(projectors.t2s, teacher.hidden),
-            _project(projectors.embed_t2s, teacher.target_embeds),
-        ]
-    )
-    return x, y
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Student's (B, S, d) and teacher's (B, T, d) sequences: hidden states, then embeddings."""
+    yield student.hidden, _project(projectors.t2s, teacher.hidden)
+    yield student.target_embeds, _project(projectors.embed_t2s, teacher.target_embeds)
 
 
 def _sequence_level(
     student: _Side, teacher: _Side, projectors: ProjectorSet, penalty: Tensor | None, gamma: float
 ) -> dict[str, Tensor]:
-    """Σ nDTW(h, t2s(g)) and Σ nDTW(e_tgt, embed_t2s(f_tgt)), one batch of both pairs (Eq. 25)."""
-    x, y = _sequence_pairs(student, teacher, projectors)
-    distances = normalised_soft_dtw(
-        x,
-        y,
-        student.lengths.repeat(2),
-        teacher.lengths.repeat(2),
-        None if penalty is None else penalty.repeat(2, 1, 1),
-        gamma,
+    """Σ nDTW(h, t2s(g)) and Σ nDTW(e_tgt, embed_t2s(f_tgt)), one after the other (Eq. 25)."""
+    hidden, embeds = (
+        normalised_soft_dtw(x, y, student.lengths, teacher.lengths, penalty, gamma).sum()
+        for x, y in _sequence_pairs(student, teacher, projectors)
     )
-    hidden, embeds = distances.view(2, -1).sum(1)
     return {"hidden_dtw": hidden, "embed_dtw": embeds}
