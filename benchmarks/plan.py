@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ NAME = "plan"
 LIMIT = 0.15  # the plan may be off by so much
 ROWS = 12
 STEPS = 3
+RUNTIME = "tiny pair, batch 1"  # what is not tensors: the source of CPU_RUNTIME in memory_plan
 
 
 # Models, rows and recipes -------------------------------------------------------------------
@@ -73,6 +74,13 @@ def random_models() -> dict[str, Any]:
             num_hidden_layers=16,
             num_attention_heads=16,
         ),
+        "tiny": LlamaConfig(
+            vocab_size=3000,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        ),
         "small-llama": LlamaConfig(
             vocab_size=32_000,
             hidden_size=512,
@@ -89,7 +97,7 @@ def _create(dest: Path, config: Any, texts: list[str]) -> None:
 
     from dwakd_cli import embedded
 
-    vocabulary = 3000 if dest.name in ("qwen", "llama") else 2500
+    vocabulary = 3000 if dest.name in ("qwen", "llama") else 2500  # of tokenizers, not of heads
     tokenizer = embedded.train_tokenizer(texts, vocabulary)
     torch.manual_seed(0)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -116,8 +124,10 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
     embedded = str(folder / "quickstart" / "untrained"), str(folder / "quickstart" / "teacher")
     gpt2 = str(folder / "gpt2"), str(folder / "qwen")
     llama = str(folder / "small-llama"), str(folder / "llama")
+    tiny = str(folder / "tiny"), str(folder / "tiny")
     checkpointing = {"gradient_checkpointing": True}
     return {
+        RUNTIME: _recipe(folder, *tiny, 1, 64),
         "embedded, batch 1": _recipe(folder, *embedded, 1, 256),
         "embedded, batch 4": _recipe(folder, *embedded, 4, 256),
         "embedded, batch 8": _recipe(folder, *embedded, 8, 256),
@@ -192,12 +202,14 @@ def run_one(recipe: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     baseline, anonymous = _status_bytes("VmRSS"), _status_bytes("RssAnon")
     marks: dict[str, int] = {}
+    seconds: list[float] = []
     train = DWAKDTrainer.train
 
     def marked(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         marks["at_training"] = _status_bytes("VmRSS") - baseline
         marks["peak_before"] = _status_bytes("VmHWM") - baseline
         result = train(trainer, *args, **kwargs)
+        seconds.append(result.metrics["train_runtime"] / STEPS)
         marks["peak_of_training"] = _status_bytes("VmHWM") - baseline
         return result
 
@@ -209,6 +221,7 @@ def run_one(recipe: Path) -> dict[str, Any]:
         "peak": _status_bytes("VmHWM") - baseline,
         "anonymous": max(samples) - anonymous,
         **marks,
+        "seconds_per_step": round(seconds[0], 2),
     }
 
 
@@ -244,19 +257,21 @@ def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     result = place / "result.json"
     command = [sys.executable, "-m", "benchmarks.plan", "--one", str(file), str(result)]
-    begun = time.monotonic()
     with (place / "log.txt").open("wb") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
     measured: dict[str, Any] = json.loads(result.read_text())
-    return measured | {"seconds": round(time.monotonic() - begun, 1)}
+    return measured
 
 
-def compare(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def compare(folder: Path, name: str, recipe: dict[str, Any], lock: Path | None) -> dict[str, Any]:
     """Plans and measures one configuration."""
     from dwakd_plugin.memory_plan import card, plan
 
-    made = plan(recipe, card("cpu"))
-    measured = measure(folder, name, recipe)
+    with lock.open("a") if lock else contextlib.nullcontext() as held:
+        if held is not None:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        made = plan(recipe, card("cpu"))
+        measured = measure(folder, name, recipe)
     error = made.total / measured["peak"] - 1
     say(f"{name}: {made.total / MIB:.0f} MiB planned, {measured['peak'] / MIB:.0f} measured")
     return {
@@ -271,10 +286,17 @@ def compare(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The comparison as Markdown."""
-    lines = ["| configuration | planned, MiB | measured, MiB | off by |", "|---|---|---|---|"]
+    lines = [
+        "| configuration | planned, MiB | measured, MiB | off by | planned, s a step | measured |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, one in results.items():
         planned, measured = one["planned"] / MIB, one["measured"]["peak"] / MIB
-        lines.append(f"| {name} | {planned:,.0f} | {measured:,.0f} | {one['error']:+.1%} |")
+        seconds = one["planned_seconds_per_step"], one["measured"]["seconds_per_step"]
+        lines.append(
+            f"| {name} | {planned:,.0f} | {measured:,.0f} | {one['error']:+.1%} "
+            f"| {seconds[0]:.1f} | {seconds[1]:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -282,6 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("plan-benchmark"))
     parser.add_argument("--only", nargs="*", default=[], help="parts of configurations' names")
+    parser.add_argument("--lock", type=Path, help="file to hold locked during each configuration")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -299,7 +322,7 @@ def main() -> None:
         for name, recipe in configurations(folder).items()
         if not options.only or any(part in name for part in options.only)
     }
-    results = {name: compare(folder, name, recipe) for name, recipe in chosen.items()}
+    results = {name: compare(folder, name, recipe, options.lock) for name, recipe in chosen.items()}
     targets = [
         target(f"plan off by, {name}", abs(one["error"]), LIMIT) for name, one in results.items()
     ]

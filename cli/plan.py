@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_blue")
-_GLYPHS = "█▓▒░▚▞#=+:"  # parts stay apart without colour
+_GLYPHS = "█▓▒░▚▞#=+:%o"  # parts stay apart without colour
 
 
 def run(
@@ -70,7 +70,7 @@ def _measured_lengths(recipe: dict[str, Any]) -> Lengths:
 
     longest = [0, 0, 0, 0]
     with open_rows(recipe) as (_, datasets):
-        for dataset in datasets:
+        for dataset in filter(None, datasets):
             columns = ("input_ids", "teacher_input_ids", "labels", "teacher_labels")
             for row in dataset.select_columns(list(columns)).with_format(None):
                 sizes = [len(row[name]) for name in columns[:2]]
@@ -170,7 +170,9 @@ def _report(
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+    if size >= GIB / 10:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
 
 
 def _show(report: dict[str, Any], now: Plan, helps: list[Suggestion], console: Console) -> None:
@@ -197,7 +199,12 @@ def _show(report: dict[str, Any], now: Plan, helps: list[Suggestion], console: C
     )
     _show_facts(report, now, console)
     if helps:
-        console.print(_helps(helps))
+        console.print("\nWhat would help, each by itself:")
+        for one in helps:
+            fits = "" if now.fits else ("; then it fits" if one.fits else "; not enough alone")
+            console.print(f"{_size(one.saves):>9}  {one.title}{fits}")
+            console.print(Text("\n".join(" " * 11 + line for line in one.yaml.splitlines())))
+        console.print()
     console.print("Assumed: " + "; ".join(report["assumptions"]) + ".", style="dim")
 
 
@@ -220,17 +227,6 @@ def _show_facts(report: dict[str, Any], now: Plan, console: Console) -> None:
 
 def _hours(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-
-
-def _helps(helps: list[Suggestion]) -> Table:
-    table = Table(title="What would help, each by itself", title_justify="left", box=None)
-    table.add_column("saves", justify="right")
-    table.add_column("change")
-    table.add_column("in the recipe", overflow="fold")
-    table.add_column("fits")
-    for one in helps:
-        table.add_row(_size(one.saves), one.title, Text(one.yaml), "yes" if one.fits else "no")
-    return table
 
 
 def _bar(now: Plan, width: int) -> Text:

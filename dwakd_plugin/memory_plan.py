@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwakd_plugin.config import DWAKDConfig, TeacherConfig, parse_recipe
+from dwakd_plugin.config import DWAKDConfig, LossConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss.divergence import tokens_per_chunk
 from dwakd_plugin.memory_trace import (
@@ -35,6 +35,8 @@ from dwakd_plugin.memory_trace import (
     trace_loss,
     vocabulary_tensors,
 )
+from dwakd_plugin.teacher import teacher_device, teacher_dtype
+from dwakd_plugin.teacher_quantisation import asked, describe, own_quantisation
 
 GIB = 2**30
 FLOAT = 4  # bytes
@@ -54,8 +56,8 @@ DTW_FEATURES, DTW_FEATURES_HELD = 4, 1
 
 # What a process takes beside tensors. On a CPU: what axolotl, the data set, numba's compiler and
 # the thread pools' scratch memory added to the imports, measured with a pair of a few thousand
-# parameters. On a GPU: the CUDA context and cuBLAS' workspaces.
-CPU_RUNTIME = 170 * 2**20
+# parameters (docs/planning.md, "tiny pair"). On a GPU: the CUDA context and cuBLAS' workspaces.
+CPU_RUNTIME = 120 * 2**20
 CUDA_RUNTIME = 700 * 2**20
 CPU_IMPORTS = 750 * 2**20  # what the imports took before; not part of the plan, but of the machine
 KEPT = "kept by malloc"  # the part's name
@@ -65,7 +67,10 @@ LOADING, INITIALISATION, FILLING = (
     "the filling of the teacher cache",
 )
 BEFORE = (LOADING, INITIALISATION, FILLING)  # happen once, before the first step
-# What blocks of different sizes waste: torch's allocator on a GPU, by experience.
+# Of what a step has on malloc's heap, so much more is lost between blocks of different sizes. One
+# figure for all, fitted to the measurements in docs/planning.md.
+HEAP_SLACK = 0.25
+# What is left for fragments of torch's allocator on a GPU, and for the system on a CPU; assumed.
 USABLE = {"cuda": 0.95, "cpu": 0.97}
 
 # Time. Shares of the peak rates that training reaches.
@@ -531,7 +536,15 @@ class _Run:
             min(lengths.teacher_response, teacher_length),
         )
         self.student_dtype, self.autocast = _student_precision(recipe, on.kind)
-        self.teacher_dtype = _teacher_dtype(teacher, self.teacher_key, on.kind)
+        teacher_config = _config("dwakd.teacher.base_model", *self.teacher_key)
+        self.teacher_dtype = teacher_dtype(
+            teacher, teacher_config, teacher_device(teacher, on.kind)
+        )
+        self.teacher_bits = self._teacher_bits(own_quantisation(teacher_config))
+        # A body that is elsewhere leaves embeddings and head with the student.
+        self.elsewhere = on.kind == "cuda" and teacher.device not in (None, "cuda", "cuda:0")
+        if self.elsewhere:
+            self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
         self.cached = teacher.cache is not None
 
     # -- what is held throughout ------------------------------------------------------------------
@@ -551,16 +564,22 @@ class _Run:
         bits = 8 if self.recipe.get("load_in_8bit") else 4 if self.recipe.get("load_in_4bit") else 0
         return _sum(weight_bytes(self.student, self.student_weight_dtype, bits))
 
-    def teacher_bits(self) -> int:
-        teacher = self.config.teacher
-        return 8 if teacher.load_in_8bit else 4 if teacher.load_in_4bit else 0
+    def _teacher_bits(self, own: dict[str, Any] | None) -> int:
+        """Of its linear layers: 8 or 4 by bitsandbytes, 0 where they have the teacher's dtype."""
+        if own is None:
+            return {"load_in_8bit": 8, "load_in_4bit": 4, None: 0}[asked(self.config.teacher)]
+        bits = 8 if "8" in describe(own) else 4
+        self.assume(
+            f"the teacher's checkpoint ({describe(own)}) takes what bitsandbytes' {bits} bit would"
+        )
+        return bits
 
     def teacher_weights(self, *, body: bool) -> Bytes:
         model = self.teacher
         if not body:  # a cache has embeddings and head
             tables = tuple(weight for weight in model.weights if weight.embedding)
             model = replace(model, weights=tables)
-        return _sum(weight_bytes(model, lambda _: self.teacher_dtype, self.teacher_bits()))
+        return _sum(weight_bytes(model, lambda _: self.teacher_dtype, self.teacher_bits))
 
     def projectors(self) -> list[Layer]:
         d, D = self.student.hidden_size, self.teacher.hidden_size
@@ -592,6 +611,16 @@ class _Run:
 
     def gradients(self) -> Bytes:
         return _sum(Bytes.of(weight.numel * size) for weight, size in self._trained())
+
+    def weights(self) -> dict[str, Bytes]:
+        """What is there from the first step to the last, but for the optimizer's state."""
+        runtime = CPU_RUNTIME if self.card.kind == "cpu" else CUDA_RUNTIME
+        return {
+            "student weights": self.student_weights(),
+            "teacher weights": self.teacher_weights(body=not self.cached and not self.elsewhere),
+            "projectors": _sum(Bytes.of(FLOAT * layer.numel) for layer in self.projectors()),
+            "runtime": Bytes.of(runtime / 64, 64),
+        }
 
     # -- what a step allocates --------------------------------------------------------------------
 
@@ -685,17 +714,11 @@ class _Run:
 
     def moments(self) -> dict[str, dict[str, Bytes]]:
         """Parts at each moment that may be the worst, by the moment's name."""
-        runtime = CPU_RUNTIME if self.card.kind == "cpu" else CUDA_RUNTIME
-        weights = {
-            "student weights": self.student_weights(),
-            "teacher weights": self.teacher_weights(body=not self.cached),
-            "projectors": _sum(Bytes.of(FLOAT * layer.numel) for layer in self.projectors()),
-            "runtime": Bytes.of(runtime / 64, 64),
-        }
+        weights = self.weights()
         optimizer, gradients = self.optimizer(), self.gradients()
         held, student_peak, student_backward = self.body("student")
         _, teacher_peak, _ = self.body("teacher")
-        if self.cached:
+        if self.cached or self.elsewhere:
             states = self.batch * self.lengths.teacher_response * self.teacher.hidden_size
             teacher_peak = Bytes.of(states * self.teacher_dtype.itemsize)
         loss_held, loss_peak, loss_backward = self.loss()
@@ -756,7 +779,7 @@ class _Run:
                 "optimizer": optimizer + self._optimizer_scratch(largest),
             },
         }
-        if self.cached:
+        if self.cached and not self.elsewhere:
             self.assume("teacher cache: the states of every row are written before training")
             moments[FILLING] = {
                 **weights,
@@ -824,16 +847,18 @@ class _Run:
         if self.card.kind == "cpu":
             # malloc keeps small blocks once a step has had them, whatever they were for.
             steps = {moment: size for moment, size in totals.items() if moment not in BEFORE}
-            kept = max(size.heap for size in steps.values())
+            heap = max(size.heap for size in steps.values())
+            heap += HEAP_SLACK * (heap - (_sum(self.weights().values()) + self.optimizer()).heap)
             moment = max(steps, key=lambda one: (steps[one].mapped, steps[one].heap))
-            if kept + steps[moment].mapped > peak:
-                name, peak = moment, kept + steps[moment].mapped
+            if heap + steps[moment].mapped > peak:
+                name, peak = moment, heap + steps[moment].mapped
         parts = {part: size.total for part, size in moments[name].items()}
         parts[KEPT] = peak - totals[name].total
         largest: dict[str, float] = {}
         for sizes in moments.values():
             for part, size in sizes.items():
                 largest[part] = max(largest.get(part, 0), size.total)
+        largest[KEPT] = parts[KEPT]
         return Plan(
             card=self.card,
             micro_batch=self.batch,
@@ -919,15 +944,6 @@ def _student_precision(recipe: dict[str, Any], kind: str) -> tuple[torch.dtype, 
     return torch.float32, None
 
 
-def _teacher_dtype(config: TeacherConfig, key: tuple[Any, ...], kind: str) -> torch.dtype:
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    if kind == "cpu":
-        return torch.float32
-    found = getattr(_config("dwakd.teacher.base_model", *key), "dtype", None)
-    return found if isinstance(found, torch.dtype) else _DTYPES.get(str(found), torch.float32)
-
-
 @functools.cache
 def _config(place: str, name: str, revision: str | None, trust: bool) -> Any:
     return model_config(name, place, revision=revision, trust_remote_code=trust)
@@ -956,10 +972,10 @@ def _body_trace(
     from transformers import AutoModelForCausalLM
 
     config = _config("base_model", name, revision, trust)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
 
     def build(config: Any) -> Any:
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
         if fused_dropout:  # of attention weights: a GPU's kernels do not keep it, a CPU's cannot
             for name in ("attention_dropout", "attn_pdrop"):
                 if hasattr(config, name):
@@ -982,8 +998,6 @@ def _body_trace(
 
 @functools.lru_cache(maxsize=64)
 def _loss_trace(sizes: LossSizes, loss: str) -> Any:
-    from dwakd_plugin.config import LossConfig
-
     return trace_loss(sizes, LossConfig.model_validate_json(loss))
 
 
@@ -991,8 +1005,6 @@ def _loss_trace(sizes: LossSizes, loss: str) -> Any:
 def _vocabulary_tensors(
     sizes: LossSizes, loss: str
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    from dwakd_plugin.config import LossConfig
-
     return vocabulary_tensors(sizes, LossConfig.model_validate_json(loss))
 
 
@@ -1067,24 +1079,24 @@ def _changes(recipe: dict[str, Any], now: Plan) -> Iterator[tuple[str, str, dict
         if not teacher.get("load_in_8bit") and not teacher.get("load_in_4bit"):
             yield (
                 "the teacher in 8 bit",
-                "dwakd: {teacher: {load_in_8bit: true}}",
+                "dwakd:\n  teacher:\n    load_in_8bit: true",
                 with_teacher(load_in_8bit=True),
             )
         if not teacher.get("load_in_4bit"):
             yield (
                 "the teacher in 4 bit",
-                "dwakd: {teacher: {load_in_4bit: true}}",
+                "dwakd:\n  teacher:\n    load_in_4bit: true",
                 with_teacher(load_in_8bit=False, load_in_4bit=True),
             )
         yield (
             "the teacher's states from a cache on disk",
-            "dwakd: {teacher: {cache: teacher_states}}",
+            "dwakd:\n  teacher:\n    cache: teacher_states",
             with_teacher(cache="teacher_states"),
         )
     if teacher.get("dtype", "auto") in ("auto", "float32") and now.card.kind == "cuda":
         yield (
             "the teacher in bfloat16",
-            "dwakd: {teacher: {dtype: bfloat16}}",
+            "dwakd:\n  teacher:\n    dtype: bfloat16",
             with_teacher(dtype="bfloat16"),
         )
     if not recipe.get("gradient_checkpointing"):
