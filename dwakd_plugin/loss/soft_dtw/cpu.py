@@ -35,7 +35,7 @@ from torch import Tensor
 
 LANES = 32
 CELLS_PER_THREAD = 50_000  # about what is worth starting a thread for, 0.1 ms
-TILE = 128  # columns moved at a time between layouts, so that their cache lines stay in L1
+SIDE = 8  # of the blocks that move between layouts through registers; divides LANES
 
 # The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
 # it counts as zero, so the kernel needs no branch and meets no 0/0.
@@ -101,11 +101,20 @@ def _in_threads(work: Callable[[int], Any], cost: Tensor) -> list[Any]:
     Not numba's own threads: its OpenMP layer spins, which costs milliseconds on a busy machine,
     and its other layer aborts when two threads of a process call it.
     """
+    results: list[Any] = [None] * len(cost)
+    samples = iter(range(len(cost)))
+
+    def work_off() -> None:
+        for b in samples:  # each goes to one thread: the interpreter's lock guards the iterator
+            results[b] = work(b)
+
     threads = min(torch.get_num_threads(), len(cost), cost.numel() // CELLS_PER_THREAD)
-    if threads < 2:
-        return [work(b) for b in range(len(cost))]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, range(len(cost))))
+    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
+        others = [pool.submit(work_off) for _ in range(threads - 1)]
+        work_off()
+    for other in others:
+        other.result()  # raises what it raised
+    return results
 
 
 def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:
@@ -232,6 +241,52 @@ def _of_size(_: Any, size: Any, x: Any) -> Any:
     return x(size, x), emit
 
 
+@_typed_intrinsic
+def _transpose(
+    _: Any, source: Any, at: Any, rows: Any, target: Any, to: Any, columns: Any, barred: Any
+) -> Any:
+    """target[to + k · columns + i] = source[at + i · rows + k] for i, k < SIDE, at most `barred`.
+
+    Both arrays by flat index. A step may go any way, so that a block may be a slanted one.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        types_ = signature.args
+        flat = {i: context.make_array(types_[i])(context, builder, args[i]).data for i in (0, 3)}
+        real, index = flat[0].type.pointee, args[1].type
+        vector = ir.VectorType(real, SIDE)
+        size = context.get_abi_sizeof(real)
+
+        def place(array: int, start: Any, step: Any, i: int) -> Any:
+            offset = builder.add(start, builder.mul(step, index(i)))
+            pointer = builder.gep(flat[array], [offset])
+            return builder.bitcast(pointer, vector.as_pointer())
+
+        def shuffle(a: Any, b: Any, order: list[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.VectorType(ir.IntType(32), SIDE)(order))
+
+        lines = [builder.load(place(0, args[1], args[2], i), align=size) for i in range(SIDE)]
+        # Each round swaps halves, quarters, … of pairs of lines, as one transposes by hand.
+        width = SIDE // 2
+        while width:
+            for i in range(SIDE):
+                if not i & width:
+                    a, b = lines[i], lines[i | width]
+                    first = [k if not k & width else SIDE + (k ^ width) for k in range(SIDE)]
+                    second = [k | width if not k & width else SIDE + k for k in range(SIDE)]
+                    lines[i], lines[i | width] = shuffle(a, b, first), shuffle(a, b, second)
+            width //= 2
+        limit = vector([ir.Constant(real, ir.Undefined)] * SIDE)
+        limit = builder.insert_element(limit, args[6], ir.IntType(32)(0))
+        limit = shuffle(limit, limit, [0] * SIDE)
+        for k, line in enumerate(lines):
+            line = builder.select(builder.fcmp_ordered(">=", line, limit), limit, line)
+            builder.store(line, place(3, args[4], args[5], k), align=size)
+        return context.get_dummy_value()
+
+    return types.void(source, at, rows, target, to, columns, barred), emit
+
+
 # ---- The kernel. A loop over lanes writes one scratch array and few others, and reads the lane
 # ---- before it through a local variable: only so does the compiler turn it into SIMD.
 
@@ -256,6 +311,13 @@ def _largest_size(cost: Array, i0: int, h: int, m: int) -> int:
 
 
 @_jit
+def _whole_blocks(l0: int, h: int, m: int) -> int:
+    """Blocks of SIDE steps that lanes l0 .. l0 + SIDE fill, one after another from step l0 + SIDE − 1
+    on."""
+    return (m - SIDE + 1) // SIDE if l0 + SIDE <= h and m >= SIDE else 0
+
+
+@_jit
 def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) -> None:
     """Rows i0 .. i0 + h of cost (S, T) into `skewed`."""
     # Left of the matrix there is nothing. To its right and below, any finite cost will do, as no
@@ -265,23 +327,36 @@ def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) ->
         skewed[t, t + 1 :] = barred
     if h < LANES:  # 631 empty slices take a third of the time of a strip of 600 columns
         skewed[:, h:] = 0
-    for j in range(0, m, TILE):
-        for l in range(h):
-            row = cost[i0 + l, j : min(j + TILE, m)]
-            lane = skewed[j + l :, l]
-            for k in range(len(row)):
-                lane[k] = barred if row[k] >= barred else row[k]
+    T = cost.shape[1]
+    for l0 in range(0, h, SIDE):
+        blocks = _whole_blocks(l0, h, m)
+        for t in range(l0 + SIDE - 1, l0 + SIDE - 1 + blocks * SIDE, SIDE):
+            at = (i0 + l0) * T + t - l0
+            _transpose(cost, at, T - 1, skewed, t * LANES + l0, LANES, barred)
+        for l in range(l0, min(l0 + SIDE, h)):  # what the blocks leave on both sides
+            row, lane = cost[i0 + l], skewed[l:, l]
+            begin = l0 + SIDE - 1 - l if blocks else m
+            for start, stop in ((0, begin), (begin + blocks * SIDE, m)):
+                for j in range(start, stop):
+                    lane[j] = barred if row[j] >= barred else row[j]
 
 
 @_jit
 def _unskew(mirrored: Array, i0: int, h: int, m: int, matrix: Array) -> None:
     """Skewed and mirrored (lane l at [LANES − 1 − l]) into rows i0 .. i0 + h of matrix (S, T)."""
-    for j in range(0, m, TILE):
-        for l in range(h):
-            row = matrix[i0 + l, j : min(j + TILE, m)]
-            lane = mirrored[j + l :, LANES - 1 - l]
-            for k in range(len(row)):
-                row[k] = lane[k]
+    T, step = matrix.shape[1], mirrored.shape[1]
+    endless = matrix.dtype.type(np.inf)
+    for l0 in range(0, h, SIDE):
+        blocks, last = _whole_blocks(l0, h, m), l0 + SIDE - 1
+        for t in range(last, last + blocks * SIDE, SIDE):
+            at = t * step + LANES - 1 - last
+            _transpose(mirrored, at, step, matrix, (i0 + last) * T + t - last, 1 - T, endless)
+        for l in range(l0, min(l0 + SIDE, h)):
+            row, lane = matrix[i0 + l], mirrored[l:, LANES - 1 - l]
+            begin = last - l if blocks else m
+            for start, stop in ((0, begin), (begin + blocks * SIDE, m)):
+                for j in range(start, stop):
+                    row[j] = lane[j]
 
 
 @_jit
