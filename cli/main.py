@@ -222,8 +222,8 @@ def cache(
     teacher_cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the states; goes before the recipe's.",
-            show_default="OUTPUT_DIR-teacher-cache",
+            help="Folder for the states; goes before the recipe's. By default it lies beside "
+            "OUTPUT_DIR and is named after it.",
         ),
     ] = None,
     dtype: Annotated[

@@ -138,7 +138,8 @@ def check_disk(cache: TeacherCache, need: int) -> int:
         raise UserError(
             f"The teacher cache {cache.folder} will take {readable_size(need)} more, and "
             f"{readable_size(free)} are free there: {readable_size(need - free)} are missing. Free "
-            "them, give a folder on another disk, or keep the states in fewer bytes (dwakd.teacher.cache_dtype: float8_e4m3)."
+            "them, give a folder on another disk, or keep the states in fewer bytes "
+            "(dwakd.teacher.cache_dtype: float8_e4m3)."
         )
     return free
 

@@ -54,73 +54,76 @@ def choose_attention(asked: str, facts: AttentionFacts) -> tuple[str, str]:
     if asked != "auto":
         problem = _problem(asked, facts)
         if problem is not None:
+            reason, remedy = problem
             raise UserError(
-                f"dwakd.teacher.attn_implementation: {asked} cannot be used: {problem}\n"
-                "`auto` takes the fastest that works here, and says which."
+                f"dwakd.teacher.attn_implementation: {asked} cannot be used: {reason}. {remedy}; "
+                "or `auto`, which takes the fastest that works."
             )
         return asked, "the recipe's choice"
-    candidates = facts.compatible or ("flash_attention_3", "flash_attention_2", HUB_KERNEL)
-    problems = []
-    for candidate in candidates:
+    reason = "the architecture has none"
+    for candidate in facts.compatible or ("flash_attention_3", "flash_attention_2", HUB_KERNEL):
         problem = _problem(candidate, facts, only_itself=True)
         if problem is None:
             return candidate, "installed, and device, dtype and architecture can"
-        problems.append(problem)
-    chosen = "sdpa" if facts.sdpa else "eager"
-    return chosen, f"no flash attention: {problems[-1]}"
+        reason = problem[0]
+    return "sdpa" if facts.sdpa else "eager", f"no flash attention: {reason}"
 
 
-def _problem(name: str, facts: AttentionFacts, *, only_itself: bool = False) -> str | None:
-    """Why an implementation cannot run, with the remedy; None where it can.
+def _problem(
+    name: str, facts: AttentionFacts, *, only_itself: bool = False
+) -> tuple[str, str] | None:
+    """Why an implementation cannot run, and the remedy; None where it can.
 
     transformers takes the hub's kernel where the package of flash_attention_2 or 3 is missing;
     `only_itself` leaves that out.
     """
     from_hub = "/" in name
+    plain = "sdpa" if facts.sdpa else "eager"
     if not from_hub and name not in facts.known:
         nearest = difflib.get_close_matches(name, facts.known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "see transformers' documentation."
-        return f"transformers does not know it; {hint}"
+        return "transformers does not know it", f"Write {nearest[0] if nearest else plain}"
     if name == "sdpa" and not facts.sdpa:
-        return f"{facts.architecture} has no sdpa attention. Use eager."
+        return f"{facts.architecture} has no sdpa attention", "Write eager"
     if not from_hub and not name.startswith("flash_attention"):
         return None
     if facts.device != "cuda":
-        return f"the teacher runs on the {facts.device}, and it needs an NVIDIA GPU. Use sdpa."
+        return f"it needs an NVIDIA GPU, and the teacher is on the {facts.device}", f"Write {plain}"
     if facts.dtype not in ("bfloat16", "float16"):
         return (
-            f"the teacher is held in {facts.dtype}, and it takes half precision only. Set "
-            "dwakd.teacher.dtype: bfloat16."
+            f"it takes half precision only, and the teacher is held in {facts.dtype}",
+            "Set dwakd.teacher.dtype: bfloat16",
         )
     if not facts.flash:
-        return (
-            f"{facts.architecture} has no flash attention. Use {'sdpa' if facts.sdpa else 'eager'}."
-        )
+        return f"{facts.architecture} has no flash attention", f"Write {plain}"
     if facts.head_size > LARGEST_HEAD:
         return (
-            f"the teacher's attention heads have {facts.head_size} features, and it takes "
-            f"{LARGEST_HEAD} at most. Use sdpa."
+            f"it takes heads of {LARGEST_HEAD} features at most, and the teacher's have "
+            f"{facts.head_size}",
+            f"Write {plain}",
         )
     needed = (9, 0) if name == "flash_attention_3" else (8, 0)
     if facts.capability is not None and facts.capability < needed:
         return (
-            f"the GPU has compute capability {'.'.join(map(str, facts.capability))}, and it needs "
-            f"{'.'.join(map(str, needed))}. Use "
-            f"{'flash_attention_2' if facts.capability >= (8, 0) else 'sdpa'}."
+            f"it needs compute capability {needed[0]}.{needed[1]}, and the GPU has "
+            f"{facts.capability[0]}.{facts.capability[1]}",
+            f"Write {'flash_attention_2' if facts.capability >= (8, 0) else plain}",
         )
     if facts.compatible is not None and name not in facts.compatible:
-        return f"{facts.architecture} takes only {', '.join(facts.compatible)}. Use one of these."
-    if from_hub:
-        if "kernels" not in facts.installed:
-            return "the package kernels is not installed. Run `pip install kernels`."
-        return facts.hub_problem
-    if name not in ("flash_attention_2", "flash_attention_3") or name in facts.installed:
-        return None
-    if "kernels" in facts.installed and not only_itself:
-        return facts.hub_problem  # what transformers falls back on
-    if name == "flash_attention_3":  # not on PyPI
-        return "the package flash-attn-3 is not installed. Use flash_attention_2 or sdpa."
-    return "the package flash-attn is not installed. Run `pip install flash-attn`, or use sdpa."
+        return (
+            f"{facts.architecture} takes only {', '.join(facts.compatible)}",
+            f"Write {facts.compatible[0]}",
+        )
+    if from_hub or (name not in facts.installed and "kernels" in facts.installed):
+        if from_hub and "kernels" not in facts.installed:
+            return "the package kernels is not installed", "Run `pip install kernels`"
+        if not from_hub and only_itself:
+            return f"the package of {name} is not installed", f"Write {plain}"
+        return None if facts.hub_problem is None else (facts.hub_problem, f"Write {plain}")
+    if name == "flash_attention_2" and name not in facts.installed:
+        return "the package flash-attn is not installed", "Run `pip install flash-attn`"
+    if name == "flash_attention_3" and name not in facts.installed:  # not on PyPI
+        return "the package flash-attn-3 is not installed", "Write flash_attention_2"
+    return None
 
 
 def attention_facts(
@@ -179,5 +182,5 @@ def _hub_problem(repository: str) -> str | None:
         load_and_register_attn_kernel(repository)
     except Exception as error:  # the network's, the hub's and the kernel's own
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"the kernel {repository} cannot be had from the hub ({first}). Use sdpa."
+        return f"the kernel {repository} cannot be had from the hub ({first})"
     return None

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import dwakd_plugin.cached_teacher as cached_teacher_module
+from dwakd_cli.main import app
+from dwakd_plugin import teacher_cache
 from dwakd_plugin.config import TeacherConfig
+from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.cached_teacher import cached_teacher
+from dwakd_plugin.cached_teacher import cached_teacher, fill, missing_rows, open_cache
+from dwakd_plugin.collator import teacher_batch
 from dwakd_plugin.teacher import Teacher, load_teacher
-from dwakd_plugin.teacher_cache import TeacherCache, row_key
+from dwakd_plugin.teacher_cache import DiskFull, TeacherCache, encode, row_key
 
 IDENTITY = {"teacher": "big", "precision": "float32", "hidden_size": 4}
 IDS = torch.tensor([5, 6, 7, 8])
@@ -51,22 +64,26 @@ def test_a_foreign_or_damaged_cache_is_refused(cache: TeacherCache, tmp_path: Pa
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="checksum does not match"):
+    again = TeacherCache(cache.folder, IDENTITY)  # sizes at once, checksums where it is read
+    for use in (lambda: again.read(IDS, LABELS), again.verify):
+        with pytest.raises(UserError, match=rf"{shard}: the checksum of .* does not match"):
+            use()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{shard}: it has \d+ bytes, the index \d+"):
         TeacherCache(cache.folder, IDENTITY)
     shard.unlink()
     with pytest.raises(UserError, match="is missing"):
         TeacherCache(cache.folder, IDENTITY)
-    (cache.folder / "index.json").write_text('{"format": 1')
+    (cache.folder / "index.jsonl").write_text('{"format": 1\n')
     with pytest.raises(UserError, match="is damaged"):
         TeacherCache(cache.folder, IDENTITY)
 
 
 def test_an_index_cannot_point_out_of_its_folder(cache: TeacherCache, tmp_path: Path) -> None:
-    index = json.loads((cache.folder / "index.json").read_text())
-    shard = cache.folder / index["shards"][0]["file"]
+    shard = next(cache.folder.glob("states-*"))
     shard.rename(tmp_path / shard.name)
-    index["shards"][0]["file"] = f"../{shard.name}"
-    (cache.folder / "index.json").write_text(json.dumps(index))
+    index = cache.folder / "index.jsonl"
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
     with pytest.raises(UserError, match="is missing"):
         TeacherCache(cache.folder, IDENTITY)
 
@@ -87,10 +104,11 @@ def test_missing_rows_are_computed_and_a_full_cache_needs_no_teacher(
 ) -> None:
     config = TeacherConfig(base_model=str(lab / "teacher"), cache=str(tmp_path / "states"))  # type: ignore[call-arg]
     heard: list[tuple[int, int]] = []
+    tokenizer = load_teacher_tokenizer(config)
     teacher, cache = cached_teacher(
-        config, "cpu", rows(5), lambda done, total: heard.append((done, total))
+        config, "cpu", rows(5), tokenizer, lambda done, total: heard.append((done, total))
     )
-    assert len(cache) == 5 and heard[-1] == (5, 5)
+    assert len(cache) == 5 and heard[-1] == (22, 22)  # response tokens
     assert teacher.model is None
     live = load_teacher(config, "cpu")
     for ids, labels in rows(5):
@@ -98,14 +116,16 @@ def test_missing_rows_are_computed_and_a_full_cache_needs_no_teacher(
         assert torch.allclose(cache.read(ids, labels), expected, atol=1e-5)  # batched otherwise
 
     heard.clear()
-    full, cache = cached_teacher(config, "cpu", rows(5), lambda *step: heard.append(step))
+    full, cache = cached_teacher(
+        config, "cpu", rows(5), tokenizer, lambda *step: heard.append(step)
+    )
     assert not heard
     assert torch.equal(full.head.weight, live.head.weight)
     assert torch.equal(full.embeddings.weight, live.embeddings.weight)
     assert full.parameters == live.parameters
 
-    _, cache = cached_teacher(config, "cpu", rows(7), lambda *step: heard.append(step))
-    assert heard[-1] == (2, 2) and len(cache) == 7
+    _, cache = cached_teacher(config, "cpu", rows(7), tokenizer, lambda *step: heard.append(step))
+    assert heard[-1] == (12, 12) and len(cache) == 7
 
 
 def live_states(teacher: Teacher, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -113,3 +133,224 @@ def live_states(teacher: Teacher, ids: torch.Tensor, labels: torch.Tensor) -> to
     with torch.no_grad():
         hidden = teacher.model.model(input_ids=ids[None]).last_hidden_state[0]
     return hidden[torch.nonzero(labels[1:] != -100).squeeze(1)]
+
+
+# What is written in which dtype ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "largest"),
+    [("float16", 8, 2**-10), ("bfloat16", 8, 2**-7), ("float8_e4m3", 8, 2**-3)],
+)
+def test_states_are_kept_in_fewer_bytes(
+    tmp_path: Path, dtype: str, size: int, largest: float
+) -> None:
+    states = torch.randn(2, 4, generator=torch.manual_seed(0))
+    states[1] *= 1000  # a token of another scale loses nothing
+    assert encode(states, dtype).nbytes == 2 * size
+    cache = TeacherCache(tmp_path / "states", IDENTITY, dtype)
+    cache.append({row_key(IDS, LABELS): states})
+    again = TeacherCache(cache.folder, IDENTITY)  # it takes the folder's own dtype
+    assert again.dtype == dtype
+    error = (again.read(IDS, LABELS).float() - states).abs().amax(1) / states.abs().amax(1)
+    assert 0 < error.max() < largest
+    with pytest.raises(UserError, match="cache_dtype asks for"):
+        TeacherCache(cache.folder, IDENTITY, "float16" if dtype != "float16" else "bfloat16")
+
+
+def test_float16_says_where_it_ends(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "states", IDENTITY, "float16")
+    with pytest.raises(UserError, match=r"reach 7e\+04, beyond float16's range"):
+        cache.append({row_key(IDS, LABELS): torch.full((2, 4), 7e4)})
+
+
+# Kills, locks, full disks ------------------------------------------------------------------------
+
+
+def test_what_a_kill_leaves_is_no_harm(cache: TeacherCache) -> None:
+    states = cache.read(IDS, LABELS)
+    with (cache.folder / "index.jsonl").open("ab") as index:
+        index.write(b'{"file": "states-00007-1.safe')
+    (cache.folder / "states-00007-1.safetensors").write_bytes(b"never named")
+    (cache.folder / "states-00008-1.safetensors.partial-1").write_bytes(b"half")
+    again = TeacherCache(cache.folder, IDENTITY)
+    assert torch.equal(again.read(IDS, LABELS), states)
+    with again.writing(wait=False):
+        again.append({"second": torch.ones(1, 4)})
+    third = TeacherCache(cache.folder, IDENTITY)
+    assert len(third) == 2 and torch.equal(third.read(IDS, LABELS), states)
+    assert len(list(cache.folder.glob("states-*"))) == 2
+    third.verify()
+
+
+def test_one_writer_at_a_time(cache: TeacherCache) -> None:
+    other = TeacherCache(cache.folder, IDENTITY)
+    with cache.writing(wait=False):
+        with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on"):  # noqa: SIM117
+            with other.writing(wait=False):
+                pass
+        cache.append({"second": torch.ones(1, 4)})
+    with other.writing(wait=False):  # what the first wrote is known
+        assert "second" in other
+    # A process that dies with the lock does not keep it.
+    script = (
+        "import os, pathlib; from dwakd_plugin.teacher_cache import TeacherCache\n"
+        f"cache = TeacherCache(pathlib.Path({str(cache.folder)!r}), {IDENTITY!r})\n"
+        "with cache.writing(wait=False): os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    with other.writing(wait=False):
+        pass
+
+
+def test_an_interrupted_filling_goes_on_to_the_same_states(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(name: str) -> tuple[TeacherConfig, TeacherCache]:
+        config = TeacherConfig(base_model=str(lab / "teacher"), cache=str(tmp_path / name))  # type: ignore[call-arg]
+        return config, open_cache(config, "cpu", load_teacher_tokenizer(config))
+
+    config, whole = begin("whole")
+    fill(config, "cpu", whole, missing_rows(whole, rows(12)), batch_tokens=30)
+
+    config, cache = begin("stopped")
+    hidden, calls = Teacher.hidden, []
+
+    def stop_in_the_middle(self: Teacher, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return hidden(self, batch)
+
+    monkeypatch.setattr(Teacher, "hidden", stop_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        fill(config, "cpu", cache, missing_rows(cache, rows(12)), batch_tokens=30)
+    monkeypatch.undo()
+    config, cache = begin("stopped")
+    assert 0 < len(cache) < 12
+    fill(config, "cpu", cache, missing_rows(cache, rows(12)), batch_tokens=30)
+    for row in rows(12):
+        assert torch.equal(cache.read(*row), whole.read(*row))
+
+
+def test_live_and_cached_are_the_same_bits_where_batches_are(lab: Path, tmp_path: Path) -> None:
+    config = TeacherConfig(base_model=str(lab / "teacher"), cache=str(tmp_path / "states"))  # type: ignore[call-arg]
+    teacher, cache = cached_teacher(config, "cpu", rows(5), load_teacher_tokenizer(config))
+    live = load_teacher(config, "cpu")
+    batch = teacher_batch(*map(list, zip(*rows(5), strict=True)))
+    expected = live.hidden(batch).flatten(0, 1)[batch["teacher_index"]]
+    stored = torch.cat([cache.read(*row) for row in rows(5)])
+    assert torch.equal(stored, expected)
+    assert teacher.model is None
+    assert "only head and embeddings loaded" in teacher.precision
+
+
+def test_a_full_disk_keeps_what_was_written_and_says_how_much_is_missing(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TeacherConfig(base_model=str(lab / "teacher"), cache=str(tmp_path / "states"))  # type: ignore[call-arg]
+    cache = open_cache(config, "cpu", load_teacher_tokenizer(config))
+    missing = missing_rows(cache, rows(12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"will take .* MiB more, and 0.0 MiB are free"):
+        fill(config, "cpu", cache, missing)
+    assert not cache.folder.exists()
+    monkeypatch.undo()
+
+    save, saved = teacher_cache.save_file, []
+
+    def full_after_two(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        saved.append(file)
+        if len(saved) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, file)
+
+    monkeypatch.setattr(teacher_cache, "save_file", full_after_two)
+    monkeypatch.setattr(cached_teacher_module, "SHARD_BYTES", 1)
+    with pytest.raises(UserError, match=r"is full\. \d+ of 12 rows .* the same command goes on"):
+        fill(config, "cpu", cache, missing, batch_tokens=30)
+    monkeypatch.undo()
+    again = open_cache(config, "cpu", load_teacher_tokenizer(config))
+    assert 0 < len(again) < 12
+    fill(config, "cpu", again, missing_rows(again, rows(12)))
+    assert len(again) == 12
+    again.verify()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small disk, which takes root")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("this system does not let us mount")
+    try:
+        cache = TeacherCache(disk / "states", IDENTITY)
+        cache.append({"first": torch.ones(1000, 4)})
+        with pytest.raises(DiskFull, match="is full"):
+            cache.append({"second": torch.ones(90_000, 4)})
+        again = TeacherCache(disk / "states", IDENTITY)
+        assert len(again) == 1
+        again.verify()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def run_cache(file: Path, *options: str) -> dict[str, Any]:
+    result = CliRunner().invoke(
+        app, ["cache", str(file), "--json", *options], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.stderr
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def test_the_command_fills_what_training_reads_without_a_teacher(
+    recipe: Callable[..., dict[str, Any]],
+    write: Callable[[dict[str, Any]], Path],
+    train: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = recipe({}, val_set_size=0.2, dataloader_num_workers=2, max_steps=3, eval_steps=3)
+    file = write(settings)
+    report = run_cache(file, "--batch-tokens", "500")
+    folder = tmp_path / "out-teacher-cache"
+    assert report["folder"] == str(folder)
+    assert report["rows"] == report["rows_computed"] == 40
+    again = run_cache(file)
+    assert again["rows_computed"] == 0 and again["bytes"] == report["bytes"]
+    assert run_cache(file, "--verify")["verified"]
+    live = train(settings)
+
+    def no_body(*_: Any) -> None:
+        raise AssertionError("the teacher's body was loaded")
+
+    monkeypatch.setattr(cached_teacher_module, "load_teacher", no_body)
+    teacher = settings["dwakd"]["teacher"] | {"cache": str(folder)}
+    cached = train(
+        settings | {"dwakd": {"teacher": teacher}, "output_dir": str(tmp_path / "cached")}
+    )
+    assert [line["loss"] for line in cached if "loss" in line] == pytest.approx(
+        [line["loss"] for line in live if "loss" in line], rel=1e-5
+    )
+    (live_eval,) = (line for line in live if "eval_student_kd" in line)
+    (cached_eval,) = (line for line in cached if "eval_student_kd" in line)
+    assert cached_eval["eval_student_kd"] == pytest.approx(live_eval["eval_student_kd"], rel=1e-5)
+
+    # A corrupted shard is found where it is read.
+    shard = next(folder.glob("states-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    result = CliRunner().invoke(app, ["cache", str(file), "--verify"])
+    assert isinstance(result.exception, UserError)
+    assert f"{shard}: the checksum of" in str(result.exception)
+    # Another tokenizer's template is another cache.
+    other = settings | {"dwakd": {"teacher": teacher | {"chat_template": "{{ messages }}"}}}
+    result = CliRunner().invoke(app, ["cache", str(write(other))])
+    assert isinstance(result.exception, UserError)
+    assert "chat_template:" in str(result.exception)

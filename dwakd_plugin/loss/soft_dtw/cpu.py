@@ -312,8 +312,7 @@ def _largest_size(cost: Array, i0: int, h: int, m: int) -> int:
 
 @_jit
 def _whole_blocks(l0: int, h: int, m: int) -> int:
-    """Blocks of SIDE steps that lanes l0 .. l0 + SIDE fill, one after another from step l0 + SIDE − 1
-    on."""
+    """Blocks of SIDE steps that lanes l0 .. l0 + SIDE fill, from step l0 + SIDE − 1 on."""
     return (m - SIDE + 1) // SIDE if l0 + SIDE <= h and m >= SIDE else 0
 
 
