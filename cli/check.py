@@ -366,7 +366,7 @@ def show(report: dict[str, Any], drawn: PairCut | None, console: Console) -> Non
         languages = Table(
             title="Tokens by language and format",
             box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            padding=0,
             pad_edge=False,
         )
         languages.add_column("", overflow="fold")

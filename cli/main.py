@@ -277,7 +277,12 @@ def plan(
     ] = None,
     response_share: Annotated[
         float,
-        typer.Option(min=0.01, max=1, help="How much of a row is response; the rest is prompt."),
+        typer.Option(
+            min=0.01,
+            max=1,
+            metavar="X",
+            help="How much of a row is response; the rest is prompt.",
+        ),
     ] = 1.0,
     data: Annotated[
         bool,
