@@ -245,8 +245,10 @@ def png_image(sample: AlignedSample, tokens: int) -> bytes:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; background: #fff; color: #222 }
-img { max-width: 100%; background: #fff } table { border-collapse: collapse; margin: 1rem 0 2rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; background: #fff; color: #222;
+       overflow-wrap: break-word }
+.wide { overflow-x: auto } img { width: max(100%, 75rem); background: #fff }
+table { border-collapse: collapse; margin: 1rem 0 2rem }
 td, th { padding: .1rem .9rem .1rem 0; text-align: left; vertical-align: top }
 td { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 13px }
 small { color: #777 } th small { font-weight: normal }
@@ -273,8 +275,9 @@ def html_page(
         data = b64encode(image).decode()
         parts += [
             f"<h2>{e(sample.title)}</h2><p>Drawn: {e(what_is_drawn(sample, tokens))}.</p>",
-            f'<img alt="{e(sample.title)}" src="data:image/png;base64,{data}">',
-            "<table><tr><th>student</th>",
+            f'<div class="wide"><img alt="{e(sample.title)}" '
+            f'src="data:image/png;base64,{data}"></div>',
+            '<div class="wide"><table><tr><th>student</th>',
         ]
         columns = []
         for state, alignment in sample.states.items():
@@ -296,9 +299,10 @@ def html_page(
                     )
                     parts.append(f"<td>{shown}</td>")
             parts.append("</tr>")
-        parts.append("</table>")
+        parts.append("</table></div>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>dwakd align</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body>"
         "</html>\n"
     )

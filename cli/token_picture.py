@@ -233,7 +233,7 @@ def png_image(pair: PairCut, names: Sequence[str]) -> bytes:
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
-       background: #fff; color: #222 }
+       background: #fff; color: #222; overflow-wrap: break-word }
 table { border-collapse: collapse } td, th { padding: .1rem .8rem .1rem 0; text-align: left }
 .text { font: 14px/1.6 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
         overflow-x: auto; margin-bottom: 2rem }
@@ -302,6 +302,7 @@ def html_page(
         parts.append("</div>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>dwakd check</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body>"
         "</html>\n"
     )
