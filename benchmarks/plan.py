@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ import yaml
 from benchmarks.measure import MIB, RESULTS, _status_bytes, say, start, target, write_report
 
 NAME = "plan"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "planning.md"
 LIMIT = 0.15  # the plan may be off by so much
 ROWS = 12
 STEPS = 3
@@ -245,14 +247,10 @@ def _sampled(field: str) -> Iterator[list[int]]:
 
 def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """Runs one configuration in a fresh process. Raises where it fails."""
-    import shutil
-
     place = folder / "runs" / "".join(c if c.isalnum() else "-" for c in name)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     file = place / "recipe.yml"
-    if recipe["dwakd"]["teacher"]["cache"]:
-        shutil.rmtree(recipe["dwakd"]["teacher"]["cache"], ignore_errors=True)
     file.write_text(yaml.safe_dump(recipe | {"output_dir": str(place / "out")}, sort_keys=False))
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     result = place / "result.json"
@@ -263,15 +261,23 @@ def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-def compare(folder: Path, name: str, recipe: dict[str, Any], lock: Path | None) -> dict[str, Any]:
-    """Plans and measures one configuration."""
+def compare(
+    folder: Path,
+    name: str,
+    recipe: dict[str, Any],
+    lock: Path | None,
+    measured: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Plans and measures one configuration, unless it was `measured` before."""
     from dwakd_plugin.memory_plan import card, plan
 
     with lock.open("a") if lock else contextlib.nullcontext() as held:
         if held is not None:
             fcntl.flock(held, fcntl.LOCK_EX)
+        if recipe["dwakd"]["teacher"]["cache"]:
+            shutil.rmtree(recipe["dwakd"]["teacher"]["cache"], ignore_errors=True)
         made = plan(recipe, card("cpu"))
-        measured = measure(folder, name, recipe)
+        measured = measured or measure(folder, name, recipe)
     error = made.total / measured["peak"] - 1
     say(f"{name}: {made.total / MIB:.0f} MiB planned, {measured['peak'] / MIB:.0f} measured")
     return {
@@ -300,11 +306,24 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def section(started: dict[str, Any], results: dict[str, Any]) -> str:
+    """Where the figures come from, and the table."""
+    hardware, versions = started["hardware"], started["versions"]
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    return (
+        f"`python -m benchmarks.plan`, {started['date'][:10]}: {hardware['cpu']}, "
+        f"{hardware['cores']} cores, {hardware['memory_gib']} GiB; {packages}.\n\n" + table(results)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("plan-benchmark"))
     parser.add_argument("--only", nargs="*", default=[], help="parts of configurations' names")
     parser.add_argument("--lock", type=Path, help="file to hold locked during each configuration")
+    parser.add_argument(
+        "--replan", action="store_true", help="plan anew for what the results say was measured"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -317,16 +336,25 @@ def main() -> None:
     started = start(torch.get_num_threads(), False, ["transformers", "axolotl"])
     folder = options.folder.resolve()
     prepare(folder)
-    chosen = {
-        name: recipe
+    before: dict[str, Any] = {}
+    if options.replan:
+        report = json.loads((options.results / f"{NAME}.json").read_text(encoding="utf-8"))
+        before = {name: one["measured"] for name, one in report["results"].items()}
+        started = {key: report[key] for key in started} | {"planned_anew": started["date"]}
+    results = {
+        name: compare(folder, name, recipe, options.lock, before.get(name))
         for name, recipe in configurations(folder).items()
         if not options.only or any(part in name for part in options.only)
     }
-    results = {name: compare(folder, name, recipe, options.lock) for name, recipe in chosen.items()}
     targets = [
         target(f"plan off by, {name}", abs(one["error"]), LIMIT) for name, one in results.items()
     ]
     write_report(NAME, started, results, targets, options.results)
+    if options.results == RESULTS:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        begin, end = f"<!-- {NAME} -->\n", f"<!-- end of {NAME} -->"
+        head, tail = text.split(begin)[0], text.split(end)[1]
+        DOCUMENT.write_text(f"{head}{begin}{section(started, results)}\n{end}{tail}", "utf-8")
     print(table(results))
 
 

@@ -68,12 +68,10 @@ LOADING, INITIALISATION, FILLING = (
     "the filling of the teacher cache",
 )
 BEFORE = (LOADING, INITIALISATION, FILLING)  # happen once, before the first step
-# Of what a step has on malloc's heap, so much more is lost between blocks of different sizes. One
-# figure for all, fitted to the measurements in docs/planning.md.
-HEAP_SLACK = 0.25
-# Of a teacher that is released once its cache is full, malloc keeps about so much of what lay on
-# its heap; it was between none and two thirds in the runs measured.
-KEPT_OF_RELEASED = 0.5
+# malloc's heap ends between the most that was on it at one moment (every freed block used again)
+# and the sum of each part's own most (none, as long-lived blocks lie between). So far from the one
+# to the other: one figure for all, fitted to the measurements in docs/planning.md.
+NOT_USED_AGAIN = 0.4
 # What is left for fragments of torch's allocator on a GPU, and for the system on a CPU; assumed.
 USABLE = {"cuda": 0.95, "cpu": 0.97}
 
@@ -797,10 +795,6 @@ class _Run:
             moments |= self._loading(weights, body=not filled)
         return moments
 
-    def _released(self) -> Bytes:
-        """The teacher's body, which a run that fills a cache holds until then."""
-        return self.teacher_weights(body=True) - self.teacher_weights(body=False)
-
     def _head_gradient(self) -> Bytes:
         """Of the student's head, where it is trained: it comes first."""
         heads = [w for w in self.student.weights if w.embedding and w.trained]
@@ -859,9 +853,11 @@ class _Run:
             # malloc keeps small blocks once a step has had them, whatever they were for.
             steps = {moment: size for moment, size in totals.items() if moment not in BEFORE}
             heap = max(size.heap for size in steps.values())
-            heap += HEAP_SLACK * (heap - (_sum(self.weights().values()) + self.optimizer()).heap)
-            if FILLING in moments:
-                heap += KEPT_OF_RELEASED * self._released().heap
+            apart: dict[str, float] = {}
+            for sizes in moments.values():
+                for part, size in sizes.items():
+                    apart[part] = max(apart.get(part, 0), size.heap)
+            heap += NOT_USED_AGAIN * max(0, sum(apart.values()) - heap)
             moment = max(steps, key=lambda one: (steps[one].mapped, steps[one].heap))
             if heap + steps[moment].mapped > peak:
                 name, peak = moment, heap + steps[moment].mapped
