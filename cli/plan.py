@@ -254,14 +254,14 @@ def _draw(now: Plan, file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 2.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
     left = 0.0
     for name, size in now.parts.items():
         axes.barh(0, size / GIB, left=left, label=f"{name}, {_size(size)}")
         left += size / GIB
     axes.axvline(now.card.usable / GIB, color="black", linestyle="--", label="usable")
     axes.set(yticks=[], xlabel="GiB", title=f"{_size(now.total)} on {now.card.name}")
-    axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.legend(ncols=3, fontsize="small", loc="outside lower center")
     partial = file.with_name(f".{file.name}.partial")
     try:
         figure.savefig(partial, format="png", dpi=150)

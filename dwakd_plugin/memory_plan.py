@@ -25,7 +25,11 @@ from torch import nn
 
 from dwakd_plugin.config import DWAKDConfig, LossConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss.divergence import tokens_per_chunk
+from dwakd_plugin.loss.divergence import (
+    AUTO_CHUNK_ELEMENTS,
+    AUTO_CHUNK_SHARE,
+    AUTO_CHUNK_TOKENS,
+)
 from dwakd_plugin.memory_trace import (
     BodyTrace,
     Bytes,
@@ -678,10 +682,12 @@ class _Run:
         )
 
     def chunk(self, rows: int) -> int:
-        device = torch.device(
-            "cpu" if self.card.kind == "cpu" or not torch.cuda.is_available() else "cuda"
-        )
-        return tokens_per_chunk(self.config.loss.chunk_size, rows, device)
+        """`tokens_per_chunk` of the loss, for a card that need not be here."""
+        chunk_size = self.config.loss.chunk_size
+        if chunk_size != "auto":
+            return chunk_size
+        wanted = max(AUTO_CHUNK_TOKENS * rows, AUTO_CHUNK_ELEMENTS[self.card.kind])
+        return max(1, min(wanted, int(self.card.capacity * AUTO_CHUNK_SHARE) // FLOAT) // rows)
 
     def loss_sizes(self) -> LossSizes:
         return LossSizes(

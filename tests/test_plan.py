@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from dwakd_cli.main import app
 from dwakd_plugin import memory_plan
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss.divergence import tokens_per_chunk
 from dwakd_plugin.memory_plan import GIB, card, largest_micro_batch, plan, suggestions
 from dwakd_plugin.memory_trace import Bytes, trace_body
 
@@ -253,6 +254,14 @@ def test_suggestions_come_in_order_of_effect_and_keep_their_word(pair: dict[str,
     then = plan(pair | {"gradient_checkpointing": True}, on)
     assert checkpointing.saves == now.total - then.total
     assert checkpointing.yaml == "gradient_checkpointing: true"
+
+
+def test_chunks_on_the_cpu_are_the_losss_own(pair: dict[str, Any]) -> None:
+    config = memory_plan.parse_recipe(pair)
+    assert config is not None
+    run = memory_plan._Run(pair, config, card("cpu"), 1)
+    for rows in (1000, 50_257, 10**8):
+        assert run.chunk(rows) == tokens_per_chunk("auto", rows, torch.device("cpu"))
 
 
 # The card -----------------------------------------------------------------------------------
