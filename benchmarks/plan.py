@@ -266,9 +266,9 @@ def compare(
     name: str,
     recipe: dict[str, Any],
     lock: Path | None,
-    measured: dict[str, Any] | None = None,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Plans and measures one configuration, unless it was `measured` before."""
+    """Plans and measures one configuration, unless it was measured `before`."""
     from dwakd_plugin.memory_plan import card, plan
 
     with lock.open("a") if lock else contextlib.nullcontext() as held:
@@ -277,7 +277,7 @@ def compare(
         if recipe["dwakd"]["teacher"]["cache"]:
             shutil.rmtree(recipe["dwakd"]["teacher"]["cache"], ignore_errors=True)
         made = plan(recipe, card("cpu"))
-        measured = measured or measure(folder, name, recipe)
+        measured = before or measure(folder, name, recipe)
     error = made.total / measured["peak"] - 1
     say(f"{name}: {made.total / MIB:.0f} MiB planned, {measured['peak'] / MIB:.0f} measured")
     return {
@@ -285,7 +285,8 @@ def compare(
         "error": error,
         "peak_is": made.peak,
         "parts": {part: round(size) for part, size in made.parts.items()},
-        "planned_seconds_per_step": made.seconds_per_step,
+        # A step's time depends on what else the machine does, so it is planned beside its run.
+        "planned_seconds_per_step": None if before else made.seconds_per_step,
         "measured": measured,
     }
 
@@ -298,10 +299,11 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, one in results.items():
         planned, measured = one["planned"] / MIB, one["measured"]["peak"] / MIB
-        seconds = one["planned_seconds_per_step"], one["measured"]["seconds_per_step"]
+        step, took = one["planned_seconds_per_step"], one["measured"]["seconds_per_step"]
+        planned_step = "–" if step is None else f"{step:.1f}"
         lines.append(
             f"| {name} | {planned:,.0f} | {measured:,.0f} | {one['error']:+.1%} "
-            f"| {seconds[0]:.1f} | {seconds[1]:.1f} |"
+            f"| {planned_step} | {took:.1f} |"
         )
     return "\n".join(lines)
 

@@ -212,7 +212,7 @@ def _show_facts(report: dict[str, Any], now: Plan, console: Console) -> None:
     step = f"{now.seconds_per_step:.2g} s an optimizer step"
     if report["steps"] is not None:
         step += f", {report['steps']:,} steps, about {_hours(report['hours'])} in all"
-    console.print(f"Time: {step}; an estimate, good to a factor of two or so.")
+    console.print(f"Time: {step}; a rough estimate, rather too short.")
     lengths = now.lengths
     console.print(
         f"Rows of {lengths.student} student and {lengths.teacher} teacher tokens "
