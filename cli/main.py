@@ -65,6 +65,12 @@ def _teacher(
     return {key: value for key, value in given.items() if value is not None}
 
 
+def _share(value: float) -> float:
+    if not 0.01 <= value <= 1:
+        raise typer.BadParameter(f"{value:g} is not from 0.01 to 1.")
+    return value
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"dwakd {dwakd_plugin.__version__}")
@@ -278,10 +284,9 @@ def plan(
     response_share: Annotated[
         float,
         typer.Option(
-            min=0.01,
-            max=1,
             metavar="X",
-            help="How much of a row is response; the rest is prompt.",
+            callback=_share,
+            help="How much of a row is response, 0.01 to 1; the rest is prompt.",
         ),
     ] = 1.0,
     data: Annotated[
