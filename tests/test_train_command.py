@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from axolotl.integrations.base import PluginManager
 from typer.testing import CliRunner
 
@@ -167,7 +166,7 @@ def test_a_plugin_that_cannot_be_imported_stops_axolotl(monkeypatch: pytest.Monk
 def test_a_run_without_the_plugin_is_an_error(
     recipe: Recipe, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "execute", lambda *_: (0, None))
+    monkeypatch.setattr(train, "execute", lambda *_, **__: (0, None))
     with pytest.raises(UserError, match="plugin was not part of it"):
         CliRunner().invoke(app, ["train", str(write(recipe({})))], catch_exceptions=False)
 
@@ -211,46 +210,6 @@ def _wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_run_is_interrupted_and_resumed(
-    recipe: Recipe, write: Callable[..., Path], lab: Path, tmp_path: Path
-) -> None:
-    # strict: axolotl then takes the plugin from the recipe's file alone.
-    (tmp_path / "student").symlink_to(lab / "student")
-    settings = recipe(
-        None, strict=True, base_model="student", max_steps=100_000, output_dir="out", save_steps=5
-    )
-    file = write(settings)
-    out = tmp_path / "out"
-    command = [*COMMAND, "train", file.name, "--teacher", str(lab / "teacher")]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    _wait_for((out / "checkpoint-5" / "trainer_state.json").exists)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode == 130, output
-    words = " ".join(output.split())  # the message wraps
-    assert "Stopped by SIGINT. The student as it was then is in out." in words
-    assert "`--resume` goes on from the last checkpoint." in words
-    assert "Traceback" not in output
-    assert (out / "model.safetensors").is_file()
-    assert file.read_text() == yaml.safe_dump(settings)
-
-    checkpoints = [int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")]
-    write(settings | {"max_steps": max(checkpoints) + 10})
-    result = subprocess.run(
-        [*command, "--resume", "--json"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    facts = json.loads(result.stdout)
-    assert facts["exit_code"] == 0
-    assert facts["recipe"] == "out/dwakd/recipe.yml"
-    last = out / f"checkpoint-{max(checkpoints) + 10}"
-    log = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    assert {"ce", "student_kd", "hidden_dtw"} <= set(log[-1])
 
 
 # Recipes ------------------------------------------------------------------------------------
