@@ -115,6 +115,9 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     if quantised:
         # It says for every layer in every forward that it computes in half precision.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    quantisation = {}  # a None here would switch the checkpoint's own off
+    if own_quantisation(model_config) is None and asked(config) is not None:
+        quantisation["quantization_config"] = quantisation_config(config, dtype)
     folder = _OffloadFolder() if _is_spread(config) else None
     try:
         with explain_out_of_memory("loading the teacher"), _without_rank_zero_loading():
@@ -124,9 +127,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
                 trust_remote_code=config.trust_remote_code,
                 dtype=dtype,
                 attn_implementation=attention,
-                quantization_config=None
-                if own_quantisation(model_config)
-                else quantisation_config(config, dtype),
+                **quantisation,
                 **(_limits(config, own, folder.name) if folder else {"device_map": {"": own}}),
             )
             if config.adapter:
