@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -128,66 +128,51 @@ def student_statistics(
 ) -> StudentStatistics:
     """What the student-space terms need of each token (Eq. 3-6, 11, 12).
 
-    The target p_t2s is detached in the divergence: cross-entropy alone trains it.
-
     Shapes: student_logits and t2s_logits (C, Vs), labels (C,).
     """
+    student_log_probs = student_logits.log_softmax(-1)
+    ce, student_entropy = _nll(student_log_probs, labels), entropy(student_log_probs)
+    t2s_log_probs = t2s_logits.log_softmax(-1)
+    t2s_ce, best = _nll(t2s_log_probs, labels), t2s_log_probs.max(-1)
+    if temperature != 1:
+        del student_log_probs, t2s_log_probs  # before others of their size are made
+        student_log_probs = _log_softmax(student_logits, temperature)
+        t2s_log_probs = _log_softmax(t2s_logits, temperature)
+    value = DIVERGENCES[divergence](t2s_log_probs, student_log_probs)
     return StudentStatistics(
-        *_StudentStatistics.apply(  # type: ignore[no-untyped-call]
-            student_logits, t2s_logits, labels, divergence, temperature
-        )
+        ce, t2s_ce, value, student_entropy, best.values.exp(), best.indices == labels
     )
 
 
-class _StudentStatistics(torch.autograd.Function):
-    """`student_statistics`, with the gradient written down: a third of autograd's passes over the
-    logits, and half of its memory."""
+def student_gradients(
+    student_logits: Tensor,
+    t2s_logits: Tensor,
+    labels: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `student_statistics` in student_logits and t2s_logits.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_logits: Tensor,
-        t2s_logits: Tensor,
-        labels: Tensor,
-        divergence: Divergence,
-        temperature: float,
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(student_logits, t2s_logits, labels)
-        ctx.divergence, ctx.temperature = divergence, temperature
-        student_log_probs = student_logits.log_softmax(-1)
-        ce, student_entropy = _nll(student_log_probs, labels), entropy(student_log_probs)
-        t2s_log_probs = t2s_logits.log_softmax(-1)
-        t2s_ce, best = _nll(t2s_log_probs, labels), t2s_log_probs.max(-1)
-        if temperature != 1:
-            del student_log_probs, t2s_log_probs  # before others of their size are made
-            student_log_probs = _log_softmax(student_logits, temperature)
-            t2s_log_probs = _log_softmax(t2s_logits, temperature)
-        value = DIVERGENCES[divergence](t2s_log_probs, student_log_probs)
-        detached = student_entropy, best.values.exp(), best.indices == labels
-        ctx.mark_non_differentiable(*detached)
-        return ce, t2s_ce, value, *detached
+    The target p_t2s is detached in the divergence: cross-entropy alone trains it. Written down
+    where it matters, this takes a third of autograd's passes over the logits and half its memory.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        student_logits, t2s_logits, labels = ctx.saved_tensors
-        ce_grad, t2s_ce_grad, divergence_grad = (grad[:, None] for grad in grads[:3])
-        student_grad = t2s_grad = None
-        if ctx.needs_input_grad[0]:
-            student_grad = _nll_gradient(student_logits, labels, ce_grad)
-            if ctx.divergence == "forward_kl":  # (p_s − p_t2s) / τ at temperature τ
-                scale = divergence_grad / ctx.temperature
-                student_grad.addcmul_(_softmax(student_logits, ctx.temperature), scale)
-                student_grad.addcmul_(_softmax(t2s_logits, ctx.temperature), scale, value=-1)
-            else:
-                target = _log_softmax(t2s_logits, ctx.temperature)
-                with torch.enable_grad():
-                    leaf = student_logits.detach().requires_grad_()
-                    value = DIVERGENCES[ctx.divergence](target, _log_softmax(leaf, ctx.temperature))
-                student_grad += torch.autograd.grad(value, leaf, divergence_grad[:, 0])[0]
-        if ctx.needs_input_grad[1]:
-            t2s_grad = _nll_gradient(t2s_logits, labels, t2s_ce_grad)
-        return student_grad, t2s_grad, None, None, None
+    Shapes: as above, of `grads` the first three (C,) → (C, Vs) each.
+    """
+    ce_grad, t2s_ce_grad, divergence_grad = (grad[:, None] for grad in grads[:3])
+    student_grad = _nll_gradient(student_logits, labels, ce_grad)
+    if divergence == "forward_kl":  # (p_s − p_t2s) / τ at temperature τ
+        scale = divergence_grad / temperature
+        student_grad.addcmul_(_softmax(student_logits, temperature), scale)
+        student_grad.addcmul_(_softmax(t2s_logits, temperature), scale, value=-1)
+    else:
+        target = _log_softmax(t2s_logits, temperature)
+        with torch.enable_grad():
+            leaf = student_logits.detach().requires_grad_()
+            value = DIVERGENCES[divergence](target, _log_softmax(leaf, temperature))
+        student_grad += torch.autograd.grad(value, leaf, divergence_grad[:, 0])[0]
+        del target, value
+    return student_grad, _nll_gradient(t2s_logits, labels, t2s_ce_grad)
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -249,6 +234,108 @@ def tokens_per_chunk(
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     wanted = max(AUTO_CHUNK_TOKENS * vocab_size, AUTO_CHUNK_ELEMENTS.get(device.type, 2**24))
     return max(1, min(wanted, int(memory * AUTO_CHUNK_SHARE) // 4) // vocab_size)
+
+
+class _StudentSpace(torch.autograd.Function):
+    """`student_statistics` chunk by chunk, whose logits are computed again in backward.
+
+    The weights of a sample's tokens are known only when all are through, so that the gradient in
+    the head cannot be formed in forward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        projected: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        logits: Callable[..., Tensor],
+        settings: tuple[Divergence, float],
+        chunk_size: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(hidden, projected, weight, bias, labels)
+        ctx.logits, ctx.settings, ctx.chunk_size = logits, settings, chunk_size
+        device = hidden.device.type  # backward runs outside the autocast of forward
+        ctx.autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        chunks = (torch.split(tensor, chunk_size) for tensor in (hidden, projected, labels))
+        columns = zip(
+            *(
+                student_statistics(logits(h, weight, bias), logits(p, weight, bias), y, *settings)
+                for h, p, y in zip(*chunks, strict=True)
+            ),
+            strict=True,
+        )
+        statistics = StudentStatistics(*(torch.cat(column) for column in columns))
+        ctx.mark_non_differentiable(*statistics[3:])
+        return tuple(statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, projected, weight, bias, labels = ctx.saved_tensors
+        divergence, temperature = ctx.settings
+        needed = ctx.needs_input_grad[:4]
+        head = [
+            None if tensor is None else tensor.detach().requires_grad_(need)
+            for tensor, need in zip((weight, bias), needed[2:], strict=True)
+        ]
+        constant = [None if tensor is None else tensor.detach() for tensor in head]
+        rows: list[list[Tensor]] = [[], []]
+        sums: list[Tensor | None] = [None, None]
+        tokens = (hidden, projected, labels, *grads[:3])
+        chunks = (torch.split(tensor, ctx.chunk_size) for tensor in tokens)
+        for h, p, y, *chunk_grads in zip(*chunks, strict=True):
+            h, p = h.detach().requires_grad_(needed[0]), p.detach().requires_grad_(needed[1])
+            with torch.enable_grad(), ctx.autocast:
+                outputs = ctx.logits(h, *head), ctx.logits(p, *constant)
+            student_logits, t2s_logits = (output.detach() for output in outputs)
+            gradients = student_gradients(
+                student_logits, t2s_logits, y, divergence, temperature, chunk_grads
+            )
+            del student_logits, t2s_logits
+            trained = [i for i, output in enumerate(outputs) if output.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    [outputs[i] for i in trained],
+                    [leaf for leaf, need in zip((h, p, *head), needed, strict=True) if need],
+                    [gradients[i] for i in trained],
+                )
+            )
+            del outputs, gradients  # before the next chunk's are made
+            for i, need in enumerate(needed):
+                if need and i < 2:
+                    rows[i].append(next(found))
+                elif need:
+                    total = sums[i - 2]
+                    sums[i - 2] = next(found) if total is None else total.add_(next(found))
+        return *(torch.cat(row) if row else None for row in rows), *sums, *[None] * 4
+
+
+def student_space_statistics(
+    hidden: Tensor,
+    projected: Tensor,
+    labels: Tensor,
+    head: tuple[Tensor, Tensor | None],
+    logits: Callable[..., Tensor],
+    divergence: Divergence,
+    temperature: float,
+    chunk_size: int,
+) -> StudentStatistics:
+    """`student_statistics` of every token, a chunk of logits at a time.
+
+    Shapes: the student's hidden states and the teacher's projected ones (N, d), labels (N,); head
+    is weight (V, d) and bias (V,), and `logits` takes states, weight and bias → each result (N,).
+    To the projected states the head is a constant.
+    """
+    return StudentStatistics(
+        *_StudentSpace.apply(  # type: ignore[no-untyped-call]
+            hidden, projected, *head, labels, logits, (divergence, temperature), chunk_size
+        )
+    )
 
 
 class _TeacherSpace(torch.autograd.Function):

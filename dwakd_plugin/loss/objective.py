@@ -24,7 +24,7 @@ from dwakd_plugin.loss.divergence import (
     StudentStatistics,
     TeacherStatistics,
     map_token_chunks,
-    student_statistics,
+    student_space_statistics,
     teacher_space_statistics,
     tokens_per_chunk,
 )
@@ -253,21 +253,23 @@ def dwakd_loss(
             if distill:
                 t2s_hidden = attention @ _values(teacher_side, projectors)
                 s2t_hidden = reverse_attention @ _project(projectors.s2t, student_side.hidden)
-            if warp:
-                penalty = None
-                if soft_dtw.band:
-                    inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
-                    penalty = band_penalty(inside, soft_dtw, dtype)
-                    sums["band_cells_inside"] = inside.sum()
-                    sums["band_cells"] = (student_lengths * teacher_lengths).sum()
-                gamma = soft_dtw.gamma_start if gamma is None else gamma
-                sums |= _sequence_level(student_side, teacher_side, projectors, penalty, gamma)
     if distill:
         sums |= _student_space(student, student_side.valid, t2s_hidden, loss)
         if teacher_space:
             sums |= _teacher_space(teacher, teacher_side.valid, s2t_hidden, loss)
     elif loss.ce_weight > 0:
         sums["ce"] = _cross_entropy(student, loss)
+    # After the heads, and so before them in backward: what it keeps is not there while they work.
+    if warp:
+        with torch.autocast(student.hidden.device.type, enabled=False):
+            penalty = None
+            if soft_dtw.band:
+                inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+                penalty = band_penalty(inside, soft_dtw, dtype)
+                sums["band_cells_inside"] = inside.sum()
+                sums["band_cells"] = (student_lengths * teacher_lengths).sum()
+            gamma = soft_dtw.gamma_start if gamma is None else gamma
+            sums |= _sequence_level(student_side, teacher_side, projectors, penalty, gamma)
 
     zero = _zero_with_graph(student, projectors, with_head=loss.ce_weight == 0)
     zero = zero.to(dtype)
@@ -496,23 +498,20 @@ def _student_space(
     Shapes: paired (B, S) bool, positions of samples with a teacher side; t2s_hidden (B, S, d).
     """
     index = _index(student)
-    constant_head = student.head.detached()
+    head = student.head
 
-    def statistics(hidden: Tensor, projected: Tensor, labels: Tensor) -> StudentStatistics:
-        return student_statistics(
-            student.head.logits(hidden),
-            constant_head.logits(projected),
-            labels,
-            loss.divergence,
-            loss.temperature,
-        )
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return replace(head, weight=weight, bias=bias).logits(hidden)
 
-    flat = map_token_chunks(
-        statistics,
-        _chunk(loss, student.head),
+    flat = student_space_statistics(
         _gathered(student.hidden, index),
         _gathered(t2s_hidden, index),
         _gathered(_labels(student), index),
+        (head.weight, head.bias),
+        logits,
+        loss.divergence,
+        loss.temperature,
+        _chunk(loss, head),
     )
     tokens = StudentStatistics(*(_padded(values, index, paired) for values in flat))
     weights = student_token_weights(tokens.entropy, tokens.gate, paired, loss.student_weighting)
