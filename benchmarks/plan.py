@@ -333,6 +333,8 @@ def main() -> None:
         recipe_file, result = options.one
         result.write_text(json.dumps(run_one(recipe_file)), encoding="utf-8")
         return
+    if options.only and options.results == RESULTS:
+        parser.error("--only needs another folder as --results: it would drop the other rows")
     import torch
 
     started = start(torch.get_num_threads(), False, ["transformers", "axolotl"])
@@ -346,7 +348,8 @@ def main() -> None:
     results = {
         name: compare(folder, name, recipe, options.lock, before.get(name))
         for name, recipe in configurations(folder).items()
-        if not options.only or any(part in name for part in options.only)
+        if (not options.only or any(part in name for part in options.only))
+        and (not options.replan or name in before)
     }
     targets = [
         target(f"plan off by, {name}", abs(one["error"]), LIMIT) for name, one in results.items()

@@ -252,9 +252,12 @@ def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
             "line to train without a teacher."
         )
     if not isinstance(block, dict) or not block.get("teacher"):
+        keys = block if isinstance(block, dict) else {}
+        unknown = [str(key) for key in keys if key not in DWAKDConfig.model_fields]
         raise UserError(
             "`distillation: dwakd` needs a teacher, and the recipe names none. Add\n"
             "  dwakd:\n    teacher:\n      base_model: <hub id or folder of the teacher>"
+            + "".join(f"\n{_unknown_key([key])}" for key in unknown)
         )
     try:
         return DWAKDConfig.model_validate(block)
@@ -268,13 +271,18 @@ def _explain(problem: Any) -> str:
     path = [part for part in problem["loc"] if isinstance(part, str)]
     place = ".".join(["dwakd", *path])
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"
-        return f"{place}: unknown key; {hint}"
+        return _unknown_key(path)
     message = problem["msg"].removeprefix("Value error, ")
     found = problem.get("input")
     return f"{place}: {message}" + ("" if isinstance(found, dict) else f" (found: {found!r})")
+
+
+def _unknown_key(path: list[str]) -> str:
+    """The place of a key below `dwakd` that there is not, and the nearest that there is."""
+    known = _known_keys(path[:-1])
+    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"
+    return f"{'.'.join(['dwakd', *path])}: unknown key; {hint}"
 
 
 def _known_keys(path: list[str]) -> list[str]:

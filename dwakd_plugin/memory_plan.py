@@ -777,7 +777,7 @@ class _Run:
             },
             "the end of the student's backward pass": step
             | {
-                "gradients": gradients + self._embedding_gradient(),
+                "gradients": gradients + head,  # a second one of the embeddings, before it is added
                 "student activations": (held * (1 / self.student.layers)) + student_backward,
             },
             "the optimizer's step": step
@@ -807,10 +807,6 @@ class _Run:
         if not heads:
             return Bytes()
         return Bytes.of(heads[-1].numel * self.student_weight_dtype(heads[-1]).itemsize)
-
-    def _embedding_gradient(self) -> Bytes:
-        """A second one of the embeddings, before it is added to the head's or the lookup's."""
-        return self._head_gradient()
 
     def _optimizer_scratch(self, largest: int) -> Bytes:
         name = str(self.recipe.get("optimizer") or "adamw_torch_fused").lower()

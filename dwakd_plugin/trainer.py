@@ -26,6 +26,7 @@ from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, dwakd_loss
+from dwakd_plugin.out_of_memory import explain_out_of_memory
 from dwakd_plugin.projectors import (
     PROJECTOR_FILE,
     Projectors,
@@ -205,8 +206,9 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
-        except NonFiniteLoss as error:
+            with explain_out_of_memory("the student's step"):
+                return super().train(*args, **kwargs)
+        except (NonFiniteLoss, UserError) as error:
             LOG.error(str(error), main_process_only=False)
             raise SystemExit(1) from error
 

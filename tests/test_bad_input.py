@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 
 from dwakd_plugin.config import VARIANTS, DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.plugin import DWAKDPlugin
 from dwakd_plugin.preflight import check_output_folder, check_recipe
+from dwakd_plugin.trainer import DWAKDTrainer
 
 Recipe = Callable[..., dict[str, Any]]
 TEACHER = {"teacher": {"base_model": "big"}}
@@ -26,6 +28,10 @@ TEACHER = {"teacher": {"base_model": "big"}}
     [
         ({"distillation": "dwakd"}, ["needs a teacher", "base_model:"]),
         ({"distillation": "dwakd", "dwakd": {"loss": {}}}, ["needs a teacher"]),
+        (
+            {"distillation": "dwakd", "dwakd": {"teecher": {"base_model": "big"}}},
+            ["needs a teacher", "dwakd.teecher: unknown key; did you mean `teacher`?"],
+        ),
         ({"distillation": "dwkd", "dwakd": TEACHER}, ["`distillation: dwkd` is not known"]),
         ({"dwakd": TEACHER}, ["Add `distillation: dwakd`"]),
         (
@@ -119,6 +125,24 @@ def test_hooks_end_the_process_with_a_message(
     with pytest.raises(SystemExit) as stopped:
         plugin.load_datasets(DictDefault(settings))
     assert stopped.value.code == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_out_of_memory_in_a_step_ends_with_remedies(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AxolotlTrainer, "train", fail)
+    with pytest.raises(SystemExit) as stopped:
+        DWAKDTrainer.train(object.__new__(DWAKDTrainer))
+    assert stopped.value.code == 1
+    assert "Out of memory in the student's step" in str(stopped.value.__cause__)
+    assert "micro_batch_size" in str(stopped.value.__cause__)
 
 
 def test_an_output_folder_of_another_run_is_refused(recipe: Recipe, tmp_path: Path) -> None:
