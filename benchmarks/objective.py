@@ -206,9 +206,9 @@ def compare(names: list[str], sizes: Sizes, rounds: int, threads: int) -> dict[s
 def targets(results: Report) -> list[dict[str, Any]]:
     full = results["full"]["runs"]
     pairs = {RIVAL: (full["DWA-KD"], full[RIVAL])}
-    if "half" in results:
-        half = results["half"]["runs"]
-        pairs[f"{BROADCAST} (half the batch)"] = half["DWA-KD"], half[BROADCAST]
+    if "quarter" in results:
+        quarter = results["quarter"]["runs"]
+        pairs[f"{BROADCAST} (a quarter of the batch)"] = quarter["DWA-KD"], quarter[BROADCAST]
     dwakd, dskd = full["DWA-KD"], full["DSKD"]
     tokens = results["sweeps"]["tokens"]
     few, many = tokens[0]["runs"], tokens[-1]["runs"]
@@ -267,7 +267,7 @@ def picture(results: Report, file: Path) -> None:
 def tables(results: Report) -> str:
     """The figures in Markdown."""
     lines: list[str] = []
-    for which in ("full", "half"):
+    for which in ("full", "quarter"):
         if which in results:
             sizes = ", ".join(f"{name} {n}" for name, n in results[which]["sizes"].items())
             lines += ["", f"| {sizes} | seconds a step | peak MiB above inputs |", "|---|---|---|"]
@@ -300,7 +300,8 @@ def main(
         FULL.Vt
     ),
     broadcast_cosine: Annotated[
-        bool, typer.Option(help="Another rival, that broadcasts its cosines, at half the batch.")
+        bool,
+        typer.Option(help="A rival that broadcasts its cosines, at a quarter of the batch."),
     ] = False,
     memory_limit: Annotated[float, typer.Option(help="GiB; what needs more fails.")] = 16.0,
     out: Annotated[Path, typer.Option(help="Folder of the JSON and the picture.")] = (
@@ -325,9 +326,9 @@ def main(
         ]
     measure.say(f"full size: {sizes}")
     results["full"] = compare(["DWA-KD", "DSKD", RIVAL, PRODUCTS], sizes, rounds, threads)
-    if broadcast_cosine:  # at the full batch it needs more than 16 GiB
-        results["half"] = compare(
-            ["DWA-KD", BROADCAST], replace(sizes, B=sizes.B // 2), rounds, threads
+    if broadcast_cosine:  # at half the batch it needs more than 16 GiB
+        results["quarter"] = compare(
+            ["DWA-KD", BROADCAST], replace(sizes, B=max(1, sizes.B // 4)), rounds, threads
         )
     kept = [] if quick else targets(results)
     file = measure.write_report(NAME, started, results, kept, out)
