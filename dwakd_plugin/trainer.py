@@ -25,7 +25,7 @@ from dwakd_plugin.collator import DISTILLATION_KEYS
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import LossTerms, dwakd_loss
+from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.out_of_memory import explain_out_of_memory
 from dwakd_plugin.projectors import (
     PROJECTOR_FILE,
@@ -145,27 +145,23 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         detached = {field.name: getattr(terms, field.name).detach() for field in fields(terms)}
         return {"loss": loss, "terms": detached}
 
-    def loss_terms(
-        self,
-        batch: dict[str, Tensor],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        **inputs: Tensor,
-    ) -> LossTerms:
-        """The loss's terms for one collated batch; further inputs go to the student's body."""
+    def loss_terms(self, batch: dict[str, Tensor], **inputs: Tensor) -> LossTerms:
+        """The loss's terms for one collated batch; `inputs` are the rest of `student_states`'."""
+        assert self.distillation is not None
+        student = student_states(self.model, batch, **inputs)
+        return self._terms(student, self.distillation.teacher.states(batch))
+
+    def _terms(self, student: ResponseStates, teacher: ResponseStates) -> LossTerms:
         assert self.distillation is not None
         config = self.distillation.config
-        student = self.model
-        states = student_states(student, batch, input_ids, attention_mask, labels, **inputs)
-        loss = (
-            config.loss if student.training else config.loss.model_copy(update={"ce_weight": 1.0})
-        )
+        loss = config.loss
+        if not self.model.training:
+            loss = loss.model_copy(update={"ce_weight": 1.0})
         self._last_gamma = self._gamma()
         return dwakd_loss(
-            states,
-            self.distillation.teacher.states(batch),
-            getattr(student, PROJECTORS),
+            student,
+            teacher,
+            getattr(self.model, PROJECTORS),
             loss=loss,
             soft_dtw=config.soft_dtw,
             gamma=self._last_gamma,
@@ -214,26 +210,25 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     @torch.no_grad()
     def _explain_non_finite(self, inputs: dict[str, Any]) -> str:
-        """Which term of which row is not finite, found by computing each row alone."""
+        """Which term of which row is not finite, found by computing the loss of each row alone."""
         assert self.distillation is not None
         found = "no single row by itself; the parameters may have become non-finite"
-        for index in range(len(inputs["input_ids"])):
-            row = {
-                key: value[index : index + 1]
-                for key, value in inputs.items()
-                if not key.endswith("_index")  # of the whole batch
-            }
-            batch = {key: row.pop(key) for key in DISTILLATION_KEYS if key in row}
-            terms = self.loss_terms(batch, **row)
+        inputs = dict(inputs)
+        batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
+        student = student_states(self.model, batch, **inputs)
+        teacher = self.distillation.teacher.states(batch)
+        for index, source in enumerate(batch[SOURCE_COLUMN].tolist()):
+            terms = self._terms(student.sample(index), teacher.sample(index))
             bad = [
                 f"{name} = {getattr(terms, name).item()}"
                 for name in LOSS_TERMS
                 if not torch.isfinite(getattr(terms, name))
             ]
             if bad:
-                source = int(batch[SOURCE_COLUMN]) if SOURCE_COLUMN in batch else -1
                 place = self.distillation.rows.locate(source) if source >= 0 else f"row {index}"
-                text = self.processing_class.decode(row["input_ids"][0][:200])
+                assert student.labels is not None
+                labels = student.labels[index]
+                text = self.processing_class.decode(labels[labels != -100][:200])
                 found = f"{', '.join(bad)} in {place}: {text!r}"
                 break
         checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
