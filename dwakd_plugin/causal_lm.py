@@ -6,6 +6,7 @@ of the body's last hidden state is refused by name, before anything is trained.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,12 @@ def hidden_states(
 
     Without a mask every token counts, and position ids say where packed rows begin.
     """
-    output = body(model)(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
+    decoder = body(model)
+    takes = inspect.signature(decoder.forward).parameters
+    if mask is not None and "position_ids" not in inputs and "position_ids" in takes:
+        # Learned positions (GPT-2) would count the padding on the left too.
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
     return output.last_hidden_state
 
 

@@ -22,6 +22,7 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,8 +48,6 @@ DISTILLATION_KEYS = (
     "teacher_hidden",
     SOURCE_COLUMN,
 )
-# Of a row, what a packed sequence of the student's is made of.
-_SEQUENCE_KEYS = ("input_ids", "labels", "position_ids")
 
 
 @dataclass
@@ -71,8 +70,10 @@ class DualCollator(DataCollatorForSeq2Seq):
         source_rows = [row.pop(SOURCE_COLUMN, -1) for row in rows]
         for row in rows:
             row.pop(LENGTH_COLUMN, None)
+            # Nothing predicts a row's first token, whatever is packed or padded before it.
+            row["labels"] = [-100, *row["labels"][1:]]
 
-        student = _concatenated(sequences) if packed else rows
+        student = _concatenated(sequences, rows) if packed else rows
         lengths = [len(sequence["input_ids"]) for sequence in student]
         labels = [torch.tensor(row["labels"]) for row in rows]
         batch = super().__call__(student, return_tensors)
@@ -96,16 +97,21 @@ class DualCollator(DataCollatorForSeq2Seq):
         return batch
 
 
-def _concatenated(sequences: list[list[dict[str, Any]]]) -> list[dict[str, list[int]]]:
-    """A sequence for each list of rows; a row's first label, which nothing predicts, is masked."""
+def _concatenated(
+    sequences: list[list[Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, list[int]]]:
+    """One sequence for each list of rows; `rows` are theirs, one after another."""
     result = []
-    for rows in sequences:
-        sequence: dict[str, list[int]] = {key: [] for key in _SEQUENCE_KEYS}
-        for row in rows:
-            sequence["input_ids"] += row["input_ids"]
-            sequence["labels"] += [-100, *row["labels"][1:]]
-            sequence["position_ids"] += range(len(row["input_ids"]))
-        result.append(sequence)
+    remaining = iter(rows)
+    for places in sequences:
+        own = list(islice(remaining, len(places)))
+        result.append(
+            {
+                "input_ids": [token for row in own for token in row["input_ids"]],
+                "labels": [label for row in own for label in row["labels"]],
+                "position_ids": [place for row in own for place in range(len(row["input_ids"]))],
+            }
+        )
     return result
 
 

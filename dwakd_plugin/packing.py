@@ -8,11 +8,13 @@ transformers turns into block-diagonal attention, or into flash attention's vari
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 
 from dwakd_plugin.causal_lm import causal_lm, hidden_states
 from dwakd_plugin.errors import UserError
@@ -64,6 +66,23 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
         rooms[index] -= lengths[place]
         sequences[index].append(place)
     return sequences
+
+
+class SeededOrder(Sampler[int]):
+    """A shuffled order of `count` rows that depends on the seed and the epoch alone."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import Trainer
 
 from dwakd_plugin.causal_lm import causal_lm
@@ -27,6 +28,7 @@ from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowRe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.out_of_memory import explain_out_of_memory
+from dwakd_plugin.packing import SeededOrder
 from dwakd_plugin.projectors import (
     PROJECTOR_FILE,
     Projectors,
@@ -88,6 +90,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
     distillation: Distillation | None = None
+    _packs: Any = None  # of the training rows, where they are packed
 
     def begin_distillation(self, distillation: Distillation) -> None:
         """Attaches the projectors and the loss to the student. Once, before training."""
@@ -261,6 +264,23 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         if self.distillation.config.loss.dtw_weight > 0 and not prefix:
             metrics["gamma"] = round(self._last_gamma, 5)
         return metrics
+
+    # -- order of packed rows ---------------------------------------------------------------------
+
+    def _create_multipack_sampler(self, base_sampler: Any, dataset: Any) -> Any:
+        """axolotl's, with an order that a resumed run finds again: its own is drawn anew."""
+        if self.distillation is None or not isinstance(base_sampler, RandomSampler):
+            return super()._create_multipack_sampler(base_sampler, dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._packs = super()._create_multipack_sampler(SeededOrder(len(dataset), seed), dataset)
+        return self._packs
+
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        # Both: what skips batches after resuming hides them from who would tell them the epoch.
+        if self._packs is not None:
+            self._packs.sampler.set_epoch(epoch)
+            self._packs.set_epoch(epoch)  # forgets the batches of another epoch
+        return super()._run_epoch(model, epoch, *args, **kwargs)
 
     # -- columns, optimizer, checkpoints ----------------------------------------------------------
 
