@@ -138,8 +138,8 @@ def test_what_is_no_recipe(content: str | None, message: str, tmp_path: Path) ->
 def test_further_arguments_reach_axolotl_and_the_checks(
     recipe: Recipe, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    file = write(recipe({}, batch_flattening=True))
-    further = ["--no-batch-flattening", "--output-dir", "elsewhere", "--learning-rate=1e-4"]
+    file = write(recipe({}, reward_model=True))
+    further = ["--no-reward-model", "--output-dir", "elsewhere", "--learning-rate=1e-4"]
     facts = dry_run(file, "--nproc", "2", "--", *further, "--", "--master_port=29511")
     assert facts["output_dir"] == "elsewhere"
     assert facts["command"][4:] == [
