@@ -28,6 +28,7 @@ import yaml
 from benchmarks import measure
 from dwakd_cli import quickstart
 from dwakd_plugin.cached_teacher import fill, missing_rows, open_cache, teacher_rows
+from dwakd_plugin.causal_lm import gather_positions
 from dwakd_plugin.collator import teacher_batch
 from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
@@ -261,7 +262,7 @@ def objective(
             batch["teacher_hidden"] = hidden
         states = replace(teacher, model=teacher.model).states(batch)
         flat = batch["teacher_index"]
-        targets = batch["teacher_input_ids"].gather(1, batch["teacher_positions"] + 1)
+        targets = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"] + 1)
         ce = torch.nn.functional.cross_entropy(
             states.head.logits(states.hidden.flatten(0, 1)[flat]), targets.flatten()[flat]
         )

@@ -25,9 +25,6 @@ from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axolotl was given
 
-# What makes a step cheaper and does not go with distillation: turned off in a recipe that was
-# written without a teacher.
-PACKING = ("sample_packing", "eval_sample_packing", "batch_flattening")
 # What belongs to the teacher that a recipe names, and not to the one on the command line.
 TEACHERS_OWN = ("tokenizer", "adapter", "revision", "chat_template")
 
@@ -180,14 +177,13 @@ def with_distillation(
             "folder>"
         )
     if recipe.get("distillation") is None:
-        if block is None:
-            for key in PACKING:
-                if recipe.get(key):
-                    recipe[key] = False
-                    changes.append(
-                        f"{key} is off: the teacher reads whole rows, so a step sees "
-                        "micro_batch_size rows"
-                    )
+        # It only makes a step cheaper, and a recipe that was written without a teacher may have it.
+        if block is None and recipe.get("batch_flattening"):
+            recipe["batch_flattening"] = False
+            changes.append(
+                "batch_flattening is off: it cannot be paired with the teacher's rows, which "
+                "`sample_packing: true` can"
+            )
         recipe["distillation"] = "dwakd"
     if teacher and (block is None or isinstance(block, dict)):
         block = dict(block or {})

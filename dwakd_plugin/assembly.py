@@ -20,6 +20,7 @@ from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
+from dwakd_plugin.packing import check_packing
 from dwakd_plugin.pair_findings import ENOUGH_SHARED_TOKENS
 from dwakd_plugin.preflight import RUN_FILE, run_facts, run_identity
 from dwakd_plugin.projectors import (
@@ -57,9 +58,10 @@ def assemble(
             _progress("Teacher states", "token"),
             lambda text: LOG.info(text, main_process_only=False),
         )
-        trainer.data_collator.teacher_cache = cache
-        trainer.train_data_collator.teacher_cache = cache
-        trainer.eval_data_collator.teacher_cache = cache
+        for collator in _collators(trainer):
+            collator.teacher_cache = cache
+    if cfg.sample_packing:
+        _prepare_packing(cfg, config, trainer, teacher)
     pair = {
         "student": str(cfg.base_model),
         "teacher": config.teacher.base_model,
@@ -98,6 +100,37 @@ def assemble(
         "initialisation": how,
     }
     return Distillation(config, teacher, projectors, rows, pair), facts
+
+
+def _collators(trainer: Any) -> tuple[Any, ...]:
+    return trainer.data_collator, trainer.train_data_collator, trainer.eval_data_collator
+
+
+def _prepare_packing(cfg: Any, config: DWAKDConfig, trainer: Any, teacher: Teacher) -> None:
+    """Sees that packed rows stay apart in both models; raises UserError where they don't."""
+    sequences = cfg.micro_batch_size if trainer.args.multipack_real_batches else 1
+    with trainer.accelerator.autocast():
+        check_packing(
+            trainer.model,
+            "The student",
+            "Set `sample_packing: false`, or an attn_implementation that keeps them apart.",
+            sequences,
+        )
+    if teacher.model is None:
+        return
+    # Flash attention tells rows apart in a single sequence only; others build a mask of L x L.
+    flash = "flash" in causal_lm(teacher.model).config._attn_implementation
+    check_packing(
+        teacher.model,
+        "The teacher",
+        "Set `sample_packing: false`, another dwakd.teacher.attn_implementation, or "
+        "dwakd.teacher.cache, which packs nothing on the teacher's side.",
+        1 if flash else 2,
+    )
+    for collator in _collators(trainer):
+        collator.teacher_sequence_len = (
+            None if flash else config.teacher.sequence_len or cfg.sequence_len
+        )
 
 
 def _projectors(

@@ -6,6 +6,7 @@ of the body's last hidden state is refused by name, before anything is trained.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,18 @@ def body(model: PreTrainedModel | PeftModel) -> nn.Module:
 
 
 def hidden_states(
-    model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor, **inputs: Tensor
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor | None, **inputs: Tensor
 ) -> Tensor:
-    """Final hidden states (B, L, d) for token ids and attention mask (B, L); no logits are made."""
-    output = body(model)(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
+    """Final hidden states (B, L, d) for token ids and attention mask (B, L); no logits are made.
+
+    Without a mask every token counts, and position ids say where packed rows begin.
+    """
+    decoder = body(model)
+    takes = inspect.signature(decoder.forward).parameters
+    if mask is not None and "position_ids" not in inputs and "position_ids" in takes:
+        # Learned positions (GPT-2) would count the padding on the left too.
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
     return output.last_hidden_state
 
 
@@ -99,11 +108,9 @@ def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
     return EmbeddingTable(module.weight, float(getattr(module, "embed_scale", 1.0)))  # Gemma scales
 
 
-def gather_positions(sequence: Tensor, positions: Tensor) -> Tensor:
-    """Rows of (B, L, …) at positions (B, S): (B, S, …)."""
-    if sequence.dim() == 2:
-        return sequence.gather(1, positions)
-    return sequence.gather(1, positions.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
+def gather_positions(sequences: Tensor, positions: Tensor) -> Tensor:
+    """What sequences (sequences, L, …) hold at places (B, S) in all their tokens: (B, S, …)."""
+    return sequences.flatten(0, 1)[positions]
 
 
 def parameter_count(model: nn.Module) -> int:

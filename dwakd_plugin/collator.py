@@ -1,12 +1,18 @@
-"""Pads both sides of a batch, and says where on each side the response positions are.
+"""Lays out both sides of a batch, and says where on each side the response positions are.
 
 A *response position* is one whose shifted label counts: the model reads the token there and is
 asked for the next one (D1). Its indices are found here, on the CPU, so that the training step never
 waits for the device to count them.
 
-Keys added to axolotl's batch (B samples, L tokens, S or T response positions; all int64):
-    teacher_input_ids, teacher_attention_mask (B, L)
-    student_positions (B, S), teacher_positions (B, T)   in order, right-padded with 0
+A batch has B samples. Unpacked, each is a sequence of its own, padded, with an attention mask.
+Packed, axolotl's sampler gives lists of samples; each list becomes one sequence of the student's,
+and the teacher's samples are packed anew. Sequences then have position ids that start at 0 with
+each sample, and no attention mask.
+
+Keys added to axolotl's batch (B samples, S or T response positions, L tokens a sequence; int64):
+    teacher_input_ids (sequences, L), with teacher_attention_mask or teacher_position_ids
+    student_positions (B, S), teacher_positions (B, T)   places in the flattened sequences,
+                                                         in order, right-padded with 0
     student_lengths (B,), teacher_lengths (B,)           how many of them count
     student_index (Ns,), teacher_index (Nt,)             their places in the flattened (B · S or T)
     source_row (B,)                                      where each row comes from
@@ -16,6 +22,7 @@ Keys added to axolotl's batch (B samples, L tokens, S or T response positions; a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,12 +31,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN
+from dwakd_plugin.packing import LENGTH_COLUMN, pack
 from dwakd_plugin.teacher_cache import TeacherCache
 
 # What the collator adds to a batch; the student's own forward takes none of it.
 DISTILLATION_KEYS = (
     "teacher_input_ids",
     "teacher_attention_mask",
+    "teacher_position_ids",
     "student_positions",
     "teacher_positions",
     "student_lengths",
@@ -43,51 +52,117 @@ DISTILLATION_KEYS = (
 
 @dataclass
 class DualCollator(DataCollatorForSeq2Seq):
-    """axolotl's collator for the student's side, and the same for the teacher's."""
+    """axolotl's collator for the student's side, and the same for the teacher's.
+
+    teacher_sequence_len: tokens of a packed sequence of the teacher's; None for as many as come.
+    """
 
     teacher_cache: TeacherCache | None = None
+    teacher_sequence_len: int | None = None
 
-    def __call__(
-        self, features: list[dict[str, Any]], return_tensors: str | None = None
-    ) -> dict[str, Tensor]:
-        if "teacher_input_ids" not in features[0]:  # axolotl's own evaluation command
-            return super().__call__(features, return_tensors)
-        features = [dict(feature) for feature in features]
-        teacher_ids = [torch.tensor(feature.pop("teacher_input_ids")) for feature in features]
-        teacher_labels = [torch.tensor(feature.pop("teacher_labels")) for feature in features]
-        source_rows = [feature.pop(SOURCE_COLUMN, -1) for feature in features]
+    def __call__(self, features: list[Any], return_tensors: str | None = None) -> dict[str, Tensor]:
+        packed = isinstance(features[0], list)
+        sequences = features if packed else [[feature] for feature in features]
+        rows = [dict(row) for sequence in sequences for row in sequence]
+        has_teacher = "teacher_input_ids" in rows[0]
+        teacher_ids = [torch.tensor(row.pop("teacher_input_ids", [])) for row in rows]
+        teacher_labels = [torch.tensor(row.pop("teacher_labels", [])) for row in rows]
+        source_rows = [row.pop(SOURCE_COLUMN, -1) for row in rows]
+        for row in rows:
+            row.pop(LENGTH_COLUMN, None)
+            # Nothing predicts a row's first token, whatever is packed or padded before it.
+            row["labels"] = [-100, *row["labels"][1:]]
 
-        batch = super().__call__(features, return_tensors)
-        batch.update(teacher_batch(teacher_ids, teacher_labels))
+        student = _concatenated(sequences, rows) if packed else rows
+        lengths = [len(sequence["input_ids"]) for sequence in student]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        batch = super().__call__(student, return_tensors)
+        if not has_teacher:  # axolotl's own evaluation command
+            return batch
+        batch.update(teacher_batch(teacher_ids, teacher_labels, packed, self.teacher_sequence_len))
         if self.teacher_cache is not None:
             cached = map(self.teacher_cache.read, teacher_ids, teacher_labels)
             batch["teacher_hidden"] = pad_sequence(list(cached), batch_first=True)
-        # The student's labels may be padded on the left; positions are found after padding.
-        batch.update(response_positions("student", list(batch["labels"])))
+        width = batch["input_ids"].shape[1]
+        starts = []
+        for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            start = index * width
+            if self.tokenizer.padding_side == "left":
+                start += width - length
+            for row in sequence:
+                starts.append(start)
+                start += len(row["input_ids"])
+        batch.update(response_positions("student", labels, starts))
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
         return batch
 
 
-def teacher_batch(teacher_ids: list[Tensor], teacher_labels: list[Tensor]) -> dict[str, Tensor]:
+def _concatenated(
+    sequences: list[list[Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, list[int]]]:
+    """One sequence for each list of rows; `rows` are theirs, one after another."""
+    result = []
+    remaining = iter(rows)
+    for places in sequences:
+        own = list(islice(remaining, len(places)))
+        result.append(
+            {
+                "input_ids": [token for row in own for token in row["input_ids"]],
+                "labels": [label for row in own for label in row["labels"]],
+                "position_ids": [place for row in own for place in range(len(row["input_ids"]))],
+            }
+        )
+    return result
+
+
+def teacher_batch(
+    teacher_ids: list[Tensor],
+    teacher_labels: list[Tensor],
+    packed: bool = False,
+    sequence_len: int | None = None,
+) -> dict[str, Tensor]:
     """The teacher's side of a batch, padded on the right, from rows of token ids and labels (L,).
 
-    The padding's token id is 0, which every vocabulary has; the mask says that it does not count.
+    `packed` puts rows into sequences of `sequence_len` tokens, or all into one where that is None.
+    The padding's token id is 0, which every vocabulary has; the mask says that it does not count,
+    or positions that start anew.
     """
+    lengths = [len(ids) for ids in teacher_ids]
+    if packed:
+        sequences = pack(lengths, sum(lengths) if sequence_len is None else sequence_len)
+    else:
+        sequences = [[place] for place in range(len(lengths))]
+    ids = pad_sequence(
+        [torch.cat([teacher_ids[place] for place in places]) for places in sequences],
+        batch_first=True,
+    )
+    starts = [0] * len(lengths)
+    position_ids, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for index, places in enumerate(sequences):
+        start = 0
+        for place in places:
+            starts[place] = index * ids.shape[1] + start
+            position_ids[index, start : start + lengths[place]] = torch.arange(lengths[place])
+            start += lengths[place]
+        mask[index, :start] = 1
+        position_ids[index, start:] = torch.arange(ids.shape[1] - start)
     return {
-        "teacher_input_ids": pad_sequence(teacher_ids, batch_first=True),
-        "teacher_attention_mask": pad_sequence(
-            [torch.ones_like(ids) for ids in teacher_ids], batch_first=True
-        ),
-        **response_positions("teacher", teacher_labels),
+        "teacher_input_ids": ids,
+        **({"teacher_position_ids": position_ids} if packed else {"teacher_attention_mask": mask}),
+        **response_positions("teacher", teacher_labels, starts),
     }
 
 
-def response_positions(side: str, labels: list[Tensor]) -> dict[str, Tensor]:
+def response_positions(side: str, labels: list[Tensor], starts: list[int]) -> dict[str, Tensor]:
     """Where the shifted labels count, as the keys `{side}_positions`, `_lengths` and `_index`.
 
-    S is at least 1, so that a batch without any response still has a shape.
+    `starts` are the places of the samples' first tokens in the flattened sequences. S is at least
+    1, so that a batch without any response still has a shape.
     """
-    rows = [torch.nonzero(row[1:] != -100).squeeze(1) for row in labels]
+    rows = [
+        torch.nonzero(row[1:] != -100).squeeze(1) + start
+        for row, start in zip(labels, starts, strict=True)
+    ]
     lengths = torch.tensor([len(row) for row in rows])
     positions = pad_sequence(rows, batch_first=True)
     if positions.shape[1] == 0:

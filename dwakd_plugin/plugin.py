@@ -79,8 +79,14 @@ class DWAKDPlugin(BasePlugin):
             check_output_folder(cfg, config)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
+        efficiency = cfg.sample_packing_eff_est  # axolotl's estimate is for one side
         with dual_tokenization(cfg, config.teacher) as rows:
             datasets = load_datasets(cfg=cfg)
+        if cfg.sample_packing:
+            from dwakd_plugin.packing import pack_by_pairs
+
+            cfg.sample_packing_eff_est = efficiency
+            pack_by_pairs(cfg, config.teacher.sequence_len or cfg.sequence_len, datasets)
         self._rows = rows
         return datasets
 

@@ -16,9 +16,8 @@ RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it 
 
 # Settings of axolotl that distillation does not go with: key, and what to do about it.
 _CONFLICTS = {
-    "sample_packing": "packed samples cannot be paired with the teacher's yet; set it false",
-    "eval_sample_packing": "packed samples cannot be paired with the teacher's yet; set it false",
-    "batch_flattening": "flattened samples cannot be paired with the teacher's; remove it",
+    "batch_flattening": "flattened samples cannot be paired with the teacher's; use sample_packing",
+    "use_pose": "it moves position ids, which tell the two sides' rows apart; remove it",
     "pretraining_dataset": "distillation needs rows with a response; use `datasets`",
     "streaming": "the two sides of a row are prepared before training; remove it",
     "skip_prepare_dataset": "rows must be tokenised for both models; remove it",

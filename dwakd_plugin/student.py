@@ -15,15 +15,15 @@ def student_states(
     student: Any,
     batch: dict[str, Tensor],
     input_ids: Tensor,
-    attention_mask: Tensor,
     labels: Tensor,
+    attention_mask: Tensor | None = None,
     **inputs: Tensor,
 ) -> ResponseStates:
     """What the loss needs of the student, for a collated batch; one forward through its body.
 
-    `batch` holds what the collator found out about positions; input_ids, attention_mask and labels
-    are (B, L), and further inputs go to the body as they are. Where `batch` has `student_hidden`
-    (B, S, d), the states at those positions are known and the body is left alone.
+    `batch` holds what the collator found out about positions; input_ids, labels and attention_mask
+    are (sequences, L), and further inputs go to the body as they are. Where `batch` has
+    `student_hidden` (B, S, d), the states at those positions are known and the body is left alone.
     """
     positions, lengths = batch["student_positions"], batch["student_lengths"]
     table = embedding_table(student)

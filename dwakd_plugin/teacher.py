@@ -77,12 +77,13 @@ class Teacher:
         if self.model is None:
             raise RuntimeError("the teacher's body was released and the batch holds no states")
         positions = batch["teacher_positions"]
+        inputs = {
+            name: batch[f"teacher_{name}"].to(self.device)
+            for name in ("input_ids", "attention_mask", "position_ids")
+            if f"teacher_{name}" in batch
+        }
         with explain_out_of_memory("the teacher's forward"):
-            states = hidden_states(
-                self.model,
-                batch["teacher_input_ids"].to(self.device),
-                batch["teacher_attention_mask"].to(self.device),
-            )
+            states = hidden_states(self.model, mask=inputs.pop("attention_mask", None), **inputs)
             states = gather_positions(states, positions.to(states.device))
         return states.to(positions.device, self.head.weight.dtype)
 

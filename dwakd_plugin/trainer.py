@@ -18,6 +18,7 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import Trainer
 
 from dwakd_plugin.causal_lm import causal_lm
@@ -25,8 +26,9 @@ from dwakd_plugin.collator import DISTILLATION_KEYS
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import LossTerms, dwakd_loss
+from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.out_of_memory import explain_out_of_memory
+from dwakd_plugin.packing import SeededOrder
 from dwakd_plugin.projectors import (
     PROJECTOR_FILE,
     Projectors,
@@ -88,6 +90,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
     distillation: Distillation | None = None
+    _packs: Any = None  # of the training rows, where they are packed
 
     def begin_distillation(self, distillation: Distillation) -> None:
         """Attaches the projectors and the loss to the student. Once, before training."""
@@ -145,27 +148,23 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         detached = {field.name: getattr(terms, field.name).detach() for field in fields(terms)}
         return {"loss": loss, "terms": detached}
 
-    def loss_terms(
-        self,
-        batch: dict[str, Tensor],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        **inputs: Tensor,
-    ) -> LossTerms:
-        """The loss's terms for one collated batch; further inputs go to the student's body."""
+    def loss_terms(self, batch: dict[str, Tensor], **inputs: Tensor) -> LossTerms:
+        """The loss's terms for one collated batch; `inputs` are the rest of `student_states`'."""
+        assert self.distillation is not None
+        student = student_states(self.model, batch, **inputs)
+        return self._terms(student, self.distillation.teacher.states(batch))
+
+    def _terms(self, student: ResponseStates, teacher: ResponseStates) -> LossTerms:
         assert self.distillation is not None
         config = self.distillation.config
-        student = self.model
-        states = student_states(student, batch, input_ids, attention_mask, labels, **inputs)
-        loss = (
-            config.loss if student.training else config.loss.model_copy(update={"ce_weight": 1.0})
-        )
+        loss = config.loss
+        if not self.model.training:
+            loss = loss.model_copy(update={"ce_weight": 1.0})
         self._last_gamma = self._gamma()
         return dwakd_loss(
-            states,
-            self.distillation.teacher.states(batch),
-            getattr(student, PROJECTORS),
+            student,
+            teacher,
+            getattr(self.model, PROJECTORS),
             loss=loss,
             soft_dtw=config.soft_dtw,
             gamma=self._last_gamma,
@@ -214,26 +213,25 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     @torch.no_grad()
     def _explain_non_finite(self, inputs: dict[str, Any]) -> str:
-        """Which term of which row is not finite, found by computing each row alone."""
+        """Which term of which row is not finite, found by computing the loss of each row alone."""
         assert self.distillation is not None
         found = "no single row by itself; the parameters may have become non-finite"
-        for index in range(len(inputs["input_ids"])):
-            row = {
-                key: value[index : index + 1]
-                for key, value in inputs.items()
-                if not key.endswith("_index")  # of the whole batch
-            }
-            batch = {key: row.pop(key) for key in DISTILLATION_KEYS if key in row}
-            terms = self.loss_terms(batch, **row)
+        inputs = dict(inputs)
+        batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
+        student = student_states(self.model, batch, **inputs)
+        teacher = self.distillation.teacher.states(batch)
+        for index, source in enumerate(batch[SOURCE_COLUMN].tolist()):
+            terms = self._terms(student.sample(index), teacher.sample(index))
             bad = [
                 f"{name} = {getattr(terms, name).item()}"
                 for name in LOSS_TERMS
                 if not torch.isfinite(getattr(terms, name))
             ]
             if bad:
-                source = int(batch[SOURCE_COLUMN]) if SOURCE_COLUMN in batch else -1
                 place = self.distillation.rows.locate(source) if source >= 0 else f"row {index}"
-                text = self.processing_class.decode(row["input_ids"][0][:200])
+                assert student.labels is not None
+                labels = student.labels[index]
+                text = self.processing_class.decode(labels[labels != -100][:200])
                 found = f"{', '.join(bad)} in {place}: {text!r}"
                 break
         checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
@@ -266,6 +264,23 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         if self.distillation.config.loss.dtw_weight > 0 and not prefix:
             metrics["gamma"] = round(self._last_gamma, 5)
         return metrics
+
+    # -- order of packed rows ---------------------------------------------------------------------
+
+    def _create_multipack_sampler(self, base_sampler: Any, dataset: Any) -> Any:
+        """axolotl's, with an order that a resumed run finds again: its own is drawn anew."""
+        if self.distillation is None or not isinstance(base_sampler, RandomSampler):
+            return super()._create_multipack_sampler(base_sampler, dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._packs = super()._create_multipack_sampler(SeededOrder(len(dataset), seed), dataset)
+        return self._packs
+
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        # Both: what skips batches after resuming hides them from who would tell them the epoch.
+        if self._packs is not None:
+            self._packs.sampler.set_epoch(epoch)
+            self._packs.set_epoch(epoch)  # forgets the batches of another epoch
+        return super()._run_epoch(model, epoch, *args, **kwargs)
 
     # -- columns, optimizer, checkpoints ----------------------------------------------------------
 

@@ -109,7 +109,7 @@ def test_a_variant_is_one_switch(variant: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("sample_packing", True), ("rl", "dpo"), ("reward_model", True), ("streaming", True)],
+    [("batch_flattening", True), ("rl", "dpo"), ("reward_model", True), ("streaming", True)],
 )
 def test_other_kinds_of_training_are_refused(key: str, value: Any, recipe: Recipe) -> None:
     with pytest.raises(UserError, match=f"{key}: {value} — "):

@@ -297,7 +297,7 @@ def test_json_of_a_plain_recipe(
     teacher = pair["dwakd"]["teacher"]["base_model"]
     plain = {key: value for key, value in pair.items() if key not in ("dwakd", "distillation")}
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 10)
-    file = write(plain | {"num_epochs": 2, "sample_packing": True})
+    file = write(plain | {"num_epochs": 2, "batch_flattening": True})
     options = ("--teacher", teacher, "--gpu", "24GB", "--plot", str(tmp_path / "parts.png"))
     result = invoke(str(file), *options, "--json")
     assert result.exit_code == 0
@@ -306,7 +306,7 @@ def test_json_of_a_plain_recipe(
     assert report["largest_micro_batch"] > 4
     assert report["fits"]
     assert report["steps"] == 5
-    assert any("sample_packing is off" in line for line in report["assumptions"])
+    assert any("batch_flattening is off" in line for line in report["assumptions"])
     assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
     cached = json.loads(invoke(str(file), *options, "--teacher-cache", "states", "--json").stdout)
     assert cached["parts_at_most"]["teacher weights"] == report["parts"]["teacher weights"]

@@ -47,14 +47,14 @@ def error_of(file: Path, *options: str) -> str:
 def test_a_plain_recipe_takes_a_teacher_without_an_edit(
     recipe: Recipe, write: Callable[..., Path], lab: Path, tmp_path: Path
 ) -> None:
-    plain = recipe(None, sample_packing=True, plugins=["axolotl.integrations.liger.LigerPlugin"])
+    plain = recipe(None, batch_flattening=True, plugins=["axolotl.integrations.liger.LigerPlugin"])
     effective, changes = train.with_distillation(plain, {"base_model": "big", "load_in_8bit": True})
     assert effective["distillation"] == "dwakd"
     assert effective["dwakd"] == {"teacher": {"base_model": "big", "load_in_8bit": True}}
     assert effective["plugins"] == [*plain["plugins"], "dwakd_plugin.DWAKDPlugin"]
-    assert not effective["sample_packing"]
-    assert "sample_packing is off" in changes[0]
-    assert plain["sample_packing"]  # the caller's is untouched
+    assert not effective["batch_flattening"]
+    assert "batch_flattening is off" in changes[0]
+    assert plain["batch_flattening"]  # the caller's is untouched
 
     teacher = str(lab / "teacher")
     facts = dry_run(write(recipe(None)), "--teacher", teacher, "--load-in-4bit")
@@ -82,13 +82,13 @@ def test_every_problem_is_named_at_once(
     settings = recipe(
         {"los": {}, "projectors": {"path": "gone.safetensors"}},
         base_model="./no-student",
-        sample_packing=True,
+        batch_flattening=True,
         datasets=[{"path": "no-rows.jsonl", "type": "alpaca"}, {"path": "hub/rows"}],
     )
     message = error_of(write(settings))
     for part in (
         "dwakd.los: unknown key; did you mean `loss`?",
-        "sample_packing: True — ",
+        "batch_flattening: True — ",
         "base_model: ./no-student — no such folder",
         "dwakd.projectors.path: gone.safetensors — no such file",
         "datasets[0].path: no-rows.jsonl — no such file",
@@ -138,8 +138,8 @@ def test_what_is_no_recipe(content: str | None, message: str, tmp_path: Path) ->
 def test_further_arguments_reach_axolotl_and_the_checks(
     recipe: Recipe, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    file = write(recipe({}, sample_packing=True))
-    further = ["--no-sample-packing", "--output-dir", "elsewhere", "--learning-rate=1e-4"]
+    file = write(recipe({}, reward_model=True))
+    further = ["--no-reward-model", "--output-dir", "elsewhere", "--learning-rate=1e-4"]
     facts = dry_run(file, "--nproc", "2", "--", *further, "--", "--master_port=29511")
     assert facts["output_dir"] == "elsewhere"
     assert facts["command"][4:] == [

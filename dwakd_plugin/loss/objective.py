@@ -107,6 +107,19 @@ class ResponseStates:
             head=self.head.detached(),
         )
 
+    def sample(self, index: int) -> ResponseStates:
+        """One sample of the batch, as a batch of one."""
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            input_embeds=self.input_embeds[one],
+            target_embeds=self.target_embeds[one],
+            hidden=self.hidden[one],
+            lengths=self.lengths[one],
+            labels=None if self.labels is None else self.labels[one],
+            index=None,  # of the whole batch
+        )
+
 
 @dataclass(frozen=True)
 class LossTerms:
