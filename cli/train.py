@@ -188,6 +188,11 @@ def with_distillation(
                         f"{key} is off: the teacher reads whole rows, so a step sees "
                         "micro_batch_size rows"
                     )
+            if recipe.pop("loss_watchdog_threshold", None):
+                changes.append(
+                    "loss_watchdog_threshold is left out: it is for a cross-entropy, and the whole "
+                    "objective is larger"
+                )
         recipe["distillation"] = "dwakd"
     if teacher and (block is None or isinstance(block, dict)):
         block = dict(block or {})

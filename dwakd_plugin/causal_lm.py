@@ -6,6 +6,7 @@ of the body's last hidden state is refused by name, before anything is trained.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,33 @@ def body(model: PreTrainedModel | PeftModel) -> nn.Module:
 def hidden_states(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor, **inputs: Tensor
 ) -> Tensor:
-    """Final hidden states (B, L, d) for token ids and attention mask (B, L); no logits are made."""
-    output = body(model)(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
+    """Final hidden states (B, L, d) for token ids and attention mask (B, L); no logits are made.
+
+    Positions are counted from a row's first token, on whichever side it is padded.
+    """
+    decoder = body(model)
+    takes = inspect.signature(decoder.forward).parameters
+    if "position_ids" not in inputs and "position_ids" in takes:
+        # Learned positions (GPT-2) would count the padding on the left too.
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
     return output.last_hidden_state
+
+
+def check_positions(model: PreTrainedModel | PeftModel, sequence_len: int, key: str) -> None:
+    """Raises UserError where a model has learned fewer positions than `sequence_len`, the `key`.
+
+    The table itself is asked: axolotl raises the number in the config to the recipe's.
+    """
+    decoder = body(model)
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            count = module.num_embeddings - getattr(module, "offset", 0)  # OPT keeps two aside
+            if sequence_len > count:
+                raise UserError(
+                    f"{key}: {sequence_len}, and {type(causal_lm(model)).__name__} has learned "
+                    f"{count} positions. Set {key}: {count}, or less."
+                )
 
 
 def output_head(model: PreTrainedModel | PeftModel) -> Head:
@@ -96,7 +121,9 @@ def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
             "A LoRA on the input embeddings is not supported. Leave the embeddings out of "
             "lora_target_modules; `lora_modules_to_save: [embed_tokens]` trains them whole."
         )
-    return EmbeddingTable(module.weight, float(getattr(module, "embed_scale", 1.0)))  # Gemma scales
+    # Gemma scales, in the weight's dtype; the plain number, as a GPU's buffer has to be waited for.
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return EmbeddingTable(module.weight, float(torch.tensor(scale, dtype=module.weight.dtype)))
 
 
 def gather_positions(sequence: Tensor, positions: Tensor) -> Tensor:
