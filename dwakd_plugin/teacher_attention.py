@@ -30,7 +30,8 @@ class AttentionFacts:
     scores, which sdpa leaves out without a word (Gemma 2). compatible: the only flash
     implementations that an architecture takes, where it is particular. installed: of
     flash_attention_2, flash_attention_3 and kernels, those that can be imported. hub_problem:
-    why the hub's kernel cannot be had, where that was tried. known: every name that transformers knows.
+    why the hub's kernel cannot be had, where that was tried. known: every name that
+    transformers knows.
     """
 
     device: str
