@@ -41,7 +41,9 @@ def list_recipes(*, json_output: bool) -> None:
         for recipe in recipes:
             if recipe["group"] == group:
                 console.print(Padding(Text(recipe["name"], style="bold"), (0, 0, 0, 2)))
-                models = f"student {recipe['student']}, teacher {recipe['teacher'] or 'none'}"
+                models = f"model {recipe['student']}, without a teacher"
+                if recipe["teacher"]:
+                    models = f"student {recipe['student']}, teacher {recipe['teacher']}"
                 console.print(Padding(Text(f"{recipe['purpose']}\n{models}"), (0, 0, 1, 4)))
     console.print("`dwakd recipes show NAME` prints one, `dwakd recipes copy NAME` copies it.")
 
