@@ -15,7 +15,9 @@ from axolotl.prompters import AlpacaPrompter
 from axolotl.utils.dict import DictDefault
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.opt.modeling_opt import OPTAttention
 
 from dwakd_plugin.causal_lm import check_positions, embedding_table, hidden_states
 from dwakd_plugin.collator import DISTILLATION_KEYS, DualCollator
@@ -269,3 +271,14 @@ def test_a_teacher_of_the_students_architecture_beside_lora_kernels(
         AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids)
     patched = hidden_states(load_teacher(config, "cpu").model, ids, torch.ones_like(ids))
     assert torch.equal(patched, exact)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("gpt2", GPT2Attention), ("opt", OPTAttention)])
+def test_lora_kernels_cannot_patch_these(name: str, attention: Any, zoo: Zoo) -> None:
+    """Why the recipes turn them off: where this no longer fails, they need not."""
+    try:
+        with pytest.raises((AssertionError, ValueError), match=r"not found|could not import"):
+            patch_self_attn_lora(DictDefault(base_model=str(zoo(name))))
+    finally:
+        if "_original_forward" in vars(attention):
+            del attention._original_forward
