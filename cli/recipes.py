@@ -18,9 +18,17 @@ from rich.text import Text
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 
+# The first word of a recipe's name says what it is for; in the order of the list.
+GROUPS = {
+    "chat": "Today's models, chat data, one GPU",
+    "axolotl": "An axolotl recipe of your own, with a teacher",
+    "paper": "The paper's pairs on one GPU, and the teachers before they teach",
+    "quickstart": "On a CPU: what `dwakd quickstart` runs",
+}
+
 
 def list_recipes(*, json_output: bool) -> None:
-    """Name, purpose, student and teacher of each, as text or as JSON."""
+    """Name, purpose, student and teacher of each, by group, as text or as JSON."""
     recipes = [
         describe(name, file.read_text(encoding="utf-8")) for name, file in _shipped().items()
     ]
@@ -28,10 +36,15 @@ def list_recipes(*, json_output: bool) -> None:
         print(json.dumps(recipes, indent=1))
         return
     console = Console(highlight=False)
-    for recipe in recipes:
-        console.print(Text(recipe["name"], style="bold"))
-        models = f"student {recipe['student']}, teacher {recipe['teacher'] or 'none'}"
-        console.print(Padding(Text(f"{recipe['purpose']}\n{models}"), (0, 0, 1, 2)))
+    for group, title in GROUPS.items():
+        console.print(Text(title, style="bold cyan"))
+        for recipe in recipes:
+            if recipe["group"] == group:
+                console.print(Padding(Text(recipe["name"], style="bold"), (0, 0, 0, 2)))
+                models = f"model {recipe['student']}, without a teacher"
+                if recipe["teacher"]:
+                    models = f"student {recipe['student']}, teacher {recipe['teacher']}"
+                console.print(Padding(Text(f"{recipe['purpose']}\n{models}"), (0, 0, 1, 4)))
     console.print("`dwakd recipes show NAME` prints one, `dwakd recipes copy NAME` copies it.")
 
 
@@ -81,6 +94,7 @@ def describe(name: str, text: str) -> dict[str, Any]:
     teacher = (recipe.get("dwakd") or {}).get("teacher")
     return {
         "name": name,
+        "group": name.partition("-")[0],
         "purpose": " ".join(opening),
         "student": recipe.get("base_model"),
         "teacher": teacher.get("base_model") if isinstance(teacher, dict) else teacher,

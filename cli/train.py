@@ -177,13 +177,19 @@ def with_distillation(
             "folder>"
         )
     if recipe.get("distillation") is None:
-        # It only makes a step cheaper, and a recipe that was written without a teacher may have it.
-        if block is None and recipe.get("batch_flattening"):
-            recipe["batch_flattening"] = False
-            changes.append(
-                "batch_flattening is off: it cannot be paired with the teacher's rows, which "
-                "`sample_packing: true` can"
-            )
+        # What a recipe that was written without a teacher may have, and distillation cannot.
+        if block is None:
+            if recipe.get("batch_flattening"):
+                recipe["batch_flattening"] = False
+                changes.append(
+                    "batch_flattening is off: it cannot be paired with the teacher's rows, which "
+                    "`sample_packing: true` can"
+                )
+            if recipe.pop("loss_watchdog_threshold", None):
+                changes.append(
+                    "loss_watchdog_threshold is left out: it is for a cross-entropy, and the whole "
+                    "objective is larger"
+                )
         recipe["distillation"] = "dwakd"
     if teacher and (block is None or isinstance(block, dict)):
         block = dict(block or {})

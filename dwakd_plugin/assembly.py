@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 import dwakd_plugin
 from dwakd_plugin.cached_teacher import cached_teacher, teacher_rows
-from dwakd_plugin.causal_lm import causal_lm, embedding_table, output_head, parameter_count
+from dwakd_plugin.causal_lm import (
+    causal_lm,
+    check_positions,
+    embedding_table,
+    output_head,
+    parameter_count,
+)
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
@@ -46,6 +52,7 @@ def assemble(
     """
     student = trainer.model
     device = str(student.device)
+    check_positions(student, cfg.sequence_len, "sequence_len")
     teacher_tokenizer = load_teacher_tokenizer(config.teacher)
     if config.teacher.cache is None:
         teacher = load_teacher(config.teacher, device)
@@ -60,6 +67,9 @@ def assemble(
         )
         for collator in _collators(trainer):
             collator.teacher_cache = cache
+    if teacher.model is not None:
+        length = config.teacher.sequence_len or cfg.sequence_len
+        check_positions(teacher.model, length, "dwakd.teacher.sequence_len")
     if cfg.sample_packing:
         _prepare_packing(cfg, config, trainer, teacher)
     pair = {

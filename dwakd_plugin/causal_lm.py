@@ -42,7 +42,8 @@ def hidden_states(
 ) -> Tensor:
     """Final hidden states (B, L, d) for token ids and attention mask (B, L); no logits are made.
 
-    Without a mask every token counts, and position ids say where packed rows begin.
+    Positions are counted from a row's first token, on whichever side it is padded. Without a mask
+    every token counts, and position ids say where packed rows begin.
     """
     decoder = body(model)
     takes = inspect.signature(decoder.forward).parameters
@@ -51,6 +52,22 @@ def hidden_states(
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
     return output.last_hidden_state
+
+
+def check_positions(model: PreTrainedModel | PeftModel, sequence_len: int, key: str) -> None:
+    """Raises UserError where a model has learned fewer positions than `sequence_len`, the `key`.
+
+    The table itself is asked: axolotl raises the number in the config to the recipe's.
+    """
+    decoder = body(model)
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            count = module.num_embeddings - getattr(module, "offset", 0)  # OPT keeps two aside
+            if sequence_len > count:
+                raise UserError(
+                    f"{key}: {sequence_len}, and {type(causal_lm(model)).__name__} has learned "
+                    f"{count} positions. Set {key}: {count}, or less."
+                )
 
 
 def output_head(model: PreTrainedModel | PeftModel) -> Head:
@@ -105,7 +122,9 @@ def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
             "A LoRA on the input embeddings is not supported. Leave the embeddings out of "
             "lora_target_modules; `lora_modules_to_save: [embed_tokens]` trains them whole."
         )
-    return EmbeddingTable(module.weight, float(getattr(module, "embed_scale", 1.0)))  # Gemma scales
+    # Gemma scales, in the weight's dtype; the plain number, as a GPU's buffer has to be waited for.
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return EmbeddingTable(module.weight, float(torch.tensor(scale, dtype=module.weight.dtype)))
 
 
 def gather_positions(sequences: Tensor, positions: Tensor) -> Tensor:

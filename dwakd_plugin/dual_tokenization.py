@@ -110,11 +110,12 @@ def fingerprint(
     cfg: DictDefault, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Names what the teacher's side of prepared rows depends on; axolotl's own hash ignores it."""
+    # All of it: two tokenizers may share a vocabulary and cut or begin texts in different ways.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     content = {
         "columns": [*TEACHER_COLUMNS, SOURCE_COLUMN],
-        "vocabulary": hashlib.sha256(
-            json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-        ).hexdigest(),
+        "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "class": type(tokenizer).__name__,
         "chat_template": teacher.chat_template or tokenizer.chat_template,

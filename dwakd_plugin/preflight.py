@@ -26,6 +26,8 @@ _CONFLICTS = {
     "process_reward_model": "distillation trains a causal language model; remove it",
     "kd_trainer": "this is axolotl's own distillation; choose one of the two",
     "label_smoothing_factor": "the teacher's distribution takes its place; remove it",
+    "loss_watchdog_threshold": "it stops at a loss that is high for a cross-entropy, and the whole "
+    "objective is larger; remove it (a loss that is not finite stops the run anyway)",
     "processor_type": "multimodal data has no teacher's side; remove it",
     "use_eaft": "it weights the labels' loss in its own way; remove it",
     "fsdp": "sharded training is not supported yet; use one process or DDP",
@@ -68,6 +70,19 @@ def check_recipe(recipe: Any) -> None:
         )
 
 
+def check_data_types(recipe: dict[str, Any]) -> None:
+    """Raises UserError where the data is plain text, which the tokenising would refuse later."""
+    for dataset in _list(recipe.get("datasets")):
+        kind = str(dataset.get("type")) if isinstance(dataset, dict) else ""
+        if kind.startswith(("completion", "pretrain")):
+            raise UserError(
+                f"datasets: {dataset.get('path')} has `type: {kind}`, which is plain text to "
+                "continue, cut into chunks of tokens, and the chunks of two tokenizers do not "
+                "match. Distillation needs rows with a response: `type: alpaca`, "
+                "`type: chat_template`, ..."
+            )
+
+
 def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
     """The distillation settings of a recipe with which a run can begin.
 
@@ -90,6 +105,7 @@ def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
             findings.append(str(error))
 
     check(lambda: check_recipe(recipe))
+    check(lambda: check_data_types(recipe))
     check(lambda: check_files(recipe))
     if config is not None:
         check(lambda: check_teacher_recipe(config))

@@ -142,6 +142,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
             f"The teacher {config.base_model} cannot be loaded: {str(error).partition(chr(10))[0]}"
         ) from error
     model.eval().requires_grad_(False)
+    _give_own_projections(model)
     lm = causal_lm(model)
     reads, writes = lm.get_input_embeddings(), lm.get_output_embeddings()
     # What is offloaded has no values but in these two blocks.
@@ -295,6 +296,18 @@ def _input_device(embeddings: torch.nn.Module) -> torch.device:
     hook = getattr(embeddings, "_hf_hook", None)
     execution = getattr(hook, "execution_device", None)
     return embeddings.weight.device if execution is None else torch.device(execution)
+
+
+def _give_own_projections(model: torch.nn.Module) -> None:
+    """Lets the teacher compute where axolotl's LoRA kernels have rewritten its architecture.
+
+    They rewrite the attention of the student's class to call `apply_qkv` and `apply_o`, which the
+    student's layers alone are given; a teacher of the same class shares the rewritten forward.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "_original_forward") and not hasattr(module, "apply_qkv"):
+            module.apply_qkv = lambda x, m=module: (m.q_proj(x), m.k_proj(x), m.v_proj(x))
+            module.apply_o = lambda x, m=module: m.o_proj(x)
 
 
 @contextlib.contextmanager

@@ -26,10 +26,12 @@ class AttentionFacts:
     """What the choice depends on.
 
     capability: of an NVIDIA GPU, else None. dtype: of the weights, as `bfloat16`.
-    flash, sdpa: whether the architecture has them. compatible: the only flash implementations that
-    an architecture takes, where it is particular. installed: of flash_attention_2,
-    flash_attention_3 and kernels, those that can be imported. hub_problem: why the hub's kernel
-    cannot be had, where that was tried. known: every name that transformers knows.
+    flash, sdpa: whether the architecture has them. soft_capped: whether it caps the attention's
+    scores, which sdpa leaves out without a word (Gemma 2). compatible: the only flash
+    implementations that an architecture takes, where it is particular. installed: of
+    flash_attention_2, flash_attention_3 and kernels, those that can be imported. hub_problem:
+    why the hub's kernel cannot be had, where that was tried. known: every name that
+    transformers knows.
     """
 
     device: str
@@ -39,6 +41,7 @@ class AttentionFacts:
     head_size: int
     flash: bool
     sdpa: bool
+    soft_capped: bool = False
     compatible: tuple[str, ...] | None = None
     installed: frozenset[str] = frozenset()
     hub_problem: str | None = None
@@ -66,6 +69,8 @@ def choose_attention(asked: str, facts: AttentionFacts) -> tuple[str, str]:
         if problem is None:
             return candidate, "installed, and device, dtype and architecture can"
         reason = problem[0]
+    if facts.soft_capped:
+        return "eager", f"no flash attention: {reason}; sdpa leaves out its soft-capping"
     return "sdpa" if facts.sdpa else "eager", f"no flash attention: {reason}"
 
 
@@ -162,6 +167,7 @@ def attention_facts(
         flash=bool(getattr(model, "_supports_flash_attn", False))
         or (model is None and asked != "auto"),
         sdpa=bool(getattr(model, "_supports_sdpa", True)),
+        soft_capped=bool(getattr(text, "attn_logit_softcapping", None)),
         compatible=None if compatible is None else tuple(compatible),
         installed=frozenset(installed),
         known=frozenset({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}),

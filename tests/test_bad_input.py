@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import yaml
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 
+from dwakd_cli.train import with_distillation
 from dwakd_plugin.config import VARIANTS, DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.plugin import DWAKDPlugin
-from dwakd_plugin.preflight import check_output_folder, check_recipe
+from dwakd_plugin.preflight import check_all, check_output_folder, check_recipe
 from dwakd_plugin.trainer import DWAKDTrainer
 
 Recipe = Callable[..., dict[str, Any]]
@@ -109,11 +111,67 @@ def test_a_variant_is_one_switch(variant: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("batch_flattening", True), ("rl", "dpo"), ("reward_model", True), ("streaming", True)],
+    [
+        ("batch_flattening", True),
+        *[("rl", kind) for kind in ("dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo")],
+        ("reward_model", True),
+        ("process_reward_model", True),
+        ("pretraining_dataset", [{"path": "wiki"}]),
+        ("streaming", True),
+        ("loss_watchdog_threshold", 5.0),
+    ],
 )
 def test_other_kinds_of_training_are_refused(key: str, value: Any, recipe: Recipe) -> None:
-    with pytest.raises(UserError, match=f"{key}: {value} — "):
+    with pytest.raises(UserError, match=re.escape(f"{key}: {value} — ")):
         check_recipe(recipe({}, **{key: value}))
+
+
+OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "preferences": (
+        {"rl": "dpo", "datasets": [{"path": "hub/pairs", "type": "chat_template.default"}]},
+        "rl: dpo — distillation is supervised fine-tuning",
+    ),
+    "unpaired preferences": (
+        {
+            "rl": "kto",
+            "rl_beta": 0.1,
+            "datasets": [{"path": "hub/rated", "type": "llama3.ultra"}],
+        },
+        "rl: kto — distillation is supervised fine-tuning",
+    ),
+    "rewards": (
+        {"rl": "grpo", "trl": {"beta": 0.001, "reward_funcs": ["rewards.length"]}},
+        "rl: grpo — distillation is supervised fine-tuning",
+    ),
+    "a reward model": (
+        {
+            "reward_model": True,
+            "model_type": "AutoModelForTokenClassification",
+            "datasets": [{"path": "hub/pairs", "type": "bradley_terry.chat_template"}],
+        },
+        "reward_model: True — distillation trains a causal language model",
+    ),
+    "pretraining": (
+        {"pretraining_dataset": [{"path": "hub/web", "type": "pretrain"}], "datasets": None},
+        "distillation needs rows with a response; use `datasets`",
+    ),
+    "plain text": (
+        {"datasets": [{"path": "hub/web", "type": "completion"}]},
+        "hub/web has `type: completion`, which is plain text to continue",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_recipe_of_another_kind_is_refused_before_anything_starts(
+    kind: str, recipe: Recipe, lab: Path, tmp_path: Path
+) -> None:
+    """As a user would try it: a recipe that axolotl takes, a teacher from the command line."""
+    settings, message = OTHER_KINDS[kind]
+    effective, _ = with_distillation(recipe(None, **settings), {"base_model": str(lab / "teacher")})
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_all(effective)
+    assert not (tmp_path / "out").exists()
 
 
 def test_hooks_end_the_process_with_a_message(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dwakd_plugin.dual_tokenization import (
     dual_tokenization,
 )
 from dwakd_plugin.errors import UserError
-from tests.conftest import ROWS, write_rows
+from tests.conftest import CHAT_TEMPLATE, ROWS, write_rows
 
 Recipe = Callable[..., dict[str, Any]]
 CHATS = [
@@ -51,7 +52,8 @@ def prepare(tmp_path: Path) -> Callable[[dict[str, Any]], tuple[Any, RowReport]]
         PluginManager.get_instance().plugins.clear()
         cfg = load_cfg(str(file))
         config = parse_recipe(settings)
-        assert config is not None
+        if config is None:  # without a teacher
+            return load_datasets(cfg=cfg), RowReport()
         with dual_tokenization(cfg, config.teacher) as report:
             datasets = load_datasets(cfg=cfg)
         return datasets, report
@@ -198,6 +200,47 @@ def test_prepared_rows_of_another_teacher_are_not_reused(
     template = {"teacher": {"sequence_len": 200}}
     prepare(recipe(template))
     assert len(list((tmp_path / "prepared").glob("dwakd-*"))) == 2
+
+
+def test_rows_prepared_without_a_teacher_are_not_mixed_in(recipe: Recipe, prepare: Any) -> None:
+    both = {"teacher_input_ids", "teacher_labels"}
+    plain, _ = prepare(recipe(None))
+    assert not both & set(plain.train_dataset.column_names)
+    distilled, report = prepare(recipe({}))
+    assert both < set(distilled.train_dataset.column_names)
+    assert report.kept == len(ROWS)
+    again, _ = prepare(recipe(None))
+    assert again.train_dataset.to_list() == plain.train_dataset.to_list()
+
+
+def test_a_teacher_that_reads_otherwise_has_rows_of_its_own(
+    recipe: Recipe, prepare: Any, lab: Path, tmp_path: Path
+) -> None:
+    """The same name, vocabulary and special tokens; then another chat template."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(lab / "teacher", teacher)
+    path = str(write_rows(tmp_path / "rows.jsonl", CHATS))
+    settings = recipe(
+        {"teacher": {"base_model": str(teacher)}},
+        datasets=[{"path": path, "type": "chat_template", "chat_template": "chatml"}],
+    )
+
+    def teacher_rows() -> list[list[int]]:
+        datasets, report = prepare(settings)
+        assert report.kept == len(CHATS)
+        return [row["teacher_input_ids"] for row in datasets.train_dataset]
+
+    first = teacher_rows()
+    assert teacher_rows() == first
+    file = teacher / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:20]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    second = teacher_rows()
+    assert second != first
+    settings["dwakd"]["teacher"]["chat_template"] = CHAT_TEMPLATE.replace("<|im_start|>", "* ")
+    assert teacher_rows() not in (first, second)
+    assert len(list((tmp_path / "prepared").glob("dwakd-*"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ KERNELS = frozenset({"kernels"})
         (replace(HOPPER, dtype="float32"), "sdpa", "held in float32"),
         (replace(HOPPER, flash=False), "sdpa", "LlamaForCausalLM has no flash attention"),
         (replace(HOPPER, flash=False, sdpa=False), "eager", "no flash attention"),
+        (replace(HOPPER, soft_capped=True), "flash_attention_3", "installed"),
+        (replace(HOPPER, soft_capped=True, dtype="float32"), "eager", "leaves out its soft-cap"),
         (replace(HOPPER, head_size=512), "sdpa", "the teacher's have 512"),
         (replace(HOPPER, compatible=("owner/mla",), installed=KERNELS), "owner/mla", "installed"),
     ],

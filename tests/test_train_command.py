@@ -47,14 +47,22 @@ def error_of(file: Path, *options: str) -> str:
 def test_a_plain_recipe_takes_a_teacher_without_an_edit(
     recipe: Recipe, write: Callable[..., Path], lab: Path, tmp_path: Path
 ) -> None:
-    plain = recipe(None, batch_flattening=True, plugins=["axolotl.integrations.liger.LigerPlugin"])
+    plain = recipe(
+        None,
+        batch_flattening=True,
+        loss_watchdog_threshold=5.0,
+        plugins=["axolotl.integrations.liger.LigerPlugin"],
+    )
     effective, changes = train.with_distillation(plain, {"base_model": "big", "load_in_8bit": True})
     assert effective["distillation"] == "dwakd"
     assert effective["dwakd"] == {"teacher": {"base_model": "big", "load_in_8bit": True}}
     assert effective["plugins"] == [*plain["plugins"], "dwakd_plugin.DWAKDPlugin"]
     assert not effective["batch_flattening"]
     assert "batch_flattening is off" in changes[0]
-    assert plain["batch_flattening"]  # the caller's is untouched
+    assert "loss_watchdog_threshold" not in effective and "left out" in changes[1]
+    assert (
+        plain["batch_flattening"] and plain["loss_watchdog_threshold"]
+    )  # the caller's is untouched
 
     teacher = str(lab / "teacher")
     facts = dry_run(write(recipe(None)), "--teacher", teacher, "--load-in-4bit")
