@@ -19,6 +19,7 @@ from dwakd_plugin.config import DWAKDConfig, configuration_table
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "dwakd_plugin").rglob("*.py")), *sorted((ROOT / "cli").glob("*.py"))]
+TRAINER = ROOT / "dwakd_plugin" / "trainer.py"
 CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)")
 
 
@@ -115,6 +116,13 @@ def test_functions_of_the_method_exist() -> None:
         elif re.fullmatch(r"_?[A-Za-z]\w*(\.\w+)*", span):
             assert re.search(rf"\b{span.split('.')[-1]}\b", everything), span
     assert named > 20
+
+
+def test_every_logged_figure_is_explained() -> None:
+    metrics = re.findall(r'^    \("(\w+)", "\w+", "\w+"\),', read(TRAINER), re.MULTILINE)
+    page = read(ROOT / "docs" / "reading_the_curves.md")
+    assert len(metrics) >= 10
+    assert [name for name in (*metrics, "gamma") if f"| `{name}` |" not in page] == []
 
 
 def texts_of(source: str) -> Iterator[str]:
