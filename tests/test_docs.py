@@ -63,39 +63,44 @@ def test_axolotl_finds_the_plugin_by_its_entry_point() -> None:
 # Commands -------------------------------------------------------------------------------------
 
 
-def commands_of(page: Path) -> Iterator[str]:
-    """What a page tells to type: lines of its shell blocks, and code in its text."""
+def commands_of(page: Path) -> Iterator[tuple[str, bool]]:
+    """What a page tells to type, and whether in a shell block, where it must be a command."""
     text = read(page)
-    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL):
-        yield from block.replace("\\\n", " ").splitlines()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line, True
     for _, span in CODE_SPAN.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-        yield span
+        yield span, False
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_understood(page: Path) -> None:
-    for line in commands_of(page):
-        if not line.startswith("dwakd "):
+    command = typer.main.get_command(app)
+    assert isinstance(command, click.Group)
+    for line, in_block in commands_of(page):
+        words = shlex.split(line.partition(" | ")[0], comments=True) if "dwakd " in line else []
+        if words[:1] != ["dwakd"]:
             continue
-        words = shlex.split(line.partition(" | ")[0], comments=True)[1:]
-        words = [word for word in words if word not in ("...", "…")]
-        try:
-            understand(typer.main.get_command(app), "dwakd", words)
-        except click.MissingParameter:
-            pass  # `dwakd train` in a sentence stands for the command itself
-        except click.UsageError as error:
-            pytest.fail(f"{line}: {error.format_message()}")
+        if in_block or words[1] in command.commands or words[1].startswith("-"):
+            try:
+                understand(command, words[1:])
+            except click.UsageError as error:
+                if not in_block and isinstance(error, click.BadOptionUsage):
+                    continue  # a sentence may name an option without its value
+                pytest.fail(f"{line}: {error.format_message()}")
 
 
-def understand(command: click.Command, name: str, words: list[str]) -> None:
-    """Parses a command line and runs nothing. Raises click.UsageError where it is not understood."""
-    # What a subcommand gets is its own to parse.
-    context = command.make_context(name, list(words), resilient_parsing="--help" in words)
-    rest = [*context.protected_args, *context.args] if isinstance(command, click.Group) else []
-    if isinstance(command, click.Group) and rest:
-        name, sub, rest = command.resolve_command(context, rest)
-        assert sub is not None
-        understand(sub, str(name), rest)
+def understand(command: click.Command, words: list[str]) -> None:
+    """Parses subcommands and options and does nothing else: no callback, so that none can act.
+
+    Raises click.UsageError where one is not known or lacks its value.
+    """
+    context = click.Context(command)
+    _, rest, _ = command.make_parser(context).parse_args(list(words))
+    if isinstance(command, click.Group) and rest and rest[0] != "COMMAND":
+        if rest[0] not in command.commands:
+            raise click.UsageError(f"there is no command {rest[0]}")
+        understand(command.commands[rest[0]], rest[1:])
 
 
 # Names and messages of the source ---------------------------------------------------------------
