@@ -19,7 +19,7 @@ from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss.divergence import tokens_per_chunk
 from dwakd_plugin.memory_plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
-from dwakd_plugin.memory_plan.cards import GIB
+from dwakd_plugin.memory_plan.cards import CPU_IMPORTS, GIB
 from dwakd_plugin.memory_plan.model_sizes import (
     Layer,
     lora_settings,
@@ -292,6 +292,15 @@ def test_cards(wanted: str, capacity: float) -> None:
 def test_what_is_no_card_is_refused(wanted: str) -> None:
     with pytest.raises(UserError, match=r"--gpu .*24GB"):
         card(wanted)
+
+
+def test_the_imports_take_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    report = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())
+    for one in report["results"].values():
+        assert one["measured"]["baseline"] == pytest.approx(CPU_IMPORTS, rel=0.01)
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert f"({CPU_IMPORTS / 2**20:.0f} MiB, `CPU_IMPORTS`)" in page
 
 
 # The command --------------------------------------------------------------------------------
