@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench constraints
+.PHONY: setup demo test lint bench bench-plan bench-teacher constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -34,6 +34,15 @@ bench: setup
 	$(BIN)/python -m benchmarks.objective
 	$(BIN)/python -m benchmarks.gold
 	$(BIN)/python -m benchmarks.performance
+
+# Memory of whole runs against the plan, and what a cached teacher saves: with the quickstart's pair,
+# which is made first where it is not there.
+bench-plan: setup
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.plan_held_out --again
+
+bench-teacher: setup
+	$(BIN)/python -m benchmarks.teacher --folder quickstart
 
 constraints:
 	(echo '# Versions that are known to work together (Python 3.11). Made by `make constraints`.'; \

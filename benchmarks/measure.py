@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -14,7 +15,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -130,31 +131,38 @@ def _peak_above_inputs(
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # not in every container
         return _sampled_peak(run)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def _sampled_peak(run: Callable[[], Any]) -> int:
-    before = peak = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
+    with sampled("VmRSS", 0.001) as samples:
+        run()
+    return max([before, *samples]) - before
+
+
+@contextlib.contextmanager
+def sampled(field: str, seconds: float = 0.01) -> Iterator[list[int]]:
+    """Fills a list with a field of /proc/self/status (bytes), taken every so many seconds."""
+    samples: list[int] = []
     done = threading.Event()
 
     def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, _status_bytes("VmRSS"))
+        while not done.wait(seconds):
+            samples.append(status_bytes(field))
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
     try:
-        run()
+        yield samples
     finally:
         done.set()
-        sampler.join()
-    return peak - before
+        thread.join()
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

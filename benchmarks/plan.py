@@ -17,14 +17,21 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.measure import MIB, RESULTS, _status_bytes, say, start, target, write_report
+from benchmarks.measure import (
+    MIB,
+    RESULTS,
+    sampled,
+    say,
+    start,
+    status_bytes,
+    target,
+    write_report,
+)
 
 NAME = "plan"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "planning.md"
@@ -50,8 +57,8 @@ def prepare(folder: Path) -> None:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, config in random_models().items():
-        if not (folder / name).is_dir():
-            _create(folder / name, config, texts)
+        vocabulary = 3000 if name in ("qwen", "llama") else 2500  # of tokenizers, not of heads
+        create_model(folder / name, config, texts, vocabulary)
 
 
 def random_models() -> dict[str, Any]:
@@ -93,13 +100,15 @@ def random_models() -> dict[str, Any]:
     }
 
 
-def _create(dest: Path, config: Any, texts: list[str]) -> None:
+def create_model(dest: Path, config: Any, texts: list[str], vocabulary: int) -> None:
+    """A model of random weights with a tokenizer of so many tokens, unless it is there."""
+    if dest.is_dir():
+        return
     import torch
     from transformers import AutoModelForCausalLM
 
     from dwakd_cli import embedded
 
-    vocabulary = 3000 if dest.name in ("qwen", "llama") else 2500  # of tokenizers, not of heads
     tokenizer = embedded.train_tokenizer(texts, vocabulary)
     torch.manual_seed(0)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -129,24 +138,24 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
     tiny = str(folder / "tiny"), str(folder / "tiny")
     checkpointing = {"gradient_checkpointing": True}
     return {
-        RUNTIME: _recipe(folder, *tiny, 1, 64),
-        "embedded, batch 1": _recipe(folder, *embedded, 1, 256),
-        "embedded, batch 4": _recipe(folder, *embedded, 4, 256),
-        "embedded, batch 8": _recipe(folder, *embedded, 8, 256),
-        "embedded, batch 8, checkpointing": _recipe(folder, *embedded, 8, 256, **checkpointing),
-        "embedded, batch 8, LoRA": _recipe(folder, *embedded, 8, 256, **LORA),
-        "embedded, batch 8, teacher cached": _recipe(
+        RUNTIME: short_run(folder, *tiny, 1, 64),
+        "embedded, batch 1": short_run(folder, *embedded, 1, 256),
+        "embedded, batch 4": short_run(folder, *embedded, 4, 256),
+        "embedded, batch 8": short_run(folder, *embedded, 8, 256),
+        "embedded, batch 8, checkpointing": short_run(folder, *embedded, 8, 256, **checkpointing),
+        "embedded, batch 8, LoRA": short_run(folder, *embedded, 8, 256, **LORA),
+        "embedded, batch 8, teacher cached": short_run(
             folder, *embedded, 8, 256, cache=str(folder / "states")
         ),
-        "Qwen2 260M → GPT-2 51M, batch 2": _recipe(folder, *gpt2, 2, 256),
-        "Llama 271M → Llama 72M, batch 4, LoRA, checkpointing": _recipe(
+        "Qwen2 260M → GPT-2 51M, batch 2": short_run(folder, *gpt2, 2, 256),
+        "Llama 271M → Llama 72M, batch 4, LoRA, checkpointing": short_run(
             folder, *llama, 4, 512, **LORA, **checkpointing
         ),
-        "Llama 271M → Llama 72M, batch 2": _recipe(folder, *llama, 2, 512),
+        "Llama 271M → Llama 72M, batch 2": short_run(folder, *llama, 2, 512),
     }
 
 
-def _recipe(
+def short_run(
     folder: Path,
     student: str,
     teacher: str,
@@ -156,6 +165,7 @@ def _recipe(
     cache: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
+    """A recipe of three steps on rows that fill `length` on both sides."""
     return {
         "base_model": student,
         "plugins": ["dwakd_plugin.DWAKDPlugin"],
@@ -202,47 +212,29 @@ def run_one(recipe: Path) -> dict[str, Any]:
     from dwakd_plugin.trainer import DWAKDTrainer
 
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    baseline, anonymous = _status_bytes("VmRSS"), _status_bytes("RssAnon")
+    baseline, anonymous = status_bytes("VmRSS"), status_bytes("RssAnon")
     marks: dict[str, int] = {}
     seconds: list[float] = []
     train = DWAKDTrainer.train
 
     def marked(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        marks["at_training"] = _status_bytes("VmRSS") - baseline
-        marks["peak_before"] = _status_bytes("VmHWM") - baseline
+        marks["at_training"] = status_bytes("VmRSS") - baseline
+        marks["peak_before"] = status_bytes("VmHWM") - baseline
         result = train(trainer, *args, **kwargs)
         seconds.append(result.metrics["train_runtime"] / STEPS)
-        marks["peak_of_training"] = _status_bytes("VmHWM") - baseline
+        marks["peak_of_training"] = status_bytes("VmHWM") - baseline
         return result
 
     DWAKDTrainer.train = marked  # type: ignore[method-assign]
-    with _sampled("RssAnon") as samples:
+    with sampled("RssAnon") as samples:
         axolotl.cli.train.do_train(load_cfg(str(recipe)), TrainerCliArgs())
     return {
         "baseline": baseline,
-        "peak": _status_bytes("VmHWM") - baseline,
+        "peak": status_bytes("VmHWM") - baseline,
         "anonymous": max(samples) - anonymous,
         **marks,
         "seconds_per_step": round(seconds[0], 2),
     }
-
-
-@contextlib.contextmanager
-def _sampled(field: str) -> Iterator[list[int]]:
-    samples: list[int] = []
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.01):
-            samples.append(_status_bytes(field))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
 
 
 def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -308,14 +300,22 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def section(started: dict[str, Any], results: dict[str, Any]) -> str:
-    """Where the figures come from, and the table."""
+def origin(module: str, started: dict[str, Any]) -> str:
+    """Where a table's figures come from."""
     hardware, versions = started["hardware"], started["versions"]
     packages = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     return (
-        f"`python -m benchmarks.plan`, {started['date'][:10]}: {hardware['cpu']}, "
-        f"{hardware['cores']} cores, {hardware['memory_gib']} GiB; {packages}.\n\n" + table(results)
+        f"`python -m benchmarks.{module}`, {started['date'][:10]}: {hardware['cpu']}, "
+        f"{hardware['cores']} cores, {hardware['memory_gib']} GiB; {packages}."
     )
+
+
+def replace_section(document: Path, name: str, text: str) -> None:
+    """Puts a text between the document's two lines for it."""
+    content = document.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    head, tail = content.split(begin)[0], content.split(end)[1]
+    document.write_text(f"{head}{begin}{text}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:
@@ -356,10 +356,7 @@ def main() -> None:
     ]
     write_report(NAME, started, results, targets, options.results)
     if options.results == RESULTS:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        begin, end = f"<!-- {NAME} -->\n", f"<!-- end of {NAME} -->"
-        head, tail = text.split(begin)[0], text.split(end)[1]
-        DOCUMENT.write_text(f"{head}{begin}{section(started, results)}\n{end}{tail}", "utf-8")
+        replace_section(DOCUMENT, NAME, f"{origin(NAME, started)}\n\n{table(results)}")
     print(table(results))
 
 

@@ -47,6 +47,9 @@ def main(
     batches: Annotated[int, typer.Option(help="Batches of 8 held-out rows for the losses.")] = 6,
     threads: int = 2,
     results: Path = measure.RESULTS,
+    memory_only: Annotated[
+        bool, typer.Option("--memory-only", help="Measure peaks anew, keep the other results.")
+    ] = False,
     peak: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
@@ -59,34 +62,28 @@ def main(
     os.chdir(folder)
     recipe = yaml.safe_load(Path("dwakd.yml").read_text(encoding="utf-8"))
     if peak is not None:
-        print(json.dumps(peak_of_two_steps(with_cache(recipe, peak or None))))
+        print(json.dumps(memory_of_two_steps(with_cache(recipe, peak or None))))
         return
     started = measure.start(threads, False, ["transformers", "bitsandbytes", "safetensors"])
     with tempfile.TemporaryDirectory(dir=".") as work, open_run(with_cache(recipe, None)) as run:
-        caches, filling = fill_caches(run, Path(work))
-        steps = timings(run, caches, rounds)
-        losses = loss_errors(run, caches, batches)
-        command = [sys.executable, "-m", "benchmarks.teacher", "--threads", str(threads)]
-        peaks: dict[str, list[int]] = {"live": [], "cached": []}
-        for _ in range(3):
-            for name, cache in (("live", ""), ("cached", str(caches["auto"].folder.resolve()))):
-                result = subprocess.run(
-                    [*command, "--folder", str(folder), "--peak", cache],
-                    cwd=Path(__file__).parents[1],
-                    stdout=subprocess.PIPE,
-                    check=True,
-                    text=True,
-                )
-                peaks[name].append(json.loads(result.stdout.splitlines()[-1]))
+        caches, filling = fill_caches(run, Path(work), DTYPES[:1] if memory_only else DTYPES)
+        if memory_only:
+            before = json.loads((results / "teacher.json").read_text(encoding="utf-8"))
+            report = before["results"]
+            started = {key: before[key] for key in started} | {
+                "memory_measured": started["date"],
+                "memory_command": started["command"],
+            }
+        else:
+            report = {
+                "filling": filling,
+                "step_seconds": timings(run, caches, rounds),
+                "losses": loss_errors(run, caches, batches),
+            }
+        report["memory"] = memory(folder, caches["auto"].folder.resolve(), threads)
         teacher = run.distillation.teacher
-        body = 4 * (teacher.parameters - teacher.embeddings.weight.numel())
-    report = {
-        "body_bytes": body,
-        "filling": filling,
-        "step_seconds": steps,
-        "peak_bytes": peaks,
-        "losses": losses,
-    }
+        report["body_bytes"] = 4 * (teacher.parameters - teacher.embeddings.weight.numel())
+    saved, steps = peak_saved(report), report["step_seconds"]
     targets = [
         measure.target("cached step / live step", steps["cached_to_live"]["median"], 0.6),
         measure.target(
@@ -96,7 +93,7 @@ def main(
         ),
         measure.target(
             "peak memory saved / the teacher's body",
-            (statistics.median(peaks["live"]) - statistics.median(peaks["cached"])) / body,
+            saved / report["body_bytes"],
             1.0,
             at_least=True,
         ),
@@ -109,7 +106,9 @@ def with_cache(recipe: dict[str, Any], cache: str | None) -> dict[str, Any]:
     return recipe | {"dwakd": block | {"teacher": {"base_model": "teacher", "cache": cache}}}
 
 
-def fill_caches(run: OpenRun, work: Path) -> tuple[dict[str, TeacherCache], dict[str, Any]]:
+def fill_caches(
+    run: OpenRun, work: Path, dtypes: tuple[str, ...]
+) -> tuple[dict[str, TeacherCache], dict[str, Any]]:
     """A cache of all rows per dtype; the teacher runs for the first, the others hold the same."""
     config = run.config.teacher
     tokenizer = load_teacher_tokenizer(config)
@@ -117,7 +116,7 @@ def fill_caches(run: OpenRun, work: Path) -> tuple[dict[str, TeacherCache], dict
     caches: dict[str, TeacherCache] = {}
     filling: dict[str, Any] = {}
     tokens = sum(int(labels[1:].ne(-100).sum()) for _, labels in rows)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         own = config.model_copy(update={"cache": str(work / dtype), "cache_dtype": dtype})
         cache = open_cache(own, "cpu", tokenizer)
         begun = time.perf_counter()
@@ -277,15 +276,60 @@ def objective(
     return result
 
 
-def peak_of_two_steps(recipe: dict[str, Any]) -> int:
-    """Peak resident bytes of this process after two training steps."""
-    with open_run(recipe) as run:
-        cache = run.trainer.data_collator.teacher_cache
-        step = stepper(run)
+def memory(folder: Path, cache: Path, threads: int) -> dict[str, list[dict[str, int]]]:
+    """What processes of their own take for two steps, with the live teacher and with the cache."""
+    command = [sys.executable, "-m", "benchmarks.teacher", "--threads", str(threads)]
+    found: dict[str, list[dict[str, int]]] = {"live": [], "cached": []}
+    for _ in range(5):
+        for name, states in (("live", ""), ("cached", str(cache))):
+            result = subprocess.run(
+                [*command, "--folder", str(folder), "--peak", states],
+                cwd=Path(__file__).parents[1],
+                stdout=subprocess.PIPE,
+                check=True,
+                text=True,
+            )
+            found[name].append(json.loads(result.stdout.splitlines()[-1]))
+    return found
+
+
+def peak_saved(report: dict[str, Any]) -> float:
+    """By how much the cache lowers the peak of resident memory: bytes, between medians."""
+    live, cached = (
+        statistics.median(one["peak"] for one in report["memory"][name])
+        for name in ("live", "cached")
+    )
+    return live - cached
+
+
+def memory_of_two_steps(recipe: dict[str, Any]) -> dict[str, int]:
+    """Bytes of this process: the peak of what is resident over two training steps.
+
+    `anonymous` is its own peak of what is no file's; `files` and `own` are what is mapped from
+    files and what no other process shares (USS), at the end; `files_after_all_rows` is the former
+    when every row was collated once.
+    """
+    with measure.sampled("RssAnon") as anonymous, open_run(recipe) as run:
+        collator, rows = run.trainer.data_collator, run.trainer.train_dataset
+        cache, step = collator.teacher_cache, stepper(run)
         for start in (0, BATCH):
-            rows = [run.trainer.train_dataset[index] for index in range(start, start + BATCH)]
-            step(rows, cache)
-    return measure._status_bytes("VmHWM")
+            step([rows[index] for index in range(start, start + BATCH)], cache)
+        found = {
+            "peak": measure.status_bytes("VmHWM"),
+            "anonymous": max(anonymous),
+            "files": measure.status_bytes("RssFile"),
+            "own": own_bytes(),
+        }
+        collator.teacher_cache = cache
+        for start in range(0, len(rows), BATCH):
+            collator([rows[index] for index in range(start, min(start + BATCH, len(rows)))])
+        return found | {"files_after_all_rows": measure.status_bytes("RssFile")}
+
+
+def own_bytes() -> int:
+    """Resident and shared with no other process (USS)."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ named by a line at the end of the index: after a kill, what the index names is w
 off at its end counts as not written.
 
 Sizes are compared when a cache is opened, and a checksum when its tensor is read: opening takes no
-time, and no value is used unchecked.
+time, and no value is used unchecked. Tensors are read and not mapped: pages of a map would count as
+the process's own, more with every row, until an epoch holds the whole cache.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,6 +51,17 @@ LOCK = "lock"
 # Rows per shard are bounded by bytes: a kill loses at most this much of the model's work.
 SHARD_BYTES = 64 * 2**20
 FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+
+
+# The dtypes that a cache's files have, by their names in a safetensors header.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 
 
 class DiskFull(UserError):
@@ -101,7 +115,7 @@ def bytes_per_token(hidden_size: int, dtype: str, computed: torch.dtype) -> int:
 class TeacherCache:
     """A folder of teacher states, opened for one teacher.
 
-    Pickles small: data-loader workers open the shards anew, as memory maps.
+    Pickles small: data-loader workers read the shards' headers anew.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], dtype: str = "auto") -> None:
@@ -118,7 +132,7 @@ class TeacherCache:
         self._asked_dtype = dtype
         self._files: dict[str, dict[str, Any]] = {}  # name: bytes, crc32
         self._shard_of: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, Any]] = {}
         self._read_index()
 
     def __len__(self) -> int:
@@ -128,7 +142,7 @@ class TeacherCache:
         return key in self._shard_of
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_headers": {}}
 
     @property
     def bytes(self) -> int:
@@ -228,14 +242,15 @@ class TeacherCache:
                 file.unlink()
 
     def _tensor(self, file: str, name: str) -> Tensor:
-        """A tensor, mapped from its file, whose checksum is right."""
+        """A tensor, read from its file, whose checksum is right."""
         path = self.folder / file
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(path, framework="pt")
-            tensor: Tensor = self._open[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(_damaged(path, str(error))) from error
+            with path.open("rb", buffering=0) as stream:
+                if file not in self._headers:
+                    self._headers[file] = _header(stream)
+                tensor = _read_tensor(stream, self._headers[file][name])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(_damaged(path, f"{type(error).__name__}: {error}")) from error
         if _crc32(tensor) != self._files[file]["crc32"][name]:
             raise UserError(_damaged(path, f"the checksum of {name} does not match"))
         return tensor
@@ -315,7 +330,7 @@ class TeacherCache:
             head = {"format": FORMAT, "identity": self.identity, "dtype": self.dtype}
             _append_lines(self.folder / INDEX, head, entry)
         self._files[name] = entry
-        self._open.pop(name, None)
+        self._headers.pop(name, None)
 
     @contextmanager
     def _explaining_a_full_disk(self) -> Iterator[None]:
@@ -356,6 +371,49 @@ def _is_ours(name: str) -> bool:
 
 def _crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _header(stream: RawIOBase) -> dict[str, Any]:
+    """Of a safetensors file: per tensor its dtype, shape and first byte.
+
+    The format: the header's length as 8 bytes, little-endian; the header, JSON; the tensors' bytes.
+    Raises ValueError where these are not there.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    length = bytearray(8)
+    _fill(stream, length)
+    begin = 8 + int.from_bytes(length, "little")
+    if begin > size:
+        raise ValueError("its header has no end")
+    content = bytearray(begin - 8)
+    _fill(stream, content)
+    entries = json.loads(content)
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in entries.items():
+        dtype, shape, (first, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if end - first != math.prod(shape) * dtype.itemsize or begin + end > size:
+            raise ValueError(f"{name} is not where the header says")
+        found[name] = dtype, shape, begin + first
+    return found
+
+
+def _read_tensor(stream: RawIOBase, entry: tuple[torch.dtype, list[int], int]) -> Tensor:
+    dtype, shape, begin = entry
+    tensor = torch.empty(shape, dtype=dtype)
+    stream.seek(begin)
+    _fill(stream, tensor.flatten().view(torch.uint8).numpy())
+    return tensor
+
+
+def _fill(stream: RawIOBase, buffer: Any) -> None:
+    """Reads until the buffer is full; a single call reads at most 2 GiB."""
+    rest = memoryview(buffer)
+    while rest:
+        count = stream.readinto(rest)
+        if not count:
+            raise ValueError(f"it ends {len(rest)} bytes too early")
+        rest = rest[count:]
 
 
 def _whole_lines(content: bytes) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app
-from dwakd_plugin import memory_plan
+from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss.divergence import tokens_per_chunk
-from dwakd_plugin.memory_plan import GIB, card, largest_micro_batch, plan, suggestions
-from dwakd_plugin.memory_trace import Bytes, trace_body
+from dwakd_plugin.memory_plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
+from dwakd_plugin.memory_plan.cards import CPU_IMPORTS, GIB
+from dwakd_plugin.memory_plan.model_sizes import (
+    Layer,
+    lora_settings,
+    measure_model,
+    optimizer_bytes,
+    weight_bytes,
+)
+from dwakd_plugin.memory_plan.parts import Parts
+from dwakd_plugin.memory_plan.trace import Bytes, trace_body
 
 Recipe = Callable[..., dict[str, Any]]
-CPU = memory_plan.Card("a test's", "cpu", 64 * GIB, 1e11, 1e10, "made up")
+CPU = Card("a test's", "cpu", 64 * GIB, 1e11, 1e10, "made up")
 
 
 def config_only(folder: Path, config: Any) -> str:
@@ -60,7 +70,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_weights_are_counted_exactly(lab: Path, side: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(lab / side)
-    counted = memory_plan.measure_model(str(lab / side), model.config)
+    counted = measure_model(str(lab / side), model.config)
     assert counted.parameters == model.num_parameters()
     assert counted.trained == counted.parameters
 
@@ -69,8 +79,8 @@ def test_lora_is_counted_exactly(lab: Path, recipe: Recipe) -> None:
     from peft import LoraConfig, get_peft_model
 
     settings = recipe(None, adapter="lora", lora_r=4, lora_target_linear=True)
-    lora = memory_plan.lora_settings(settings)
-    counted = memory_plan.measure_model("", AutoConfig.from_pretrained(lab / "student"), lora)
+    lora = lora_settings(settings)
+    counted = measure_model("", AutoConfig.from_pretrained(lab / "student"), lora)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(lab / "student"),
         LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
@@ -122,8 +132,8 @@ def test_quantised_weights_take_what_bitsandbytes_makes_of_them(
             for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code):
                 real += tensor.numel() * tensor.element_size()
             real += 4  # the offset
-    counted = memory_plan.measure_model(str(tmp_path), config)
-    planned = memory_plan.weight_bytes(counted, lambda _: torch.bfloat16, bits)
+    counted = measure_model(str(tmp_path), config)
+    planned = weight_bytes(counted, lambda _: torch.bfloat16, bits)
     assert sum(size.total for size in planned) == real
 
 
@@ -141,10 +151,10 @@ def test_quantised_weights_take_what_bitsandbytes_makes_of_them(
     ],
 )
 def test_optimizer_state(optimizer: str, expected: float) -> None:
-    size, assumed = memory_plan.optimizer_bytes(optimizer, memory_plan.Layer("w", 100, 100), 4)
+    size, assumed = optimizer_bytes(optimizer, Layer("w", 100, 100), 4)
     assert size / 100**2 == pytest.approx(expected)
     assert assumed is None
-    assert memory_plan.optimizer_bytes("new", memory_plan.Layer("w", 9, 9), 4)[1] is not None
+    assert optimizer_bytes("new", Layer("w", 9, 9), 4)[1] is not None
 
 
 # The trace ----------------------------------------------------------------------------------
@@ -237,12 +247,12 @@ def test_the_teacher_is_held_as_the_recipe_says(pair: dict[str, Any]) -> None:
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:
-    on = memory_plan.replace(card("24GB"), capacity=int(2.5 * GIB))
+    on = replace(card("24GB"), capacity=int(2.5 * GIB))
     largest = largest_micro_batch(pair, on)
     assert largest > 1
     assert plan(pair, on, micro_batch=largest).fits
     assert not plan(pair, on, micro_batch=largest + 1).fits
-    assert largest_micro_batch(pair, memory_plan.replace(on, capacity=GIB // 2)) == 0
+    assert largest_micro_batch(pair, replace(on, capacity=GIB // 2)) == 0
 
 
 def test_suggestions_come_in_order_of_effect_and_keep_their_word(pair: dict[str, Any]) -> None:
@@ -257,9 +267,9 @@ def test_suggestions_come_in_order_of_effect_and_keep_their_word(pair: dict[str,
 
 
 def test_chunks_on_the_cpu_are_the_losss_own(pair: dict[str, Any]) -> None:
-    config = memory_plan.parse_recipe(pair)
+    config = parse_recipe(pair)
     assert config is not None
-    run = memory_plan._Run(pair, config, card("cpu"), 1)
+    run = Parts(pair, config, card("cpu"), 1)
     for rows in (1000, 50_257, 10**8):
         assert run.chunk(rows) == tokens_per_chunk("auto", rows, torch.device("cpu"))
 
@@ -282,6 +292,15 @@ def test_cards(wanted: str, capacity: float) -> None:
 def test_what_is_no_card_is_refused(wanted: str) -> None:
     with pytest.raises(UserError, match=r"--gpu .*24GB"):
         card(wanted)
+
+
+def test_the_imports_take_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    report = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())
+    for one in report["results"].values():
+        assert one["measured"]["baseline"] == pytest.approx(CPU_IMPORTS, rel=0.01)
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert f"({CPU_IMPORTS / 2**20:.0f} MiB, `CPU_IMPORTS`)" in page
 
 
 # The command --------------------------------------------------------------------------------
@@ -352,7 +371,7 @@ def test_the_plan_of_a_gpu_is_near_what_torch_allocates(
     before = torch.cuda.memory_allocated()
     train(settings)
     real = torch.cuda.max_memory_allocated() - before
-    lengths = memory_plan.Lengths(256, 256, 60, 60)
+    lengths = Lengths(256, 256, 60, 60)
     made = plan(settings, card(None), lengths=lengths)
     planned = made.total - made.parts["runtime"]
     assert planned == pytest.approx(real, rel=0.5, abs=64 * 2**20)

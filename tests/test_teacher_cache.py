@@ -68,6 +68,12 @@ def test_a_foreign_or_damaged_cache_is_refused(cache: TeacherCache, tmp_path: Pa
     for use in (lambda: again.read(IDS, LABELS), again.verify):
         with pytest.raises(UserError, match=rf"{shard}: the checksum of .* does not match"):
             use()
+    for position in (6, 30):  # in the header's length, and in the header
+        broken = bytearray(content)
+        broken[position] ^= 255
+        shard.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"damaged: {shard}: "):
+            TeacherCache(cache.folder, IDENTITY).read(IDS, LABELS)
     shard.write_bytes(content[:-1])
     with pytest.raises(UserError, match=rf"{shard}: it has \d+ bytes, the index \d+"):
         TeacherCache(cache.folder, IDENTITY)
@@ -133,6 +139,23 @@ def live_states(teacher: Teacher, ids: torch.Tensor, labels: torch.Tensor) -> to
     with torch.no_grad():
         hidden = teacher.model.model(input_ids=ids[None]).last_hidden_state[0]
     return hidden[torch.nonzero(labels[1:] != -100).squeeze(1)]
+
+
+def test_reading_holds_no_more_than_what_was_read(tmp_path: Path) -> None:
+    """Pages of a map would count as the process's own, an epoch's worth of them."""
+    cache = TeacherCache(tmp_path / "states", IDENTITY | {"hidden_size": 1024})
+    keys = [row_key(torch.tensor([index, 1]), torch.tensor([-100, 1])) for index in range(64)]
+    cache.append({key: torch.ones(1, 1024).expand(256, -1) for key in keys})  # 64 MiB
+    before = resident_file_bytes()
+    for key in keys:
+        cache._tensor(cache._shard_of[key], key)
+    assert resident_file_bytes() - before < 2**20
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) * 1024
 
 
 # What is written in which dtype ------------------------------------------------------------------
@@ -293,7 +316,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         assert len(again) == 1
         again.verify()
     finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # its files are mapped
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # The command -------------------------------------------------------------------------------------

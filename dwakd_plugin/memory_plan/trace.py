@@ -342,7 +342,7 @@ def _loss_events(
     teacher_rows: int,
 ) -> Any:
     S, T, d, D = sizes.S, sizes.T, sizes.d, sizes.D
-    # Soft-DTW's kernels read their input; its memory is plain arithmetic (see memory_plan).
+    # Soft-DTW's kernels read their input; its memory is plain arithmetic (see `parts`).
     loss = loss.model_copy(update={"dtw_weight": 0.0, "chunk_size": 8 * max(S, T)})
     with FakeTensorMode(allow_non_fake_inputs=True):
         projectors = Projectors(d, D)
