@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
+from dwakd_plugin.rank_failure import MESSAGE_FILE
 
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axolotl was given
@@ -86,13 +88,18 @@ def run(
         console.print(f"[yellow]{change}[/yellow]", highlight=False)
     signed_before = _signature(launch)
     _write_recipe(launch, recipe_file)
-    code, stopped_by = execute(
-        launch.command,
-        launch.environment,
-        sys.stderr if json_output else None,
-        # axolotl learns to stop when the models are loaded, right after the plugin signs.
-        can_save=lambda: not _writes_here(launch) or _signature(launch) != signed_before,
-    )
+    with _message_file(launch) as message_file:
+        code, stopped_by = execute(
+            launch.command,
+            launch.environment,
+            sys.stderr if json_output else None,
+            # axolotl learns to stop when the models are loaded, right after the plugin signs.
+            can_save=lambda: not _writes_here(launch) or _signature(launch) != signed_before,
+            message_file=message_file,
+        )
+        message = _read(message_file)
+    if message is not None:
+        raise UserError(message)
     if stopped_by is not None:
         console.print(_how_to_go_on(launch, stopped_by), highlight=False)
         code = 128 + stopped_by
@@ -223,7 +230,7 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
     # axolotl looks for `accelerate` and `torchrun` in PATH: they must be this environment's.
     binaries = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", os.defpath)])
-    devices = _gpus() if launcher is None or processes is not None else 0
+    devices = 0 if launcher == "python" else _gpus()
     if launcher is None:
         several = devices > 1 if processes is None else processes > 1
         # Without a GPU, accelerate starts one process whatever number it is given.
@@ -233,7 +240,7 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
             f"--launcher python is one process, and --nproc asks for {processes}. Use `--launcher "
             "torchrun` or `accelerate`."
         )
-    if launcher != "python" and not devices and (processes or 1) > 1:
+    if launcher != "python" and not devices:
         environment["ACCELERATE_USE_CPU"] = "true"
     return launcher, 1 if launcher == "python" else processes or 0, environment
 
@@ -304,11 +311,13 @@ def execute(
     environment: dict[str, str],
     stdout: Any = None,
     can_save: Callable[[], bool] = lambda: True,
+    message_file: Path | None = None,
 ) -> tuple[int, int | None]:
     """Runs a command to its end; returns its exit code and the signal that stopped it, if one did.
 
     SIGINT, SIGTERM and SIGHUP reach the command as SIGINT, on which axolotl saves and stops, or as
-    SIGTERM as long as it cannot save anything yet; a second one kills it.
+    SIGTERM as long as it cannot save anything yet; a second one kills it. So does `message_file`
+    when it appears: one of the command's processes has said why the run must end.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -336,11 +345,38 @@ def execute(
         process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
         if received:
             stop(process.pid)
-        code = process.wait()
+        while (code := _wait(process, None if message_file is None else 0.2)) is None:
+            if message_file is not None and message_file.exists():
+                _kill(process.pid)
+                message_file = None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return (128 - code if code < 0 else code), (received[0] if received else None)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None:
+    """A process's exit code, or None where it has not ended after so many seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+@contextlib.contextmanager
+def _message_file(launch: Launch) -> Iterator[Path | None]:
+    """A file by which the processes of a run on this machine alone say why it must end."""
+    if launch.launcher == "python" or not _writes_here(launch):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        file = Path(folder) / "message"
+        launch.environment[MESSAGE_FILE] = str(file)
+        yield file
+
+
+def _read(file: Path | None) -> str | None:
+    return file.read_text(encoding="utf-8") if file is not None and file.exists() else None
 
 
 def _kill(pid: int) -> None:
