@@ -22,7 +22,7 @@ from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
-from dwakd_plugin.rank_failure import MESSAGE_FILE
+from dwakd_plugin.run_signals import FOLDER, MESSAGE, STOP
 
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axolotl was given
@@ -88,24 +88,23 @@ def run(
         console.print(f"[yellow]{change}[/yellow]", highlight=False)
     signed_before = _signature(launch)
     _write_recipe(launch, recipe_file)
-    with _message_file(launch) as message_file:
+    with _signals(launch) as signals:
         code, stopped_by = execute(
             launch.command,
             launch.environment,
             sys.stderr if json_output else None,
             # axolotl learns to stop when the models are loaded, right after the plugin signs.
-            can_save=lambda: not _writes_here(launch) or _signature(launch) != signed_before,
-            message_file=message_file,
+            can_save=lambda: _on_several_machines(launch) or _signature(launch) != signed_before,
+            signals=signals,
         )
-        message = _read(message_file)
-    if message is not None:
-        raise UserError(message)
+        if signals is not None and (signals / MESSAGE).exists():
+            raise UserError((signals / MESSAGE).read_text(encoding="utf-8"))
     if stopped_by is not None:
         console.print(_how_to_go_on(launch, stopped_by), highlight=False)
         code = 128 + stopped_by
     elif code != 0:
         console.print(f"axolotl ended with exit code {code}; its log is above.", style="red")
-    elif _writes_here(launch) and _signature(launch) == signed_before:
+    elif not _on_several_machines(launch) and _signature(launch) == signed_before:
         raise UserError(
             f"axolotl ended well, but dwakd's plugin was not part of it: {launch.output / RUN_FILE}"
             " was not written. What it trained had no teacher. Run `axolotl train "
@@ -311,13 +310,14 @@ def execute(
     environment: dict[str, str],
     stdout: Any = None,
     can_save: Callable[[], bool] = lambda: True,
-    message_file: Path | None = None,
+    signals: Path | None = None,
 ) -> tuple[int, int | None]:
     """Runs a command to its end; returns its exit code and the signal that stopped it, if one did.
 
     SIGINT, SIGTERM and SIGHUP reach the command as SIGINT, on which axolotl saves and stops, or as
-    SIGTERM as long as it cannot save anything yet; a second one kills it. So does `message_file`
-    when it appears: one of the command's processes has said why the run must end.
+    SIGTERM as long as it cannot save anything yet; a second one kills it. Where the command starts
+    several processes, `signals` is the folder for `dwakd_plugin.run_signals`: they are asked there
+    to stop, and killed when one of them has left its message or as long as none can save.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -326,6 +326,9 @@ def execute(
         saves = can_save()
         what = "axolotl saves first" if saves else "there is nothing to save yet"
         print(f"\nStopping: {what}. Once more to kill it.", file=sys.stderr)
+        if signals is not None:
+            (signals / STOP).touch() if saves else _kill(group)
+            return
         with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
             os.killpg(group, signal.SIGINT if saves else signal.SIGTERM)
 
@@ -345,10 +348,9 @@ def execute(
         process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
         if received:
             stop(process.pid)
-        while (code := _wait(process, None if message_file is None else 0.2)) is None:
-            if message_file is not None and message_file.exists():
+        while (code := _wait(process, None if signals is None else 0.2)) is None:
+            if signals is not None and (signals / MESSAGE).exists():
                 _kill(process.pid)
-                message_file = None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -364,19 +366,18 @@ def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None
 
 
 @contextlib.contextmanager
-def _message_file(launch: Launch) -> Iterator[Path | None]:
-    """A file by which the processes of a run on this machine alone say why it must end."""
-    if launch.launcher == "python" or not _writes_here(launch):
+def _signals(launch: Launch) -> Iterator[Path | None]:
+    """The folder for `dwakd_plugin.run_signals`, for a run of several processes on this machine.
+
+    Of several machines each has its own command, so that none can speak for all.
+    """
+    launch.environment.pop(FOLDER, None)
+    if launch.launcher == "python" or _on_several_machines(launch):
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
-        file = Path(folder) / "message"
-        launch.environment[MESSAGE_FILE] = str(file)
-        yield file
-
-
-def _read(file: Path | None) -> str | None:
-    return file.read_text(encoding="utf-8") if file is not None and file.exists() else None
+        launch.environment[FOLDER] = folder
+        yield Path(folder)
 
 
 def _kill(pid: int) -> None:
@@ -385,7 +386,8 @@ def _kill(pid: int) -> None:
 
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
+        # The launcher first: it would have a word to say on each of its workers.
+        for process in [parent, *parent.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -399,10 +401,10 @@ def _signature(launch: Launch) -> int | None:
     return file.stat().st_mtime_ns if file.is_file() else None
 
 
-def _writes_here(launch: Launch) -> bool:
-    """Whether the output folder is this machine's to write: of several nodes, only the first's."""
+def _on_several_machines(launch: Launch) -> bool:
+    """Of them, only the first writes the output folder."""
     nodes = ("--nnodes", "--num_machines", "--rdzv", "--node_rank", "--machine_rank")
-    return not any(argument.startswith(nodes) for argument in launch.command)
+    return any(argument.startswith(nodes) for argument in launch.command)
 
 
 def _how_to_go_on(launch: Launch, stopped_by: int) -> str:

@@ -20,8 +20,8 @@ from transformers import set_seed
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_output_folder, check_recipe, loads_body
-from dwakd_plugin.rank_failure import end_run
 from dwakd_plugin.run_report import describe_run, final_words
+from dwakd_plugin.run_signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
 

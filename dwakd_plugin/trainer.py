@@ -18,7 +18,7 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dwakd_plugin.causal_lm import causal_lm
@@ -34,7 +34,7 @@ from dwakd_plugin.projectors import (
     load_projectors,
     save_projectors,
 )
-from dwakd_plugin.rank_failure import end_run
+from dwakd_plugin.run_signals import end_run, is_last_step
 from dwakd_plugin.sharding import check_gathered, gathered, is_sharded, prepare_for_engine
 from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher
@@ -87,6 +87,15 @@ class _DistillationLog(Trainer):
         super().log(logs, start_time)
 
 
+class _StopWhenAsked(TrainerCallback):
+    """Ends training with a checkpoint, on all ranks after the same step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if is_last_step(state.global_step, first_rank=args.process_index == 0):
+            control.should_save = control.should_training_stop = True
+        return control
+
+
 class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
@@ -117,6 +126,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             *(f"{PROJECTORS}.{name}" for name in distillation.projectors.state_dict()),
         }
         prepare_for_engine(self, distillation.projectors)
+        self.add_callback(_StopWhenAsked)
         self._student_forward = self.model.forward
 
         @wraps(self._student_forward)  # the trainer reads its signature

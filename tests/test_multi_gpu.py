@@ -212,6 +212,11 @@ def test_ctrl_c_ends_two_processes(
     said, _ = run.communicate(timeout=90)
     assert run.returncode == 130, said
     assert "`--resume` goes on from the last checkpoint." in said
+    assert "Traceback" not in said
+    last = max(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    student = load_file(tmp_path / "out" / "model.safetensors")
+    saved = load_file(tmp_path / "out" / f"checkpoint-{last}" / "model.safetensors")
+    assert all(torch.equal(student[name], tensor) for name, tensor in saved.items())
     assert not [
         process
         for process in psutil.process_iter(["cmdline"])
