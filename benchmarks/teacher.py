@@ -249,7 +249,7 @@ def objective(
         trainer.data_collator.teacher_cache = None
         count = (inputs["labels"][:, 1:] != -100).sum()
         outputs = model(**inputs, num_items_in_batch=count)
-        terms = outputs["terms"]
+        terms = trainer.terms
         batch = teacher_batch(
             *(
                 [torch.tensor(row[f"teacher_{key}"]) for row in rows]

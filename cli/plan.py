@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import check_recipe
+from dwakd_plugin.preflight import ENGINE_KEYS, check_recipe
 
 if TYPE_CHECKING:
     from dwakd_plugin.memory_plan import Lengths, Plan, Suggestion
@@ -41,6 +41,10 @@ def run(
     console = Console(stderr=json_output, highlight=False)
     recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
     check_recipe(recipe)
+    if any(recipe.get(key) for key in ENGINE_KEYS):
+        changes.append(
+            "The figures are for a GPU that holds the whole student, as without FSDP and DeepSpeed"
+        )
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with console.status("Building both models without their weights"):
         from dwakd_plugin import memory_plan

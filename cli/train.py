@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
+from dwakd_plugin.run_signals import FOLDER, MESSAGE, STOP
 
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axolotl was given
@@ -83,19 +85,23 @@ def run(
         console.print(f"[yellow]{change}[/yellow]", highlight=False)
     signed_before = _signature(launch)
     _write_recipe(launch, recipe_file)
-    code, stopped_by = execute(
-        launch.command,
-        launch.environment,
-        sys.stderr if json_output else None,
-        # axolotl learns to stop when the models are loaded, right after the plugin signs.
-        can_save=lambda: not _writes_here(launch) or _signature(launch) != signed_before,
-    )
+    with _signals(launch) as signals:
+        code, stopped_by = execute(
+            launch.command,
+            launch.environment,
+            sys.stderr if json_output else None,
+            # axolotl learns to stop when the models are loaded, right after the plugin signs.
+            can_save=lambda: _on_several_machines(launch) or _signature(launch) != signed_before,
+            signals=signals,
+        )
+        if signals is not None and (signals / MESSAGE).exists():
+            raise UserError((signals / MESSAGE).read_text(encoding="utf-8"))
     if stopped_by is not None:
         console.print(_how_to_go_on(launch, stopped_by), highlight=False)
         code = 128 + stopped_by
     elif code != 0:
         console.print(f"axolotl ended with exit code {code}; its log is above.", style="red")
-    elif _writes_here(launch) and _signature(launch) == signed_before:
+    elif not _on_several_machines(launch) and _signature(launch) == signed_before:
         raise UserError(
             f"axolotl ended well, but dwakd's plugin was not part of it: {launch.output / RUN_FILE}"
             " was not written. What it trained had no teacher. Run `axolotl train "
@@ -225,7 +231,7 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
     # axolotl looks for `accelerate` and `torchrun` in PATH: they must be this environment's.
     binaries = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", os.defpath)])
-    devices = _gpus() if launcher is None or processes is not None else 0
+    devices = 0 if launcher == "python" else _gpus()
     if launcher is None:
         several = devices > 1 if processes is None else processes > 1
         # Without a GPU, accelerate starts one process whatever number it is given.
@@ -235,7 +241,7 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
             f"--launcher python is one process, and --nproc asks for {processes}. Use `--launcher "
             "torchrun` or `accelerate`."
         )
-    if launcher != "python" and not devices and (processes or 1) > 1:
+    if launcher != "python" and not devices:
         environment["ACCELERATE_USE_CPU"] = "true"
     return launcher, 1 if launcher == "python" else processes or 0, environment
 
@@ -306,11 +312,14 @@ def execute(
     environment: dict[str, str],
     stdout: Any = None,
     can_save: Callable[[], bool] = lambda: True,
+    signals: Path | None = None,
 ) -> tuple[int, int | None]:
     """Runs a command to its end; returns its exit code and the signal that stopped it, if one did.
 
     SIGINT, SIGTERM and SIGHUP reach the command as SIGINT, on which axolotl saves and stops, or as
-    SIGTERM as long as it cannot save anything yet; a second one kills it.
+    SIGTERM as long as it cannot save anything yet; a second one kills it. Where the command starts
+    several processes, `signals` is the folder for `dwakd_plugin.run_signals`: they are asked there
+    to stop, and killed when one of them has left its message or as long as none can save.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -319,6 +328,9 @@ def execute(
         saves = can_save()
         what = "axolotl saves first" if saves else "there is nothing to save yet"
         print(f"\nStopping: {what}. Once more to kill it.", file=sys.stderr)
+        if signals is not None:
+            (signals / STOP).touch() if saves else _kill(group)
+            return
         with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
             os.killpg(group, signal.SIGINT if saves else signal.SIGTERM)
 
@@ -338,11 +350,36 @@ def execute(
         process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
         if received:
             stop(process.pid)
-        code = process.wait()
+        while (code := _wait(process, None if signals is None else 0.2)) is None:
+            if signals is not None and (signals / MESSAGE).exists():
+                _kill(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return (128 - code if code < 0 else code), (received[0] if received else None)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None:
+    """A process's exit code, or None where it has not ended after so many seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+@contextlib.contextmanager
+def _signals(launch: Launch) -> Iterator[Path | None]:
+    """The folder for `dwakd_plugin.run_signals`, for a run of several processes on this machine.
+
+    Of several machines each has its own command, so that none can speak for all.
+    """
+    launch.environment.pop(FOLDER, None)
+    if launch.launcher == "python" or _on_several_machines(launch):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        launch.environment[FOLDER] = folder
+        yield Path(folder)
 
 
 def _kill(pid: int) -> None:
@@ -351,7 +388,8 @@ def _kill(pid: int) -> None:
 
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
+        # The launcher first: it would have a word to say on each of its workers.
+        for process in [parent, *parent.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -365,10 +403,10 @@ def _signature(launch: Launch) -> int | None:
     return file.stat().st_mtime_ns if file.is_file() else None
 
 
-def _writes_here(launch: Launch) -> bool:
-    """Whether the output folder is this machine's to write: of several nodes, only the first's."""
+def _on_several_machines(launch: Launch) -> bool:
+    """Of them, only the first writes the output folder."""
     nodes = ("--nnodes", "--num_machines", "--rdzv", "--node_rank", "--machine_rank")
-    return not any(argument.startswith(nodes) for argument in launch.command)
+    return any(argument.startswith(nodes) for argument in launch.command)
 
 
 def _how_to_go_on(launch: Launch, stopped_by: int) -> str:

@@ -35,6 +35,14 @@ from dwakd_plugin.projectors import (
     load_projectors,
     shared_vocabulary_init,
 )
+from dwakd_plugin.sharding import (
+    describe_processes,
+    from_first_rank,
+    has_weights,
+    is_sharded,
+    tables,
+    whole,
+)
 from dwakd_plugin.teacher import Teacher, load_teacher
 from dwakd_plugin.tokenizer_pair import shared_vocabulary
 from dwakd_plugin.trainer import Distillation
@@ -51,8 +59,10 @@ def assemble(
     Returns the distillation and what `describe_run` says of its making. Raises UserError.
     """
     student = trainer.model
-    device = str(student.device)
     check_positions(student, cfg.sequence_len, "sequence_len")
+    first_rank = trainer.args.process_index == 0
+    # A sharded student is not on its device before it is wrapped.
+    device = str(trainer.args.device if is_sharded(trainer) else student.device)
     teacher_tokenizer = load_teacher_tokenizer(config.teacher)
     if config.teacher.cache is None:
         teacher = load_teacher(config.teacher, device)
@@ -72,15 +82,24 @@ def assemble(
         check_positions(teacher.model, length, "dwakd.teacher.sequence_len")
     if cfg.sample_packing:
         _prepare_packing(cfg, config, trainer, teacher)
-    pair = {
-        "student": str(cfg.base_model),
-        "teacher": config.teacher.base_model,
-        "student_head": head_signature(output_head(student).weight),
-        "teacher_head": head_signature(teacher.head.weight),
-    }
     shared = shared_vocabulary(teacher_tokenizer, trainer.processing_class)
-    projectors, how = _projectors(config, student, teacher, shared, pair, int(cfg.seed or 42))
-    # Where a run resumes, the checkpoint's projectors replace these before the first step.
+    pair, how = {}, ""
+    with whole(tables(student)):
+        seed = int(cfg.seed or 42)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projectors = Projectors(embedding_table(student).weight.shape[1], teacher.hidden_size)
+        if has_weights(trainer):
+            pair = {
+                "student": str(cfg.base_model),
+                "teacher": config.teacher.base_model,
+                "student_head": head_signature(output_head(student).weight),
+                "teacher_head": head_signature(teacher.head.weight),
+            }
+            how = _initialise(projectors, config, student, teacher, shared, pair)
+    projectors.to(device)
+    # Where a run resumes, the checkpoint's projectors replace these before the first step. The
+    # recipe of a sharded student, which cannot be warmed up with, has been refused before.
     if config.projectors.warmup_steps > 0 and determine_last_checkpoint(cfg) is None:
         how += "; " + str(
             warm_up(
@@ -91,10 +110,11 @@ def assemble(
                 trainer.train_data_collator,
                 config,
                 batch_size=trainer.args.per_device_train_batch_size,
-                seed=int(cfg.seed or 42),
-                progress=_progress("Projector warm-up", "step"),
+                seed=seed,
+                progress=_progress("Projector warm-up", "step", shown=first_rank),
             )
         )
+    pair, how = from_first_rank(projectors, pair, how)
     if teacher.parameters < parameter_count(causal_lm(student)):
         LOG.warning(
             "The teacher has fewer parameters (%s) than the student (%s). Were the two swapped?",
@@ -108,6 +128,7 @@ def assemble(
         "student_vocabulary": len(trainer.processing_class),
         "shared_tokens": len(shared),
         "initialisation": how,
+        "processes": describe_processes(trainer),
     }
     return Distillation(config, teacher, projectors, rows, pair), facts
 
@@ -119,13 +140,14 @@ def _collators(trainer: Any) -> tuple[Any, ...]:
 def _prepare_packing(cfg: Any, config: DWAKDConfig, trainer: Any, teacher: Teacher) -> None:
     """Sees that packed rows stay apart in both models; raises UserError where they don't."""
     sequences = cfg.micro_batch_size if trainer.args.multipack_real_batches else 1
-    with trainer.accelerator.autocast():
-        check_packing(
-            trainer.model,
-            "The student",
-            "Set `sample_packing: false`, or an attn_implementation that keeps them apart.",
-            sequences,
-        )
+    if not is_sharded(trainer):  # whose weights are not whole before it is wrapped
+        with trainer.accelerator.autocast():
+            check_packing(
+                trainer.model,
+                "The student",
+                "Set `sample_packing: false`, or an attn_implementation that keeps them apart.",
+                sequences,
+            )
     if teacher.model is None:
         return
     # Flash attention tells rows apart in a single sequence only; others build a mask of L x L.
@@ -143,19 +165,16 @@ def _prepare_packing(cfg: Any, config: DWAKDConfig, trainer: Any, teacher: Teach
         )
 
 
-def _projectors(
+def _initialise(
+    projectors: Projectors,
     config: DWAKDConfig,
     student: nn.Module,
     teacher: Teacher,
     shared: list[tuple[int, int]],
     pair: dict[str, str],
-    seed: int,
-) -> tuple[Projectors, str]:
-    """The projectors on the student's device in float32, and how they were initialised."""
+) -> str:
+    """Sets projectors, which are random yet, as the recipe says. Returns how."""
     head, table = output_head(student), embedding_table(student)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        projectors = Projectors(table.weight.shape[1], teacher.hidden_size)
     how = config.projectors.init
     if config.projectors.path is not None:
         load_projectors(projectors, Path(config.projectors.path), pair)
@@ -183,14 +202,14 @@ def _projectors(
             f"The projectors start with values that are not finite ({how}): the embeddings or the "
             "head of teacher or student hold NaN or infinity. Check both checkpoints."
         )
-    return projectors.to(student.device), how
+    return how
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
     return table.detach()[ids.to(table.device)].float().cpu()
 
 
-def _progress(title: str, unit: str) -> Any:
+def _progress(title: str, unit: str, *, shown: bool = True) -> Any:
     """A progress bar with ETA, made when the first pieces are done."""
     from tqdm import tqdm
 
@@ -199,7 +218,8 @@ def _progress(title: str, unit: str) -> Any:
     def show(done: int, total: int) -> None:
         if not bar:
             # The terminal itself: where axolotl is kept quiet, what takes long still shows.
-            bar.append(tqdm(total=total, desc=title, unit=unit, file=sys.__stderr__))
+            stream = sys.__stderr__
+            bar.append(tqdm(total=total, desc=title, unit=unit, file=stream, disable=not shown))
         bar[0].update(done - bar[0].n)
         if done >= total:
             bar[0].close()

@@ -133,10 +133,17 @@ def gather_positions(sequences: Tensor, positions: Tensor) -> Tensor:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters; 4-bit weights count as what they stand for."""
-    if isinstance(model, PreTrainedModel):
+    """Number of parameters; 4-bit and partitioned weights count as what they stand for."""
+    if isinstance(model, PreTrainedModel) and not any(
+        hasattr(parameter, "ds_numel") for parameter in model.parameters()
+    ):
         return int(model.num_parameters())
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(map(size, model.parameters()))
+
+
+def size(parameter: Tensor) -> int:
+    """Numbers in a parameter, of which ZeRO-3 may leave none here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def short_dtype(dtype: torch.dtype) -> str:

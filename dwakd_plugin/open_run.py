@@ -16,7 +16,7 @@ import yaml
 
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import check_all
+from dwakd_plugin.preflight import ENGINE_KEYS, check_all
 
 if TYPE_CHECKING:
     from dwakd_plugin.trainer import Distillation
@@ -97,9 +97,13 @@ def _checked(recipe: dict[str, Any], folder: Path) -> tuple[DWAKDConfig, Path]:
 
 
 def _without_a_run(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The recipe with an output folder of its own: no run is refused, resumed or signed."""
+    """The recipe for one process, with an output folder of its own.
+
+    No run is refused, resumed or signed, and nothing is sharded.
+    """
     own = recipe | {"output_dir": str(Path(folder) / "out")}
-    own.pop("resume_from_checkpoint", None)
+    for key in ("resume_from_checkpoint", *ENGINE_KEYS):
+        own.pop(key, None)
     own["auto_resume_from_checkpoints"] = False
     return _with_projectors(own, warmup_steps=0)
 

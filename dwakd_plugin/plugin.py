@@ -21,6 +21,7 @@ from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_output_folder, check_recipe, loads_body
 from dwakd_plugin.run_report import describe_run, final_words
+from dwakd_plugin.run_signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
 
@@ -35,8 +36,7 @@ def _without_traceback(hook: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return hook(*args, **kwargs)
         except UserError as error:
-            LOG.error("dwakd: %s", error, main_process_only=False)
-            raise SystemExit(1) from None
+            end_run(str(error))
 
     return guarded
 
@@ -76,7 +76,9 @@ class DWAKDPlugin(BasePlugin):
         if loads_body(config.teacher):
             check_teacher(config.teacher, _student_device())
         if not preprocess:
-            check_output_folder(cfg, config)
+            # One rank sets incomplete checkpoints aside.
+            only_look = os.environ.get("RANK", "0") != "0"
+            check_output_folder(cfg, config, only_look=only_look)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
         efficiency = cfg.sample_packing_eff_est  # axolotl's estimate is for one side
@@ -123,10 +125,8 @@ class DWAKDPlugin(BasePlugin):
 
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         # Called before and after the final save: the first time the projectors leave the student.
-        if self._trainer is not None and self._trainer.args.should_save:
+        if self._trainer is not None and self._trainer.end_distillation():
             self._trainer.save_projectors(Path(cfg.output_dir))
-        if self._trainer is not None:
-            self._trainer.end_distillation()
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         if self._trainer is not None and self._trainer.args.should_save:

@@ -30,10 +30,11 @@ _CONFLICTS = {
     "objective is larger; remove it (a loss that is not finite stops the run anyway)",
     "processor_type": "multimodal data has no teacher's side; remove it",
     "use_eaft": "it weights the labels' loss in its own way; remove it",
-    "fsdp": "sharded training is not supported yet; use one process or DDP",
-    "fsdp_config": "sharded training is not supported yet; use one process or DDP",
-    "deepspeed": "sharded training is not supported yet; use one process or DDP",
 }
+# What shards the student over several processes.
+ENGINE_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "deepspeed")
+# Sections of a DeepSpeed config that take away from the recipe what the projectors need.
+_DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
 
 _TRAINING_KEYS = (
     "adapter",
@@ -61,6 +62,7 @@ def check_recipe(recipe: Any) -> None:
     for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
         if (recipe.get(key) or 1) > 1:
             problems.append(f"  {key}: {recipe.get(key)} — sequences must be whole; set it to 1")
+    problems += _engine_problems(recipe)
     if not recipe.get("datasets"):
         problems.append("  datasets: none given — add the rows to train on")
     if problems:
@@ -68,6 +70,68 @@ def check_recipe(recipe: Any) -> None:
             "The recipe asks for what does not go with `distillation: dwakd`:\n"
             + "\n".join(problems)
         )
+
+
+def _engine_problems(recipe: Any) -> Iterator[str]:
+    """What distillation cannot do under FSDP and DeepSpeed, with what to do about it."""
+    fsdp = recipe.get("fsdp_config") or {}
+    stage = 0
+    if fsdp or recipe.get("fsdp"):
+        version = recipe.get("fsdp_version") or _fsdp(fsdp, "version") or 1
+        if str(version) != "2":
+            yield (
+                f"  fsdp_version: {version} — FSDP1 flattens a student's weights together with the "
+                "projectors'; set `fsdp_version: 2`"
+            )
+        policy = _fsdp(fsdp, "auto_wrap_policy")
+        if policy == "SIZE_BASED_WRAP":
+            yield (
+                f"  fsdp_config.auto_wrap_policy: {policy} — it may part head and embeddings from "
+                "the decoder, and the loss needs them together; set TRANSFORMER_BASED_WRAP and "
+                "`transformer_layer_cls_to_wrap`"
+            )
+    if recipe.get("deepspeed"):
+        try:
+            config = _deepspeed_config(recipe["deepspeed"])
+        except (OSError, ValueError) as error:
+            yield (
+                f"  deepspeed: {recipe['deepspeed']} — cannot be read ({error}); give a JSON file, "
+                "such as `axolotl fetch deepspeed_configs` brings"
+            )
+            return
+        stage = int((config.get("zero_optimization") or {}).get("stage") or 0)
+        for section in _DEEPSPEED_SECTIONS:
+            if config.get(section):
+                yield (
+                    f"  deepspeed: its `{section}` section — it has one learning rate for student "
+                    f"and projectors; remove it: axolotl's own {section} is used then"
+                )
+        if ((config.get("tensor_parallel") or {}).get("autotp_size") or 1) > 1:
+            yield "  deepspeed: tensor_parallel.autotp_size — heads must be whole; remove it"
+    block = recipe.get("dwakd")
+    projectors = block.get("projectors") if isinstance(block, dict) else None
+    steps = projectors.get("warmup_steps") if isinstance(projectors, dict) else None
+    if steps and (fsdp or recipe.get("fsdp") or stage == 3):
+        yield (
+            f"  dwakd.projectors.warmup_steps: {steps} — no process holds the whole student under "
+            "FSDP and ZeRO-3; run `dwakd warmup RECIPE` before, and give its file as "
+            "dwakd.projectors.path"
+        )
+
+
+def _fsdp(config: Any, key: str) -> Any:
+    """A key of `fsdp_config`, which may have axolotl's old prefix."""
+    return config.get(key) or config.get(f"fsdp_{key}")
+
+
+def _deepspeed_config(value: Any) -> Any:
+    """The DeepSpeed config of a recipe, given as a file or whole. Raises OSError, ValueError."""
+    if isinstance(value, dict):
+        return value
+    config = json.loads(Path(value).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("it holds no mapping")
+    return config
 
 
 def check_data_types(recipe: dict[str, Any]) -> None:

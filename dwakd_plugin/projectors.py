@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dwakd_plugin.errors import UserError
 
@@ -21,6 +22,10 @@ T2S_SCALE = 0.3
 RIDGE = 1e-3
 # bfloat16 moves a row's norm by less than half a percent.
 SIGNATURE_TOLERANCE = 0.01
+
+
+class Projector(nn.Linear):
+    """A linear map of a type of its own, by which an engine can tell it from a student's layers."""
 
 
 class Projectors(nn.Module):
@@ -37,10 +42,10 @@ class Projectors(nn.Module):
     def __init__(self, student_hidden_size: int, teacher_hidden_size: int) -> None:
         super().__init__()
         d, D = student_hidden_size, teacher_hidden_size
-        self.query = nn.Linear(2 * d, 2 * D)
-        self.t2s = nn.Linear(D, d)
-        self.s2t = nn.Linear(d, D)
-        self.embed_t2s = nn.Linear(D, d)
+        self.query = Projector(2 * d, 2 * D)
+        self.t2s = Projector(D, d)
+        self.s2t = Projector(d, D)
+        self.embed_t2s = Projector(D, d)
 
 
 def shared_vocabulary_init(
@@ -136,7 +141,19 @@ def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]
         raise UserError(
             f"The projectors {file} belong to another pair of models:\n" + "\n".join(differing)
         )
-    projectors.load_state_dict(tensors)
+    _set_whole(projectors, tensors)
+
+
+@torch.no_grad()
+def _set_whole(projectors: Projectors, tensors: dict[str, Tensor]) -> None:
+    """Sets the projectors, whole or sharded by FSDP2, to whole tensors, which every rank has."""
+    for name, parameter in projectors.named_parameters():
+        value = tensors[name].to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(
+                value, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        parameter.copy_(value)
 
 
 def read_projectors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dwakd_plugin.causal_lm import causal_lm
+from dwakd_plugin.causal_lm import causal_lm, parameter_count, size
 from dwakd_plugin.projectors import PROJECTOR_FILE
 
 
@@ -15,10 +15,10 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
     config, teacher, rows = distillation.config, distillation.teacher, distillation.rows
     student = trainer.model
     lm = causal_lm(student)
-    projectors = sum(parameter.numel() for parameter in distillation.projectors.parameters())
+    projectors = parameter_count(distillation.projectors)
     # A submodule of what trains: under LoRA that is not the model itself.
-    own = lm.num_parameters() - (projectors if lm is student else 0)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad) - projectors
+    own = parameter_count(lm) - (projectors if lm is student else 0)
+    trained = sum(size(p) for p in student.parameters() if p.requires_grad) - projectors
     loss, dtw = config.loss, config.soft_dtw
     evaluated = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
@@ -38,6 +38,7 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
         f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
         + ("" if config.variant == "full" else f"; variant {config.variant}"),
+        "processes": facts["processes"],
         "cache": config.teacher.cache or "none: the teacher runs in every step",
     }
     width = max(map(len, lines))

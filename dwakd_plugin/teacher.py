@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from dwakd_plugin.causal_lm import (
     EmbeddingTable,
@@ -121,7 +122,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
         quantisation["quantization_config"] = quantisation_config(config, dtype)
     folder = _OffloadFolder() if _is_spread(config) else None
     try:
-        with explain_out_of_memory("loading the teacher"), _without_rank_zero_loading():
+        with explain_out_of_memory("loading the teacher"), _whole_on_every_rank():
             model = AutoModelForCausalLM.from_pretrained(
                 config.base_model,
                 revision=config.revision,
@@ -285,7 +286,8 @@ def _limits(config: TeacherConfig, device: str, folder: str) -> dict[str, Any]:
         }
     else:
         # The other half is the student's: its gradients, optimizer and activations are yet to come.
-        limits = {"cpu": psutil.virtual_memory().available // 2}
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limits = {"cpu": psutil.virtual_memory().available // (2 * processes)}
         if torch.device(device).type == "cuda":
             limits[torch.device(device).index or 0] = torch.cuda.mem_get_info(device)[0] // 2
     return {"device_map": "sequential", "max_memory": limits, "offload_folder": folder}
@@ -311,12 +313,21 @@ def _give_own_projections(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _without_rank_zero_loading() -> Iterator[None]:
-    """FSDP's variable makes `from_pretrained` zero-fill weights on other ranks."""
+def _whole_on_every_rank() -> Iterator[None]:
+    """Keeps `from_pretrained` from treating the teacher as it treats the student.
+
+    FSDP's variable makes it zero-fill weights on other ranks, and DeepSpeed's config, to which
+    transformers holds a weak reference, makes it partition them under ZeRO-3.
+    """
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     value = os.environ.pop(name, None)
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    zero_config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         if value is not None:
             os.environ[name] = value
+        if zero_config is not None:
+            deepspeed.set_hf_deepspeed_config(zero_config)

@@ -1,15 +1,15 @@
 """axolotl's trainer, with the distillation loss computed inside the student's wrapped forward.
 
-The projectors are a submodule of the student while it trains, so that DDP, FSDP and DeepSpeed wrap,
-synchronise and step them; checkpoints keep them in a folder of their own, and the student is saved
-without them.
+The projectors are a submodule of the student while it trains, so that DDP, FSDP2 and DeepSpeed
+wrap, synchronise and step them (see `sharding.py`); checkpoints keep them in a folder of their own,
+and the student is saved without them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dwakd_plugin.causal_lm import causal_lm
 from dwakd_plugin.collator import DISTILLATION_KEYS
@@ -35,6 +36,8 @@ from dwakd_plugin.projectors import (
     load_projectors,
     save_projectors,
 )
+from dwakd_plugin.run_signals import end_run, is_last_step
+from dwakd_plugin.sharding import check_gathered, gathered, is_sharded, prepare_for_engine
 from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher
 
@@ -86,6 +89,15 @@ class _DistillationLog(Trainer):
         super().log(logs, start_time)
 
 
+class _StopWhenAsked(TrainerCallback):
+    """Ends training with a checkpoint, on all ranks after the same step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if is_last_step(state.global_step, first_rank=args.process_index == 0):
+            control.should_save = control.should_training_stop = True
+        return control
+
+
 class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
@@ -103,8 +115,11 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             )
         self.distillation = distillation
         self._sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        # Of the last forward; not among its outputs, which FSDP2 rounds to its compute dtype.
+        self.terms: dict[str, Tensor] = {}
         # Sums are divided by the label count of the whole optimizer step (method, section 6), which
-        # the trainer counts only for models that say they take it.
+        # the trainer counts only for models that say they take it. Over all ranks: the trainer then
+        # multiplies the loss by their number, which the mean of their gradients takes back.
         self.model_accepts_loss_kwargs = True
         self.args.average_tokens_across_devices = True
         setattr(self.model, PROJECTORS, distillation.projectors)
@@ -113,6 +128,8 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             *(lm._keys_to_ignore_on_save or ()),
             *(f"{PROJECTORS}.{name}" for name in distillation.projectors.state_dict()),
         }
+        prepare_for_engine(self, distillation.projectors)
+        self.add_callback(_StopWhenAsked)
         self._student_forward = self.model.forward
 
         @wraps(self._student_forward)  # the trainer reads its signature
@@ -138,19 +155,21 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
         label_tokens = inputs.pop("num_items_in_batch", None)
         terms = self.loss_terms(batch, **inputs)
+        self.terms = {name: value.detach() for name, value in vars(terms).items()}
         if not self.model.training:
-            loss = terms.ce / terms.student_tokens.clamp(min=1)
+            loss = _mean_cross_entropy(self.terms)
         else:
             assert self.distillation is not None
             count = terms.student_tokens if label_tokens is None else label_tokens
             total = terms.total(self.distillation.config.loss, self._kd_ramp())
             loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
-        detached = {field.name: getattr(terms, field.name).detach() for field in fields(terms)}
-        return {"loss": loss, "terms": detached}
+        return {"loss": loss}
 
     def loss_terms(self, batch: dict[str, Tensor], **inputs: Tensor) -> LossTerms:
         """The loss's terms for one collated batch; `inputs` are the rest of `student_states`'."""
         assert self.distillation is not None
+        if self.is_fsdp_enabled:
+            check_gathered(self.model)
         student = student_states(self.model, batch, **inputs)
         return self._terms(student, self.distillation.teacher.states(batch))
 
@@ -183,10 +202,12 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         loss, outputs = super().compute_loss(
             model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
         )
+        if not model.training:
+            loss = _mean_cross_entropy(self.terms)
         if not torch.isfinite(loss):
             raise NonFiniteLoss(self._explain_non_finite(inputs))
         sums = self._sums["" if model.training else "eval_"]
-        for name, value in outputs["terms"].items():
+        for name, value in self.terms.items():
             sums[name] = sums.get(name, 0) + value.double()
         return (loss, outputs) if return_outputs else loss
 
@@ -208,14 +229,31 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             with explain_out_of_memory("the student's step"):
                 return super().train(*args, **kwargs)
         except (NonFiniteLoss, UserError) as error:
-            LOG.error(str(error), main_process_only=False)
-            raise SystemExit(1) from error
+            end_run(str(error))
+
+    def _explain_non_finite(self, inputs: dict[str, Any]) -> str:
+        """Which term of which row is not finite, and what to do about it.
+
+        A rank that holds a part of the student cannot compute alone: it names all rows.
+        """
+        assert self.distillation is not None
+        if is_sharded(self):
+            sources = inputs[SOURCE_COLUMN].tolist()
+            found = "one of " + ", ".join(map(self.distillation.rows.locate, sources))
+        else:
+            found = self._non_finite_row(inputs)
+        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
+        kept = f"Checkpoints are kept in {self.args.output_dir}." if checkpoints else ""
+        return (
+            f"The loss is not finite at step {self.state.global_step + 1}: {found}\n"
+            f"Training stops here. {kept} Lower learning_rate or dwakd.projectors.learning_rate, "
+            "set max_grad_norm, or remove the row; then resume from the last checkpoint."
+        )
 
     @torch.no_grad()
-    def _explain_non_finite(self, inputs: dict[str, Any]) -> str:
-        """Which term of which row is not finite, found by computing the loss of each row alone."""
+    def _non_finite_row(self, inputs: dict[str, Any]) -> str:
+        """Term, place and text of the first row whose loss, by itself, is not finite."""
         assert self.distillation is not None
-        found = "no single row by itself; the parameters may have become non-finite"
         inputs = dict(inputs)
         batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
         student = student_states(self.model, batch, **inputs)
@@ -232,15 +270,8 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
                 assert student.labels is not None
                 labels = student.labels[index]
                 text = self.processing_class.decode(labels[labels != -100][:200])
-                found = f"{', '.join(bad)} in {place}: {text!r}"
-                break
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
-        kept = f"Checkpoints are kept in {self.args.output_dir}." if checkpoints else ""
-        return (
-            f"The loss is not finite at step {self.state.global_step + 1}: {found}\n"
-            f"Training stops here. {kept} Lower learning_rate or dwakd.projectors.learning_rate, "
-            "set max_grad_norm, or remove the row; then resume from the last checkpoint."
-        )
+                return f"{', '.join(bad)} in {place}: {text!r}"
+        return "no single row by itself; the parameters may have become non-finite"
 
     # -- metrics ----------------------------------------------------------------------------------
 
@@ -297,23 +328,19 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             _give_projectors_their_rate(optimizer, self.model if model is None else model, rate)
         return optimizer
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        super()._save(output_dir, state_dict)
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
+        # Before the rest: a checkpoint counts as whole once its last file, the state, is there.
         if self.distillation is not None:
-            self.save_projectors(Path(output_dir or self.args.output_dir), state_dict)
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.save_projectors(Path(self._get_output_dir(trial=trial)) / name)
+        super()._save_checkpoint(model, trial, **kwargs)
 
-    def save_projectors(self, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes the projectors below `folder`; from a gathered state dict where there is one."""
+    def save_projectors(self, folder: Path) -> None:
+        """Writes the projectors below `folder`. All ranks must take part, and the first writes."""
         assert self.distillation is not None
-        gathered = {
-            name.split(f"{PROJECTORS}.", 1)[1]: tensor
-            for name, tensor in (state_dict or {}).items()
-            if f"{PROJECTORS}." in name
-        }
-        tensors = gathered or self.distillation.projectors.state_dict()
-        save_projectors(tensors, folder / PROJECTOR_FILE, self.distillation.pair)
+        tensors = gathered(self.distillation.projectors)
+        if self.args.should_save:
+            save_projectors(tensors, folder / PROJECTOR_FILE, self.distillation.pair)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -351,6 +378,12 @@ def _give_projectors_their_rate(
             parameter for parameter in group["params"] if id(parameter) not in projectors
         ]
         optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
+    # DeepSpeed cannot flatten a group of none.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _mean_cross_entropy(terms: dict[str, Tensor]) -> Tensor:
+    return terms["ce"] / terms["student_tokens"].clamp(min=1)
 
 
 def _exp(value: float) -> float:

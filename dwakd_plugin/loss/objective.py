@@ -284,7 +284,7 @@ def dwakd_loss(
             gamma = soft_dtw.gamma_start if gamma is None else gamma
             sums |= _sequence_level(student_side, teacher_side, projectors, penalty, gamma)
 
-    zero = _zero_with_graph(student, projectors, with_head=loss.ce_weight == 0)
+    zero = _zero_with_graph(student, teacher, projectors, with_head=loss.ce_weight == 0)
     zero = zero.to(dtype)
 
     def term(name: str) -> Tensor:
@@ -420,15 +420,24 @@ def _parameters(projector: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     return projector.parameters() if isinstance(projector, nn.Module) else iter(())
 
 
-def _zero_with_graph(student: ResponseStates, projectors: ProjectorSet, with_head: bool) -> Tensor:
+def _zero_with_graph(
+    student: ResponseStates, teacher: ResponseStates, projectors: ProjectorSet, with_head: bool
+) -> Tensor:
     """0 whose backward gives zeros to all that trains here and that no term may reach.
 
     Without it an ablation, or a batch without labels, leaves gradients None; DDP then waits for
-    them, and optimizers skip what other ranks step. Empty slices: padding may hold NaN.
+    them, and optimizers skip what other ranks step. Empty slices: padding may hold NaN. Projectors
+    are called, as a sharded one has its parameters only while it is.
     """
-    trained = [student.hidden, student.target_embeds]
-    for projector in (projectors.query, projectors.t2s, projectors.s2t, projectors.embed_t2s):
-        trained.extend(_parameters(projector))
+    read = torch.cat([student.input_embeds[:0], student.target_embeds[:0]], -1).detach()
+    trained = [
+        student.hidden,
+        student.target_embeds,
+        _project(projectors.query, read),
+        _project(projectors.t2s, teacher.hidden[:0]),
+        _project(projectors.s2t, student.hidden[:0].detach()),
+        _project(projectors.embed_t2s, teacher.target_embeds[:0]),
+    ]
     if with_head:  # a zero of the head's size: only where no cross-entropy reaches it anyway
         trained.append(student.head.weight)
         if student.head.bias is not None:
