@@ -60,6 +60,7 @@ class Model:
     held: Held
     name: str = ""
     rows: list[Encoded] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of the rows, in the data
     readings: list[Reading] | None = None
     responses: list[list[Response]] | None = None  # [seed][row]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -312,7 +313,7 @@ def keep_what_fits(
                 "reference together."
             )
     for one in models:
-        one.rows = [one.rows[row] for row in kept]
+        one.rows, one.numbers = [one.rows[row] for row in kept], kept
     return [references[row] for row in kept], len(references) - len(kept)
 
 
@@ -417,7 +418,7 @@ def _respond(one: Model, model: Any, options: Options, store: Any, begin: Begin)
         store,
         with_transformers(model, options.sampling, one.stop),
         one.tokenizer,
-        [row.prompt for row in one.rows],
+        _prompts(one),
         _limits(one, options),
         options.seeds,
         one.stop,
@@ -429,9 +430,8 @@ def _respond(one: Model, model: Any, options: Options, store: Any, begin: Begin)
 def _respond_with_vllm(one: Model, options: Options, store: Any, begin: Begin) -> None:
     from dwakd_plugin.generation import respond, with_vllm
 
-    prompts = [row.prompt for row in one.rows]
-    limits = _limits(one, options)
-    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    prompts, limits = _prompts(one), _limits(one, options)
+    longest = max(len(prompt) + limits[row] for row, prompt in prompts.items())
     with with_vllm(one.source, one.held, options.sampling, one.stop, longest) as generate:
         one.responses = respond(
             store,
@@ -446,14 +446,19 @@ def _respond_with_vllm(one: Model, options: Options, store: Any, begin: Begin) -
         )
 
 
-def _limits(one: Model, options: Options) -> list[int]:
+def _prompts(one: Model) -> dict[int, list[int]]:
+    return {number: row.prompt for number, row in zip(one.numbers, one.rows, strict=True)}
+
+
+def _limits(one: Model, options: Options) -> dict[int, int]:
     """The largest number of new tokens of each row: the model's positions end it too."""
     from dwakd_plugin.evaluated_model import most_positions
 
     positions, most = most_positions(one.config), options.sampling.max_new_tokens
-    if positions is None:
-        return [most] * len(one.rows)
-    return [min(most, positions - len(row.prompt)) for row in one.rows]
+    return {
+        number: most if positions is None else min(most, positions - len(prompt))
+        for number, prompt in _prompts(one).items()
+    }
 
 
 def _read_samples(teacher: Model, model: Any, student: Model, begin: Begin) -> None:

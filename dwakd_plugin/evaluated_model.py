@@ -77,7 +77,7 @@ def find_model(name: str) -> Source:
             f"`{name}` holds neither a model (config.json) nor an adapter ({ADAPTER_CONFIG})."
             + (f" Its last checkpoint is {last}." if last is not None else "")
         )
-    for place in (folder, folder.absolute().parent):
+    for place in _run_folders(folder):
         if any((place / file).is_file() for file in _TOKENIZER_FILES):
             return Source(name, weights, folder if adapter.is_file() else None, str(place))
     if adapter.is_file():
@@ -88,10 +88,16 @@ def find_model(name: str) -> Source:
     )
 
 
+def _run_folders(folder: Path) -> list[Path]:
+    """Where a run may have left what belongs to a model: of a checkpoint, the run's folder too."""
+    folder = folder.absolute()
+    return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+
+
 def run_record(source: Source) -> dict[str, Any]:
-    """What the run says that wrote a model, from its folder or the one above; {} where none did."""
-    folder = Path(source.name).expanduser().absolute()
-    for file in (folder / RUN_FILE, folder.parent / RUN_FILE):
+    """What the run says that wrote a model; {} where none did."""
+    for folder in _run_folders(Path(source.name).expanduser()):
+        file = folder / RUN_FILE
         if file.is_file():
             try:
                 return dict(json.loads(file.read_text(encoding="utf-8")))

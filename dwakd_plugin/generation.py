@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -321,12 +321,14 @@ def _prompt_checksum(prompt: Sequence[int]) -> int:
 # All of it ----------------------------------------------------------------------------------
 
 
-def batches(prompts: Sequence[Sequence[int]], limits: Sequence[int], size: int) -> list[list[int]]:
+def batches(
+    prompts: Mapping[int, Sequence[int]], limits: Mapping[int, int], size: int
+) -> list[list[int]]:
     """Rows that are generated together: of one limit, longest prompts first.
 
     Of one limit, as a batch runs to its limit, and a row may have no position beyond its own.
     """
-    order = sorted(range(len(prompts)), key=lambda row: (-limits[row], -len(prompts[row]), row))
+    order = sorted(prompts, key=lambda row: (-limits[row], -len(prompts[row]), row))
     plan: list[list[int]] = []
     for _, group in groupby(order, key=lambda row: limits[row]):
         rows = list(group)
@@ -338,8 +340,8 @@ def respond(
     store: ResponseStore,
     generate: Generator,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
+    prompts: Mapping[int, Sequence[int]],
+    limits: Mapping[int, int],
     seeds: Sequence[int],
     stop: Sequence[int],
     batch_size: int,
@@ -347,17 +349,17 @@ def respond(
 ) -> list[list[Response]]:
     """A response for each seed and row: [seed][row]. Those in the store are not made again.
 
-    limits: the largest number of new tokens of each row. Batches are the same after an interruption
-    as without one, so that a batch of which some rows are missing is generated whole. Where a GPU's
-    memory runs out, batches are halved. Raises UserError.
+    prompts: token ids by the row's number in the data; limits: the largest number of new tokens.
+    Batches are the same after an interruption as without one, so that a batch of which some rows are
+    missing is generated whole. Where a GPU's memory runs out, batches are halved. Raises UserError.
     """
 
-    def missing(seed: int, rows: Sequence[int]) -> list[int]:
+    def missing(seed: int, rows: Iterable[int]) -> list[int]:
         return [row for row in rows if store.get(seed, row, prompts[row]) is None]
 
     total = len(seeds) * len(prompts)
     with store.writing():
-        done = total - sum(len(missing(seed, range(len(prompts)))) for seed in seeds)
+        done = total - sum(len(missing(seed, prompts)) for seed in seeds)
         for seed in seeds:
             plan = batches(prompts, limits, batch_size)
             while plan:
@@ -392,7 +394,7 @@ def respond(
                 plan.pop(0)
     progress(total, total)
     return [
-        [found for row, prompt in enumerate(prompts) if (found := store.get(seed, row, prompt))]
+        [found for row in prompts if (found := store.get(seed, row, prompts[row])) is not None]
         for seed in seeds
     ]
 

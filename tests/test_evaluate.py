@@ -316,8 +316,8 @@ def test_numbers_depend_on_seed_and_row_and_not_on_how_many_are_asked_for() -> N
 
 
 def test_batches_hold_every_row_once_and_one_limit_each() -> None:
-    prompts = [[0] * length for length in (3, 9, 4, 9, 7)]
-    limits = [20, 11, 20, 11, 20]
+    prompts = {row: [0] * length for row, length in enumerate((3, 9, 4, 9, 7))}
+    limits = dict(enumerate((20, 11, 20, 11, 20)))
     plan = batches(prompts, limits, 2)
     assert sorted(row for batch in plan for row in batch) == [0, 1, 2, 3, 4]
     assert all(len({limits[row] for row in batch}) == 1 for batch in plan)
@@ -339,8 +339,8 @@ def answer(student: tuple[Any, Any], encoded: list[Encoded]) -> Answer:
     def run(
         file: Path, batch_size: int = 2, generate: Any = sample, identity: Any = IDENTITY
     ) -> list[list[generation.Response]]:
-        prompts = [row.prompt for row in encoded]
-        limits = [12, 12, 12, 12, 5, 12]
+        prompts = {row: one.prompt for row, one in enumerate(encoded)}
+        limits = dict(enumerate((12, 12, 12, 12, 5, 12)))
         store = ResponseStore(file, identity)
         return respond(store, generate, tokenizer, prompts, limits, (10, 20), stop, batch_size)
 
