@@ -607,7 +607,7 @@ def _with_interval(amounts: Amounts) -> dict[str, Any]:
 
 
 def _spread(values: Any) -> dict[str, float]:
-    """What a box plot shows: quartiles, and whiskers at the last value within 1.5 of their range."""
+    """What a box plot shows: quartiles, whiskers at the last value within 1.5 of their range."""
     import numpy as np
 
     low, middle, high = (float(x) for x in np.percentile(values, [25, 50, 75]))

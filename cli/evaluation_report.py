@@ -41,12 +41,12 @@ def show(report: dict[str, Any], console: Console) -> None:
         ("next_byte_divergence_bits", "its divergence (bits)", "{:.3f}"),
         ("teacher_bits_per_byte_of_samples", "teacher's bits per byte of answers", "{:.3f}"),
     ):
-        row(title, lambda one, key=key, form=form: _value(_nearness(one).get(key), form))  # type: ignore[misc]
+        row(title, lambda one, key=key, form=form: _value(_nearness(one).get(key), form))
     for key, title in (
         ("structure_cosine", "structure, cosine (median)"),
         ("structure_inner_product", "structure, products (median)"),
     ):
-        row(title, lambda one, key=key: _of(_nearness(one), key, "median", "{:.3f}"))  # type: ignore[misc]
+        row(title, lambda one, key=key: _of(_nearness(one), key, "median", "{:.3f}"))
     console.print(table)
     if report["paired"]:
         console.print(_paired(report))
@@ -85,9 +85,7 @@ def _brackets(interval: tuple[float, float], form: str) -> str:
 
 def _paired(report: dict[str, Any]) -> Table:
     first = report["paired"][0]["model"]
-    table = Table(
-        title=f"{first}, compared row by row", caption="clear: the interval excludes 0"
-    )
+    table = Table(title=f"{first}, compared row by row", caption="clear: the interval excludes 0")
     for title in ("against", "figure"):
         table.add_column(title, overflow="fold")
     table.add_column("difference", justify="right")
@@ -112,14 +110,15 @@ def remarks(report: dict[str, Any]) -> list[str]:
     for one in report["models"]:
         if one.get("responses", {}).get("unfinished_share", 0) > _UNFINISHED:
             lines.append(
-                f"{one['name']}: {one['responses']['unfinished_share']:.0%} of the answers were cut "
-                "off before their end. Was the model trained on this prompt format?"
+                f"{one['name']}: {one['responses']['unfinished_share']:.0%} of the answers were "
+                "cut off before their end. Was the model trained on this prompt format?"
             )
         near = one.get("to_teacher")
-        if near and near.get("rows_compared", report["rows"]) < report["rows"]:
+        lost = report["rows"] - near.get("rows_compared", report["rows"]) if near else 0
+        if lost:
             lines.append(
-                f"{one['name']}: {report['rows'] - near['rows_compared']:,} rows cannot be compared "
-                "with the teacher: the tokens of a side do not spell the text, or share one place."
+                f"{one['name']}: {lost:,} rows cannot be compared with the teacher: the tokens of "
+                "a side do not spell the text, or share one place."
             )
     if report["references_without_words"]:
         lines.append(
@@ -152,9 +151,12 @@ def picture(report: dict[str, Any]) -> bytes:
     ):
         boxed = [one for one in near if key in _nearness(one)]
         if boxed:
-            panels.append((title, boxed, lambda axes, some, key=key: _draw_boxes(axes, some, key)))  # type: ignore[misc]
+            panels.append((title, boxed, lambda axes, some, key=key: _draw_boxes(axes, some, key)))
     figure, all_axes = pyplot.subplots(
-        1, max(1, len(panels)), figsize=(3.4 * max(1, len(panels)), 3.6), layout="constrained",
+        1,
+        max(1, len(panels)),
+        figsize=(3.4 * max(1, len(panels)), 3.6),
+        layout="constrained",
         squeeze=False,
     )
     for axes, (title, some, draw) in zip(all_axes[0], panels, strict=False):

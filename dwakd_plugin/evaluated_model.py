@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Held:
-    """How models are held: `device` as torch names it, or auto; `dtype` a torch dtype's, or auto."""
+    """How models are held: `device` and `dtype` as torch names them, or auto."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -53,7 +53,8 @@ def find_model(name: str) -> Source:
     adapter = folder / ADAPTER_CONFIG
     if adapter.is_file():
         try:
-            weights = str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+            settings = json.loads(adapter.read_text(encoding="utf-8"))
+            weights = str(settings["base_model_name_or_path"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{adapter} is damaged ({error}).") from error
         if (remedy := model_remedy(weights, is_adapter=False)) is not None:
@@ -66,10 +67,8 @@ def find_model(name: str) -> Source:
     elif (folder / "config.json").is_file():
         weights = str(folder)
         if not any(folder.glob("*.safetensors")):
-            pickled = "only pickled weights, which are not read" if any(folder.glob("*.bin")) else (
-                "no weights"
-            )
-            raise UserError(f"`{name}` holds {pickled}. Give a folder with *.safetensors.")
+            found = "pickled weights, which are not read" if any(folder.glob("*.bin")) else "none"
+            raise UserError(f"`{name}` has no weights in *.safetensors (it has {found}).")
     else:
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"))
         last = max((s.parent for s in states), key=lambda p: int(p.name[11:]), default=None)

@@ -1,4 +1,4 @@
-"""The figures of `dwakd evaluate`: ROUGE-L, bits per byte, and how near a student is to its teacher.
+"""The figures of `dwakd evaluate`: ROUGE-L, bits per byte, and how near a student is to a teacher.
 
 Symbols: n the tokens of a response with its end; V rows of the head; d hidden size.
 
@@ -6,8 +6,8 @@ Symbols: n the tokens of a response with its end; V rows of the head; d hidden s
                    the references of a row (rouge-score's own)
     bits per byte  Σ −log₂ p(token | all before it) / Σ UTF-8 bytes of the text, over the tokens of
                    the first reference and its end; the prompt costs nothing
-    next byte      p(byte) at a place in the text: Σ p(token) over the tokens that begin with it; the
-                   end is a symbol of its own
+    next byte      p(byte) at a place in the text: Σ p(token) over the tokens that begin with it;
+                   the end is a symbol of its own
     structure      distance of two models' matrices of similarities between the states of one text:
                    cosine, mean |Δ| of the entries; inner products divided by their row's sum, mean
                    over rows of Σ |Δ|
@@ -164,7 +164,7 @@ def _reading(states: Tensor, response: Tensor, head: Any, symbols: Tensor | None
             following.append(sums.index_add(1, symbols, logs.exp()))
     numbers = torch.cat(bits).double().cpu().numpy() / np.log(2)
     if not np.isfinite(numbers).all():
-        raise UserError("The model's logits are not finite. Evaluate another checkpoint or --dtype.")
+        raise UserError("The model's logits are not finite. Try another checkpoint, or --dtype.")
     if symbols is None:
         return Reading(numbers, None, None)
     after = states[1:].float()
@@ -186,7 +186,9 @@ def symbols_of(table: Sequence[bytes], stop: Sequence[int], head_rows: int) -> T
     return symbols
 
 
-def bits_per_byte(readings: Sequence[Reading], texts: Sequence[str], *, end: bool = True) -> Amounts:
+def bits_per_byte(
+    readings: Sequence[Reading], texts: Sequence[str], *, end: bool = True
+) -> Amounts:
     """Bits of each response over its text's bytes; `end`: with the bits of the end token."""
     bits = [each.bits.sum() if end else each.bits[:-1].sum() for each in readings]
     return Amounts(np.array(bits), np.array([float(len(text.encode())) for text in texts]))

@@ -170,8 +170,8 @@ def _automatic(chats: bool, source: Source, tokenizer: Any) -> Format:
         if all(kind.startswith("chat_template") for kind in trained_on) and tokenizer.chat_template:
             return Format("chat", "the model was trained on `type: chat_template`")
         raise UserError(
-            f"`{source.name}` was trained on {', '.join(sorted(set(trained_on)))}, which is neither "
-            "alpaca nor chat_template alone. Give the recipe itself as DATA, so that axolotl "
+            f"`{source.name}` was trained on {', '.join(sorted(set(trained_on)))}, which is "
+            "neither alpaca nor chat_template alone. Give the recipe itself as DATA, so that axolotl "
             "renders the prompts, or choose with --prompt-template."
         )
     if tokenizer.chat_template:
@@ -226,7 +226,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) ->
 def encode(row: Row, form: Format, tokenizer: Any, stop: Sequence[int]) -> Encoded:
     """Token ids of the prompt, and of the first reference with one end token after it.
 
-    As axolotl trains on them: alpaca's prompt and response are tokenised apart, a chat in one piece.
+    As axolotl trains on them: prompt and response are tokenised apart, a chat in one piece.
     """
     prompt = prompt_text(row, form, tokenizer)
     answer = row.references[0]
@@ -394,7 +394,8 @@ def _opened(recipe: dict[str, Any], second: Source | None, *, held_out: bool) ->
         }
     with open_rows(recipe) as (_, (train, evaluation)):
         # Test rows stand where training rows do, and then nothing is held out.
-        kept = [evaluation if evaluation is not None else train] if held_out else [train, evaluation]
+        held = evaluation if evaluation is not None else train
+        kept = [held] if held_out else [train, evaluation]
         return [row for rows in kept if rows is not None for row in rows.with_format(None)]
 
 

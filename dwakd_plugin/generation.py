@@ -286,7 +286,8 @@ class ResponseStore:
         ]
         if differing:
             raise UserError(
-                f"{self.file} holds responses that were made otherwise:\n" + "\n".join(differing)
+                f"{self.file} holds responses that were made otherwise:\n"
+                + "\n".join(differing)
                 + "\n--force begins anew; --output names another folder."
             )
 
@@ -350,8 +351,8 @@ def respond(
     """A response for each seed and row: [seed][row]. Those in the store are not made again.
 
     prompts: token ids by the row's number in the data; limits: the largest number of new tokens.
-    Batches are the same after an interruption as without one, so that a batch of which some rows are
-    missing is generated whole. Where a GPU's memory runs out, batches are halved. Raises UserError.
+    Batches are the same after an interruption as without one, so that a batch of which some rows
+    are missing is generated whole. Where a GPU's memory runs out, batches are halved. Raises UserError.
     """
 
     def missing(seed: int, rows: Iterable[int]) -> list[int]:

@@ -133,9 +133,7 @@ def test_bits_per_byte_is_the_quickstarts(
 ) -> None:
     readings = read(student[0], encoded)
     found = bits_per_byte(readings, TEXTS)
-    assert found.value == pytest.approx(
-        held_out_bits_per_byte(lab / "student", ROWS[:6]), rel=1e-5
-    )
+    assert found.value == pytest.approx(held_out_bits_per_byte(lab / "student", ROWS[:6]), rel=1e-5)
     without = bits_per_byte(readings, TEXTS, end=False)
     ends = sum(each.bits[-1] for each in readings)
     assert found.value - without.value == pytest.approx(ends / found.below.sum())
@@ -548,9 +546,7 @@ def test_held_out_rows_of_a_chat_recipe_without_a_teacher(
     assert len(texts) == 5
     plain = {row.references[0]: row for row in read_rows(file)}
     for text, row in zip(texts, rows, strict=True):
-        assert row == encode(
-            plain[text], Format("chat", ""), tokenizer, [tokenizer.eos_token_id]
-        )
+        assert row == encode(plain[text], Format("chat", ""), tokenizer, [tokenizer.eos_token_id])
         assert tokenizer.decode(row.prompt).endswith("<|im_start|>assistant\n")
     with pytest.raises(UserError, match="no evaluation rows"):
         recipe_rows(settings | {"val_set_size": 0}, [(source, tokenizer, [0])])
@@ -621,7 +617,7 @@ def test_the_report_is_one_json_object(lab: Path, tmp_path: Path, worse: Path) -
     assert report["rows"] == 6 and report["rows_left_out"] == 0
     assert report["prompt_template"]["kind"] == "alpaca"
     assert report["first_prompt"].startswith("Below is an instruction")
-    assert report["first_prompt"] in result.stderr.replace("│", "") or "Below is" in result.stderr
+    assert "Below is an instruction" in result.stderr
     student, other, teacher = report["models"]
     assert [one["role"] for one in report["models"]] == ["model", "against", "teacher"]
     for one in (student, other):
@@ -653,9 +649,7 @@ def test_figures_are_those_of_the_files(lab: Path, tmp_path: Path) -> None:
     assert all(len(line) <= 60 for line in result.stdout.splitlines() if "figures" not in line)
     (file,) = tmp_path.glob("responses-student-*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
-    scores = [
-        rouge_l([line["text"]], [(str(ROWS[line["row"]]["output"]),)])[0] for line in lines
-    ]
+    scores = [rouge_l([line["text"]], [(str(ROWS[line["row"]]["output"]),)])[0] for line in lines]
     report = json.loads((tmp_path / "report.json").read_text())
     (one,) = report["models"]
     assert len(lines) == 12
@@ -702,9 +696,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
     assert dwakd("cut", "--top-p", "0.5", "--force")[0] == 0
 
 
-def test_a_recipe_is_data(
-    lab: Path, tmp_path: Path, recipe: Callable[..., dict[str, Any]]
-) -> None:
+def test_a_recipe_is_data(lab: Path, tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> None:
     settings = recipe(
         None, test_datasets=[{"path": str(lab / "test.jsonl"), "type": "alpaca", "split": "train"}]
     )
