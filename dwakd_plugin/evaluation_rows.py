@@ -171,8 +171,8 @@ def _automatic(chats: bool, source: Source, tokenizer: Any) -> Format:
             return Format("chat", "the model was trained on `type: chat_template`")
         raise UserError(
             f"`{source.name}` was trained on {', '.join(sorted(set(trained_on)))}, which is "
-            "neither alpaca nor chat_template alone. Give the recipe itself as DATA, so that axolotl "
-            "renders the prompts, or choose with --prompt-template."
+            "neither alpaca nor chat_template alone. Give the recipe itself as DATA, so that "
+            "axolotl renders the prompts, or choose with --prompt-template."
         )
     if tokenizer.chat_template:
         return Format("chat", "the tokenizer has a chat template")

@@ -352,7 +352,9 @@ def respond(
 
     prompts: token ids by the row's number in the data; limits: the largest number of new tokens.
     Batches are the same after an interruption as without one, so that a batch of which some rows
-    are missing is generated whole. Where a GPU's memory runs out, batches are halved. Raises UserError.
+    are missing is generated whole. Where a GPU's memory runs out, batches are halved.
+
+    Raises UserError.
     """
 
     def missing(seed: int, rows: Iterable[int]) -> list[int]:
