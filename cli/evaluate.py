@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dwakd_cli.train import read_recipe
+from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 
@@ -284,8 +284,11 @@ def _read_recipe(file: Path, models: list[Model]) -> list[tuple[str, ...]]:
     ]
     alike[0] = True
     others = [one for one, same in zip(models, alike, strict=True) if not same]
+    recipe = read_recipe(file)
+    if "dwakd" in recipe:
+        recipe, _ = with_distillation(recipe, {})
     texts, encoded = recipe_rows(
-        read_recipe(file),
+        recipe,
         [(one.source, one.tokenizer, one.stop) for one in [first, *others]],
     )
     for one, same in zip(models, alike, strict=True):

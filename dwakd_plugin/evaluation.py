@@ -44,7 +44,9 @@ def rouge_l(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """ROUGE-L of each response, 0 to 100, against the best of its row's references."""
-    scorer = _scorer()
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = np.zeros(len(responses))
     for row, (response, texts) in enumerate(zip(responses, references, strict=True)):
         scores[row] = 100 * scorer.score_multi(list(texts), response)["rougeL"].fmeasure
@@ -54,14 +56,10 @@ def rouge_l(
 
 def without_words(references: Sequence[Sequence[str]]) -> int:
     """How many rows have no word that ROUGE-L knows (a-z, 0-9) in any reference, and score 0."""
-    tokenize = _scorer()._tokenizer.tokenize
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    tokenize = DefaultTokenizer(use_stemmer=True).tokenize
     return sum(not any(tokenize(text) for text in texts) for texts in references)
-
-
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 # Uncertainty --------------------------------------------------------------------------------
