@@ -514,6 +514,130 @@ def export(
     )
 
 
+@app.command(
+    epilog="Example:  dwakd evaluate outputs/dwakd test.jsonl --against outputs/sft",
+)
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model, LoRA adapter, run or checkpoint: a folder, or a hub id."),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows with references: JSONL or JSON (instruction, input, output; or messages), "
+            "or an axolotl recipe (YAML), which renders its own evaluation rows."
+        ),
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another model, compared with the first row by row; may be repeated.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also say how near the models are to this one."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Of rouge_l, bits_per_byte, agreement, structure, with commas.",
+            show_default="rouge_l,bits_per_byte; all of them with --teacher",
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="One answer a row for each.")] = "10,20,30,40,50",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="0 is greedy, under one seed.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, metavar="X", help="1 samples from all tokens.")
+    ] = 1.0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N rows only.")
+    ] = None,
+    prompt_template: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="alpaca, chat, or a text or file with {instruction} and {input}. auto: as the "
+            "run was trained; else the chat template; else alpaca.",
+        ),
+    ] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(metavar="N", help="Answers made at once; auto: 64 on a GPU, else 8.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="As cpu or cuda:1; auto: the GPU, if any.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(metavar="NAME", help="auto: as stored on a GPU, float32 on the CPU."),
+    ] = "auto",
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Hold the models in 8 bit.")
+    ] = False,
+    teacher_in_8bit: Annotated[
+        bool, typer.Option("--teacher-in-8bit", help="Hold the teacher in 8 bit.")
+    ] = False,
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(metavar="NAME", help="transformers, or vllm for the answers (untested)."),
+    ] = "transformers",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the models' repositories run code.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "--out", help="Folder for report, picture and answers.")
+    ] = Path("evaluation"),
+    force: Annotated[
+        bool, typer.Option("--force", help="Make all answers again, and replace those there.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Evaluate a model on rows with references, alone or against others.
+
+    ROUGE-L of answers sampled under several seeds, bits per byte of the references, and with
+    --teacher the next byte's agreement and the distance of representation structure. Each with a
+    bootstrap interval over rows.
+
+    Shows the first prompt before it begins: a prompt format that the model was not trained on is
+    the commonest mistake. Answers are kept as they are made; Ctrl-C exits with 130, and the same
+    command goes on to the same end.
+
+    Exit codes: 0 evaluated; 1 an error; 130 interrupted.
+    """
+    from dwakd_cli.evaluate import run
+
+    run(
+        model,
+        data,
+        against=against or [],
+        teacher=teacher,
+        metrics=metrics,
+        seeds=seeds,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        prompt_template=prompt_template,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        load_in_8bit=load_in_8bit,
+        teacher_in_8bit=teacher_in_8bit,
+        backend=backend,
+        trust_remote_code=trust_remote_code,
+        output=output,
+        force=force,
+        json_output=json_output,
+    )
+
+
 recipes_app = typer.Typer(help="The recipes that come with dwakd.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 

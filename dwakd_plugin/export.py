@@ -273,7 +273,7 @@ def _load(
             "weights. Name an unquantised one with --base-model."
         )
     model = AutoModelForCausalLM.from_pretrained(base, **options)
-    _fit_vocabulary(model, student.folder / ADAPTER_WEIGHTS)
+    fit_vocabulary(model, student.folder / ADAPTER_WEIGHTS)
     try:
         model = PeftModel.from_pretrained(model, student.folder)
     except (RuntimeError, ValueError) as error:
@@ -299,7 +299,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return sixteen.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
-def _fit_vocabulary(model: Any, adapter: Path) -> None:
+def fit_vocabulary(model: Any, adapter: Path) -> None:
     """Resizes the embeddings where the run added tokens, as the adapter's own copies show."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
@@ -547,7 +547,7 @@ def _verify(request: dict[str, Any]) -> dict[str, Any]:
 
         base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-        _fit_vocabulary(model, folder / ADAPTER_WEIGHTS)
+        fit_vocabulary(model, folder / ADAPTER_WEIGHTS)
         model = PeftModel.from_pretrained(model, folder).float()
     else:
         model, info = AutoModelForCausalLM.from_pretrained(

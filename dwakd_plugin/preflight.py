@@ -253,7 +253,7 @@ def _missing(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
         }
     for place, model in models.items():
         if isinstance(model, str):
-            yield place, model, _model_remedy(model, is_adapter="model_dir" in place)
+            yield place, model, model_remedy(model, is_adapter="model_dir" in place)
     projectors = block.get("projectors") if isinstance(block, dict) else None
     files = {
         "dwakd.projectors.path": projectors.get("path") if isinstance(projectors, dict) else None,
@@ -273,7 +273,8 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _model_remedy(model: str, *, is_adapter: bool) -> str | None:
+def model_remedy(model: str, *, is_adapter: bool) -> str | None:
+    """What is wrong with a model's folder or hub id, as far as can be seen here; None: nothing."""
     folder = Path(model)
     if folder.is_dir():
         names = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -43,6 +43,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import append_lines, whole_lines
 
 FORMAT = 2
 INDEX = "index.jsonl"
@@ -266,7 +267,7 @@ class TeacherCache:
                     f"{INDEX}). Give another folder."
                 )
             return
-        head, *lines = _whole_lines(index.read_bytes()) or [None]
+        head, *lines = whole_lines(index.read_bytes()) or [None]
         try:
             if head is None:
                 return
@@ -328,7 +329,7 @@ class TeacherCache:
                 "crc32": {key: _crc32(tensor) for key, tensor in tensors.items()},
             }
             head = {"format": FORMAT, "identity": self.identity, "dtype": self.dtype}
-            _append_lines(self.folder / INDEX, head, entry)
+            append_lines(self.folder / INDEX, head, [entry])
         self._files[name] = entry
         self._headers.pop(name, None)
 
@@ -414,30 +415,6 @@ def _fill(stream: RawIOBase, buffer: Any) -> None:
         if not count:
             raise ValueError(f"it ends {len(rest)} bytes too early")
         rest = rest[count:]
-
-
-def _whole_lines(content: bytes) -> list[bytes]:
-    return content[: content.rfind(b"\n") + 1].splitlines()
-
-
-def _append_lines(file: Path, head: dict[str, Any], line: dict[str, Any]) -> None:
-    """Adds a line, and the head before the first; what a kill left of a line is cut off before."""
-    with file.open("a+b", buffering=0) as stream:
-        end = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, end - 1))
-        if stream.read(1) not in (b"", b"\n"):
-            stream.seek(0)
-            end = stream.read().rfind(b"\n") + 1
-            stream.truncate(end)
-        lines = [line] if end else [head, line]
-        text = "".join(json.dumps(each) + "\n" for each in lines).encode()
-        try:
-            if stream.write(text) < len(text):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            os.fsync(stream.fileno())
-        except OSError:
-            stream.truncate(end)
-            raise
 
 
 def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
