@@ -45,6 +45,12 @@ def run(
         changes.append(
             "The figures are for a GPU that holds the whole student, as without FSDP and DeepSpeed"
         )
+    if recipe.get("sample_packing"):
+        changes.append(
+            "A packed sequence is taken as one full row, the worst case; how many steps the rows "
+            "make is not known before they are packed"
+        )
+        data = False
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with console.status("Building both models without their weights"):
         from dwakd_plugin import memory_plan
@@ -109,7 +115,7 @@ def _steps(recipe: dict[str, Any], rows: int | None) -> int | None:
     """Optimizer steps of one process; None where the recipe and local data do not say."""
     if int(recipe.get("max_steps") or 0) > 0:
         return int(recipe["max_steps"])
-    if rows is None:
+    if rows is None or recipe.get("sample_packing"):
         return None
     per_step = int(recipe.get("micro_batch_size") or 1) * int(
         recipe.get("gradient_accumulation_steps") or 1

@@ -327,6 +327,12 @@ def test_json_of_a_plain_recipe(
     assert report["steps"] == 5
     assert any("batch_flattening is off" in line for line in report["assumptions"])
     assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
+    packed = write(plain | {"num_epochs": 2, "sample_packing": True})
+    report_of_packed = json.loads(invoke(str(packed), *options, "--json").stdout)
+    assert report_of_packed["steps"] is None
+    assert report_of_packed["total_bytes"] == report["total_bytes"]
+    assert any("A packed sequence" in line for line in report_of_packed["assumptions"])
+    file = write(plain | {"num_epochs": 2, "batch_flattening": True})
     cached = json.loads(invoke(str(file), *options, "--teacher-cache", "states", "--json").stdout)
     assert cached["parts_at_most"]["teacher weights"] == report["parts"]["teacher weights"]
     assert cached["total_bytes"] < report["total_bytes"]
