@@ -62,7 +62,8 @@ def assemble(
     check_positions(student, cfg.sequence_len, "sequence_len")
     first_rank = trainer.args.process_index == 0
     # A sharded student is not on its device before it is wrapped.
-    device = str(trainer.args.device if is_sharded(trainer) else student.device)
+    place = trainer.args.device if is_sharded(trainer) else student.device
+    device = "cpu" if place.type == "cpu" else str(place)  # accelerate numbers CPUs
     teacher_tokenizer = load_teacher_tokenizer(config.teacher)
     if config.teacher.cache is None:
         teacher = load_teacher(config.teacher, device)

@@ -37,7 +37,8 @@ def main(jobs: Path) -> None:
 
     from dwakd_plugin.trainer import DWAKDTrainer
 
-    # The process group serves all jobs.
+    # One process group serves all jobs.
+    torch.distributed.init_process_group("gloo")
     axolotl.train.cleanup_distributed = lambda: None
     for spec in json.loads(jobs.read_text()):
         job = Job(**spec)
@@ -54,8 +55,6 @@ def main(jobs: Path) -> None:
 
 
 def train(recipe: dict[str, Any]) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
@@ -64,18 +63,38 @@ def train(recipe: dict[str, Any]) -> None:
     environment = dict(os.environ)
     file = Path(recipe["output_dir"]).with_suffix(f".{os.environ['RANK']}.yml")
     file.write_text(yaml.safe_dump(recipe))
-    AcceleratorState._reset_state(reset_partial_state=False)
     PluginManager.get_instance().plugins.clear()
-    # accelerate offers FSDP on accelerators alone, and nothing below it minds a CPU.
-    kind = DistributedType.MULTI_GPU if recipe.get("fsdp_config") else DistributedType.MULTI_CPU
-    if os.environ.get("ACCELERATE_USE_CPU"):
-        PartialState()
-        PartialState._shared_state["distributed_type"] = kind
     try:
-        do_train(load_cfg(str(file)), TrainerCliArgs())
+        with cpus_as_accelerators(bool(recipe.get("fsdp_config"))):
+            do_train(load_cfg(str(file)), TrainerCliArgs())
     finally:
         os.environ.clear()
         os.environ.update(environment)
+
+
+@contextmanager
+def cpus_as_accelerators(on: bool) -> Iterator[None]:
+    """While open, accelerate takes CPUs for GPUs: it offers FSDP there alone, without a need to."""
+    import axolotl.utils.distributed
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    initialise, build_mesh = PartialState.__init__, ParallelismConfig.build_device_mesh
+
+    def initialise_as_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        if on and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    axolotl.utils.distributed.distributed_state = None
+    PartialState.__init__ = initialise_as_gpu
+    ParallelismConfig.build_device_mesh = lambda self, kind: build_mesh(self, "cpu")
+    try:
+        yield
+    finally:
+        PartialState.__init__, ParallelismConfig.build_device_mesh = initialise, build_mesh
 
 
 @contextmanager
