@@ -188,7 +188,7 @@ def test_an_architecture_on_both_sides(student: str, teacher: str, zoo: Zoo) -> 
     [
         ("gpt2", "gpt2", "qwen2", "qwen1.5"),
         ("llama", "tinyllama", "mistral", "mistral-v0.1"),
-        ("smollm2", "smollm2-instruct", "qwen3", "qwen1.5"),
+        pytest.param(*("smollm2", "smollm2-instruct", "qwen3", "qwen1.5"), marks=pytest.mark.slow),
     ],
 )
 def test_real_tokenizers(
