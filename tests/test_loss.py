@@ -662,7 +662,8 @@ def test_gamma_defaults_to_the_start_of_its_schedule() -> None:
 
 def test_weightless_terms_are_not_computed() -> None:
     def refuse(states: Tensor) -> Tensor:
-        raise AssertionError("a projector was called")
+        assert states.numel() == 0, "a projector was called"  # on nothing, to have a gradient
+        return states
 
     case = make_case([(3, 4)])
     sides = (collate(case.student, case.student_head), collate(case.teacher, case.teacher_head))
