@@ -1,4 +1,4 @@
-"""The documentation says what the code does: keys, commands, functions and messages; links lead on."""
+"""The documentation says what the code does: keys, commands, functions, messages; links lead on."""
 
 from __future__ import annotations
 
