@@ -18,6 +18,7 @@ have read the same text.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ def rouge_l(
     """ROUGE-L of each response, 0 to 100, against the best of its row's references."""
     from rouge_score.rouge_scorer import RougeScorer
 
+    keep_stderr_open()
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = np.zeros(len(responses))
     for row, (response, texts) in enumerate(zip(responses, references, strict=True)):
@@ -58,8 +60,20 @@ def without_words(references: Sequence[Sequence[str]]) -> int:
     """How many rows have no word that ROUGE-L knows (a-z, 0-9) in any reference, and score 0."""
     from rouge_score.tokenizers import DefaultTokenizer
 
+    keep_stderr_open()
     tokenize = DefaultTokenizer(use_stemmer=True).tokenize
     return sum(not any(tokenize(text) for text in texts) for texts in references)
+
+
+def keep_stderr_open() -> None:
+    """Has absl, on which rouge-score logs, leave sys.stderr open where that is redirected.
+
+    It closes what was sys.stderr at its import when logging is configured anew, as axolotl does,
+    unless that is the process's own.
+    """
+    from absl import logging
+
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 # Uncertainty --------------------------------------------------------------------------------
