@@ -73,7 +73,7 @@ class DWAKDPlugin(BasePlugin):
         from dwakd_plugin.teacher import check_teacher, teacher_config
 
         teacher_config(config.teacher)
-        if loads_body(config.teacher):
+        if config.loss.needs_teacher and loads_body(config.teacher):
             check_teacher(config.teacher, _student_device())
         if not preprocess:
             check_output_folder(cfg, config)

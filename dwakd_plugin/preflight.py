@@ -108,7 +108,7 @@ def check_teacher_recipe(config: DWAKDConfig) -> None:
     then are torch and transformers not needed for it.
     """
     teacher = config.teacher
-    if not loads_body(teacher):
+    if not config.loss.needs_teacher or not loads_body(teacher):
         return
     file = Path(teacher.base_model) / "config.json"
     model_config: dict[str, Any] = {}

@@ -199,6 +199,7 @@ def test_golden_parts(path: Path) -> None:
         student.head.logits(student.hidden[0]),
         student.head.logits((A @ value)[0]),
         student.labels[0],
+        student.labels[0],
         loss.divergence,
         loss.temperature,
     )
