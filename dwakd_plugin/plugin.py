@@ -58,9 +58,12 @@ class DWAKDPlugin(BasePlugin):
         config = _settings(cfg)
         if config is not None:
             check_recipe(cfg)
-            LOG.info(
-                "Distillation is on: %s teaches %s", config.teacher.base_model, cfg["base_model"]
-            )
+            if config.loss.needs_teacher:
+                LOG.info(
+                    "Distillation is on: %s teaches %s",
+                    config.teacher.base_model,
+                    cfg["base_model"],
+                )
 
     @_without_traceback
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:

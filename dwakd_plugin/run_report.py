@@ -49,7 +49,10 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
     }
     width = max(map(len, lines))
     block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
-    return f"Distillation is on (DWA-KD)\n{block}"
+    if teacher is None:
+        return f"Distillation is off: no term asks for the teacher\n{block}"
+    name = "DWA-KD" if config.variant == "full" else f"variant {config.variant}"
+    return f"Distillation is on ({name})\n{block}"
 
 
 def _distillation(loss: LossConfig) -> str:
