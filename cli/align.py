@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dwakd_cli.train import read_recipe, with_distillation
+from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ def run(
     given = {} if teacher is None else {"base_model": teacher}
     recipe, changes = with_distillation(read_recipe(recipe_file), given)
     recipe = without_an_empty_cache(recipe)
+    config = parse_recipe(recipe)
+    assert config is not None  # with_distillation turned it on
+    if not config.loss.trained_projectors:
+        raise UserError(
+            f"The loss of this recipe (variant `{config.variant}`) aligns no tokens, so there is "
+            "nothing to draw. Use a variant that attends (full, dskd) or pairs tokens (dskdv2)."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)  # before models are loaded for nothing
     except OSError as error:

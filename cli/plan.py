@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli.train import read_recipe, with_distillation
+from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import ENGINE_KEYS, check_recipe
 
@@ -41,6 +42,8 @@ def run(
     console = Console(stderr=json_output, highlight=False)
     recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
     check_recipe(recipe)
+    recipe, assumed = as_planned(recipe)
+    changes += assumed
     if any(recipe.get(key) for key in ENGINE_KEYS):
         changes.append(
             "The figures are for a GPU that holds the whole student, as without FSDP and DeepSpeed"
@@ -71,6 +74,27 @@ def run(
     else:
         _show(report, now, helps, console)
     return now.fits
+
+
+def as_planned(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The recipe as it is reckoned, and what that assumes.
+
+    Every way of matching tokens is reckoned as attention: the heads' chunks are what counts, and
+    they are as large in all. Raises UserError where no term asks for the teacher.
+    """
+    config = parse_recipe(recipe)
+    if config is None or (config.loss.matching == "attention" and config.loss.needs_teacher):
+        return recipe, []
+    if not config.loss.needs_teacher:
+        raise UserError(
+            "kd_weight and dtw_weight are 0, so this recipe trains without a teacher, and "
+            "`dwakd plan` reckons runs that have one. What `variant: dskd` takes is an upper bound."
+        )
+    loss = config.loss.model_dump() | {"matching": "attention"}
+    block = recipe["dwakd"] | {"variant": "full", "loss": loss}
+    return recipe | {"dwakd": block}, [
+        f"variant {config.variant} is reckoned as if it attended, with projectors for it"
+    ]
 
 
 def _measured_lengths(recipe: dict[str, Any]) -> Lengths:

@@ -58,6 +58,11 @@ def run(
             "dwakd.loss.kd_weight is 0, so a run would not use the student-space projectors that a "
             "warm-up trains. Give it a weight, or leave the warm-up out."
         )
+    if not config.loss.trained_projectors:
+        raise UserError(
+            f"Variant `{config.variant}` (loss.matching: {config.loss.matching}) has no projectors "
+            "to train. Leave the warm-up out."
+        )
     if output is None:
         folder = output_folder(recipe)
         output = folder.with_name(f"{folder.name}-projectors.safetensors")

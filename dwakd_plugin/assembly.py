@@ -25,11 +25,14 @@ from dwakd_plugin.causal_lm import (
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.exact_alignment import TokenAligner, token_map
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.packing import check_packing
 from dwakd_plugin.pair_findings import ENOUGH_SHARED_TOKENS
 from dwakd_plugin.preflight import RUN_FILE, run_facts, run_identity
 from dwakd_plugin.projectors import (
+    T2S_SCALE,
+    HeadFollower,
     Projectors,
     head_signature,
     load_projectors,
@@ -65,7 +68,10 @@ def assemble(
     place = trainer.args.device if is_sharded(trainer) else student.device
     device = "cpu" if place.type == "cpu" else str(place)  # accelerate numbers CPUs
     teacher_tokenizer = load_teacher_tokenizer(config.teacher)
-    if config.teacher.cache is None:
+    teacher: Teacher | None
+    if not config.loss.needs_teacher:
+        teacher = None
+    elif config.teacher.cache is None:
         teacher = load_teacher(config.teacher, device)
     else:
         teacher, cache = cached_teacher(
@@ -84,7 +90,18 @@ def assemble(
     if cfg.sample_packing:
         _prepare_packing(cfg, config, trainer, teacher)
     shared = shared_vocabulary(teacher_tokenizer, trainer.processing_class)
-    pair, how = {}, ""
+    facts = {
+        "teacher_vocabulary": len(teacher_tokenizer),
+        "student_vocabulary": len(trainer.processing_class),
+        "shared_tokens": len(shared),
+        "initialisation": "none",
+        "processes": describe_processes(trainer),
+    }
+    if teacher is None or not config.loss.trained_projectors:
+        return _signed(cfg, trainer, Distillation(config, teacher, None, rows, {})), facts
+    if config.loss.matching == "exact":
+        _match_exactly(trainer, teacher, teacher_tokenizer, shared)
+    pair, how, follower = {}, "", None
     with whole(tables(student)):
         seed = int(cfg.seed or 42)
         with torch.random.fork_rng(devices=[]):
@@ -98,6 +115,15 @@ def assemble(
                 "teacher_head": head_signature(teacher.head.weight),
             }
             how = _initialise(projectors, config, student, teacher, shared, pair)
+        if config.loss.matching == "exact":
+            # M' is no parameter: it belongs to the heads, and follows one that trains.
+            head = output_head(student).weight
+            follower = HeadFollower(shared, teacher.head.weight)
+            follower.update(projectors.s2t, head)
+            if not head.requires_grad:
+                follower = None
+    for name, layer in projectors.named_children():
+        layer.requires_grad_(name in config.loss.trained_projectors)
     projectors.to(device)
     # Where a run resumes, the checkpoint's projectors replace these before the first step. The
     # recipe of a sharded student, which cannot be warmed up with, has been refused before.
@@ -116,29 +142,47 @@ def assemble(
             )
         )
     pair, how = from_first_rank(projectors, pair, how)
-    if teacher.parameters < parameter_count(causal_lm(student)):
+    facts["initialisation"] = how
+    distillation = Distillation(config, teacher, projectors, rows, pair, follower)
+    return _signed(cfg, trainer, distillation), facts
+
+
+def _signed(cfg: Any, trainer: Any, distillation: Distillation) -> Distillation:
+    """The same, with the run's name in its output folder, and a look at who teaches whom."""
+    teacher, own = distillation.teacher, parameter_count(causal_lm(trainer.model))
+    if teacher is not None and teacher.parameters < own:
         LOG.warning(
             "The teacher has fewer parameters (%s) than the student (%s). Were the two swapped?",
             f"{teacher.parameters:,}",
-            f"{parameter_count(causal_lm(student)):,}",
+            f"{own:,}",
         )
     if trainer.args.should_save:
-        _sign(Path(cfg.output_dir) / RUN_FILE, cfg, config)
-    facts = {
-        "teacher_vocabulary": len(teacher_tokenizer),
-        "student_vocabulary": len(trainer.processing_class),
-        "shared_tokens": len(shared),
-        "initialisation": how,
-        "processes": describe_processes(trainer),
-    }
-    return Distillation(config, teacher, projectors, rows, pair), facts
+        _sign(Path(cfg.output_dir) / RUN_FILE, cfg, distillation.config)
+    return distillation
+
+
+def _match_exactly(
+    trainer: Any, teacher: Teacher, teacher_tokenizer: Any, shared: list[tuple[int, int]]
+) -> None:
+    """Has batches pair tokens of the same bytes. Raises UserError where no vocabulary allows it."""
+    if not shared:
+        raise UserError(
+            "dwakd.loss.matching is exact, and the two vocabularies share no token, so that no "
+            "prediction of the teacher has a counterpart. Use a variant that attends."
+        )
+    head = teacher.head.weight
+    ids = token_map(teacher_tokenizer, trainer.processing_class, head.shape[0])
+    teacher.token_map = torch.tensor(ids, device=head.device)
+    aligner = TokenAligner(trainer.processing_class, teacher_tokenizer)
+    for collator in _collators(trainer):
+        collator.aligner = aligner
 
 
 def _collators(trainer: Any) -> tuple[Any, ...]:
     return trainer.data_collator, trainer.train_data_collator, trainer.eval_data_collator
 
 
-def _prepare_packing(cfg: Any, config: DWAKDConfig, trainer: Any, teacher: Teacher) -> None:
+def _prepare_packing(cfg: Any, config: DWAKDConfig, trainer: Any, teacher: Teacher | None) -> None:
     """Sees that packed rows stay apart in both models; raises UserError where they don't."""
     sequences = cfg.micro_batch_size if trainer.args.multipack_real_batches else 1
     if not is_sharded(trainer):  # whose weights are not whole before it is wrapped
@@ -149,7 +193,7 @@ def _prepare_packing(cfg: Any, config: DWAKDConfig, trainer: Any, teacher: Teach
                 "Set `sample_packing: false`, or an attn_implementation that keeps them apart.",
                 sequences,
             )
-    if teacher.model is None:
+    if teacher is None or teacher.model is None:
         return
     # Flash attention tells rows apart in a single sequence only; others build a mask of L x L.
     flash = "flash" in causal_lm(teacher.model).config._attn_implementation
@@ -196,6 +240,7 @@ def _initialise(
             student_embeddings=_rows(table.weight, student_ids) * table.scale,
             teacher_embeddings=_rows(teacher.embeddings.weight, teacher_ids)
             * teacher.embeddings.scale,
+            t2s_scale=1.0 if config.loss.matching == "exact" else T2S_SCALE,
         )
         how = f"shared_vocab ({len(shared):,} shared tokens)"
     if not all(parameter.isfinite().all() for parameter in projectors.parameters()):

@@ -15,6 +15,8 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
                                                          in order, right-padded with 0
     student_lengths (B,), teacher_lengths (B,)           how many of them count
     student_index (Ns,), teacher_index (Nt,)             their places in the flattened (B · S or T)
+    student_pairs (P,), teacher_pairs (P,)               places there of the positions that predict
+                                                         the same bytes; only for exact matching
     source_row (B,)                                      where each row comes from
     teacher_hidden (B, T, D), float                      only where a teacher cache is in use
 """
@@ -31,6 +33,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN
+from dwakd_plugin.exact_alignment import Pairs, TokenAligner
 from dwakd_plugin.packing import LENGTH_COLUMN, pack
 from dwakd_plugin.teacher_cache import TeacherCache
 
@@ -45,6 +48,8 @@ DISTILLATION_KEYS = (
     "teacher_lengths",
     "student_index",
     "teacher_index",
+    "student_pairs",
+    "teacher_pairs",
     "teacher_hidden",
     SOURCE_COLUMN,
 )
@@ -59,6 +64,7 @@ class DualCollator(DataCollatorForSeq2Seq):
 
     teacher_cache: TeacherCache | None = None
     teacher_sequence_len: int | None = None
+    aligner: TokenAligner | None = None
 
     def __call__(self, features: list[Any], return_tensors: str | None = None) -> dict[str, Tensor]:
         packed = isinstance(features[0], list)
@@ -93,6 +99,13 @@ class DualCollator(DataCollatorForSeq2Seq):
                 starts.append(start)
                 start += len(row["input_ids"])
         batch.update(response_positions("student", labels, starts))
+        if self.aligner is not None:
+            sides = (rows, labels, teacher_ids, teacher_labels)
+            pairs = [
+                self.aligner.pairs(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
+                for row, own, ids, theirs in zip(*sides, strict=True)
+            ]
+            batch.update(aligned_positions(pairs, batch))
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
         return batch
 
@@ -151,6 +164,20 @@ def teacher_batch(
         **({"teacher_position_ids": position_ids} if packed else {"teacher_attention_mask": mask}),
         **response_positions("teacher", teacher_labels, starts),
     }
+
+
+def aligned_positions(pairs: list[Pairs], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each sample's pairs of response positions as places in the flattened (B · S), (B · T)."""
+    places = [
+        (
+            sample * batch["student_positions"].shape[1] + i,
+            sample * batch["teacher_positions"].shape[1] + j,
+        )
+        for sample, found in enumerate(pairs)
+        for i, j in found
+    ]
+    student, teacher = torch.tensor(places, dtype=torch.long).view(-1, 2).T
+    return {"student_pairs": student.contiguous(), "teacher_pairs": teacher.contiguous()}
 
 
 def response_positions(side: str, labels: list[Tensor], starts: list[int]) -> dict[str, Tensor]:

@@ -18,9 +18,22 @@ from dwakd_plugin.errors import UserError
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
 ]
-Variant = Literal["full", "dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate"]
+Matching = Literal["attention", "exact", "order"]
+Variant = Literal[
+    "full",
+    "dskd",
+    "dskd_weights",
+    "dskd_dtw",
+    "dskd_banded_dtw",
+    "no_gate",
+    "sft",
+    "uld",
+    "dskdv2",
+    "dwakdv2",
+]
 
-# The rows of the paper's Table 3, as the settings that they stand for (method, section 7).
+# The rows of the paper's Table 3 (method, section 7), and the baselines of docs/baselines.md, as
+# the settings that they stand for.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
     "dskd": {"loss": {"student_weighting": "none", "teacher_weighting": "none", "dtw_weight": 0.0}},
@@ -31,6 +44,25 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dskd_banded_dtw": {"loss": {"student_weighting": "none", "teacher_weighting": "none"}},
     "no_gate": {"loss": {"student_weighting": "entropy"}},
+    "sft": {"loss": {"ce_weight": 1.0, "kd_weight": 0.0, "dtw_weight": 0.0}},
+    "uld": {
+        "loss": {
+            "matching": "order",
+            "ce_weight": 1.0,
+            "kd_weight": 1.5,
+            "dtw_weight": 0.0,
+            "temperature": 1.0,
+        }
+    },
+    "dskdv2": {
+        "loss": {
+            "matching": "exact",
+            "student_weighting": "none",
+            "teacher_weighting": "none",
+            "dtw_weight": 0.0,
+        }
+    },
+    "dwakdv2": {"loss": {"matching": "exact"}},
 }
 
 
@@ -122,8 +154,14 @@ class LossConfig(_Block):
     """Weights and forms of the terms at token level, and the weight of the sequence level."""
 
     ce_weight: float = Field(0.5, ge=0, description="Weight of the labels' cross-entropy.")
-    kd_weight: float = Field(0.5, ge=0, description="Weight of the dual-space distillation terms.")
+    kd_weight: float = Field(0.5, ge=0, description="Weight of the distillation terms.")
     dtw_weight: float = Field(0.2, ge=0, description="Weight of the soft-DTW terms.")
+    matching: Matching = Field(
+        "attention",
+        description="What of the teacher a token learns from. attention: all positions, by "
+        "cross-model attention; exact: the position of the same bytes (DSKDv2); order: the "
+        "position of the same number, by sorted probabilities (ULD).",
+    )
     temperature: float = Field(
         2.0, gt=0, description="Softens both sides of both distillation terms; no τ² factor."
     )
@@ -151,6 +189,29 @@ class LossConfig(_Block):
         if isinstance(self.chunk_size, int) and self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}; give `auto` or at least 1 token")
         return self
+
+    @model_validator(mode="after")
+    def _no_projectors_in_order(self) -> LossConfig:
+        if self.matching == "order" and self.dtw_weight > 0:
+            raise ValueError(
+                f"matching `order` has no projectors, which soft-DTW needs, and dtw_weight is "
+                f"{self.dtw_weight:g}; set it to 0"
+            )
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term asks for the teacher's states; else it is not loaded at all."""
+        return self.kd_weight > 0 or self.dtw_weight > 0
+
+    @property
+    def trained_projectors(self) -> frozenset[str]:
+        """The projectors that a term trains; where there are none, none are made."""
+        if not self.needs_teacher or self.matching == "order":
+            return frozenset()
+        if self.matching == "attention":
+            return frozenset({"query", "t2s", "s2t", "embed_t2s"})
+        return frozenset({"t2s", "embed_t2s"} if self.dtw_weight > 0 else {"t2s"})
 
 
 class SoftDTWConfig(_Block):
@@ -192,7 +253,9 @@ class DWAKDConfig(_Block):
 
     teacher: TeacherConfig = Field(description="The big model, and how it is held.")
     variant: Variant = Field(
-        "full", description="An ablation of the paper's Table 3 in one word; full is DWA-KD."
+        "full",
+        description="An ablation of the paper's Table 3, or a baseline, in one word; full is "
+        "DWA-KD.",
     )
     loss: LossConfig = Field(default_factory=LossConfig, description="Token level, and weights.")
     soft_dtw: SoftDTWConfig = Field(

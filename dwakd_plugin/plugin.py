@@ -58,9 +58,12 @@ class DWAKDPlugin(BasePlugin):
         config = _settings(cfg)
         if config is not None:
             check_recipe(cfg)
-            LOG.info(
-                "Distillation is on: %s teaches %s", config.teacher.base_model, cfg["base_model"]
-            )
+            if config.loss.needs_teacher:
+                LOG.info(
+                    "Distillation is on: %s teaches %s",
+                    config.teacher.base_model,
+                    cfg["base_model"],
+                )
 
     @_without_traceback
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
@@ -73,7 +76,7 @@ class DWAKDPlugin(BasePlugin):
         from dwakd_plugin.teacher import check_teacher, teacher_config
 
         teacher_config(config.teacher)
-        if loads_body(config.teacher):
+        if config.loss.needs_teacher and loads_body(config.teacher):
             check_teacher(config.teacher, _student_device())
         if not preprocess:
             # One rank sets incomplete checkpoints aside.

@@ -109,9 +109,18 @@ def _engine_problems(recipe: Any) -> Iterator[str]:
         if ((config.get("tensor_parallel") or {}).get("autotp_size") or 1) > 1:
             yield "  deepspeed: tensor_parallel.autotp_size — heads must be whole; remove it"
     block = recipe.get("dwakd")
-    projectors = block.get("projectors") if isinstance(block, dict) else None
+    block = block if isinstance(block, dict) else {}
+    sharded = fsdp or recipe.get("fsdp") or stage == 3
+    loss = block.get("loss") or {}
+    exact = isinstance(loss, dict) and loss.get("matching") == "exact"
+    if sharded and (exact or block.get("variant") in ("dskdv2", "dwakdv2")):
+        yield (
+            "  dwakd.loss.matching: exact — its map between the heads follows the whole student, "
+            "which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
+        )
+    projectors = block.get("projectors")
     steps = projectors.get("warmup_steps") if isinstance(projectors, dict) else None
-    if steps and (fsdp or recipe.get("fsdp") or stage == 3):
+    if steps and sharded:
         yield (
             f"  dwakd.projectors.warmup_steps: {steps} — no process holds the whole student under "
             "FSDP and ZeRO-3; run `dwakd warmup RECIPE` before, and give its file as "
@@ -188,7 +197,7 @@ def check_teacher_recipe(config: DWAKDConfig) -> None:
     then are torch and transformers not needed for it.
     """
     teacher = config.teacher
-    if not loads_body(teacher):
+    if not config.loss.needs_teacher or not loads_body(teacher):
         return
     file = Path(teacher.base_model) / "config.json"
     model_config: dict[str, Any] = {}

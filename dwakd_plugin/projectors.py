@@ -55,6 +55,7 @@ def shared_vocabulary_init(
     teacher_head: Tensor,
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
+    t2s_scale: float = T2S_SCALE,
 ) -> None:
     """Sets the projectors from the tokens that both vocabularies share, by least squares.
 
@@ -69,17 +70,59 @@ def shared_vocabulary_init(
                            resembles its key, so that attention starts on the same text
 
     A mean row adds the same to every logit, which the softmax ignores; leaving it in would spend
-    the fit on it. Biases become 0. Solved in float64 with a small ridge. What `T2S_SCALE` and the
-    rest are worth is measured in docs/projectors.md.
+    the fit on it. `t2s_scale` is 1 where `t2s` reads the raw g. Biases become 0. Solved in float64
+    with a small ridge. What `T2S_SCALE` and the rest are worth is measured in docs/projectors.md.
     """
     with torch.no_grad():
         ws, wt = _centred(student_head), _centred(teacher_head)
         es, et = _centred(student_embeddings), _centred(teacher_embeddings)
-        _set_linear(projectors.t2s, T2S_SCALE * _least_squares(ws, wt).T)
+        _set_linear(projectors.t2s, t2s_scale * _least_squares(ws, wt).T)
         _set_linear(projectors.s2t, _least_squares(wt, ws).T)
         _set_linear(projectors.embed_t2s, _least_squares(et, es))
         onto_teacher = _least_squares(es, et) / et.std()
         _set_linear(projectors.query, _twice(onto_teacher))
+
+
+class HeadFollower:
+    """Keeps `s2t` the least-squares map between the heads while the student's head trains.
+
+        M' = argmin ‖Ws − Wt M'ᵀ‖,  M'ᵀ = (Wtᵀ Wt + ridge)⁻¹ Wtᵀ Ws      on the n shared tokens
+
+    The teacher's part is constant: its Cholesky factor (D, D) is kept, and an update is a product
+    of (D, n) and (n, d), a block of tokens at a time, and a triangular solve.
+    """
+
+    BLOCK = 4096
+
+    def __init__(self, shared: list[tuple[int, int]], teacher_head: Tensor) -> None:
+        """shared: (teacher id, student id) of the tokens in both vocabularies."""
+        self._teacher_ids, self._student_ids = torch.tensor(shared, device=teacher_head.device).T
+        self._teacher_head = teacher_head.detach()
+        D = teacher_head.shape[1]
+        mean, gram = (
+            torch.zeros(shape, dtype=torch.float64, device=teacher_head.device)
+            for shape in ((D,), (D, D))
+        )
+        for ids in self._teacher_ids.split(self.BLOCK):
+            mean += self._teacher_head[ids].double().sum(0) / len(shared)
+        for ids in self._teacher_ids.split(self.BLOCK):
+            centred = self._teacher_head[ids].double() - mean
+            gram.addmm_(centred.T, centred)
+        self._cholesky = torch.linalg.cholesky(_with_ridge(gram))
+        self._mean = mean.float()
+
+    @torch.no_grad()
+    def update(self, s2t: nn.Linear, student_head: Tensor) -> None:
+        """Sets the layer for the head's present weight (Vs, d); its bias becomes 0."""
+        product = self._mean.new_zeros(len(self._mean), student_head.shape[1])
+        ids = zip(
+            self._teacher_ids.split(self.BLOCK), self._student_ids.split(self.BLOCK), strict=True
+        )
+        for teacher_ids, student_ids in ids:
+            # The mean of the student's rows falls out: those of the teacher sum to 0.
+            rows = self._teacher_head[teacher_ids].float() - self._mean
+            product.addmm_(rows.T, student_head[student_ids].float())
+        _set_linear(s2t, torch.cholesky_solve(product.double(), self._cholesky))
 
 
 def _twice(weight: Tensor) -> Tensor:
@@ -97,10 +140,13 @@ def _least_squares(inputs: Tensor, targets: Tensor) -> Tensor:
 
     The ridge is relative to the inputs' mean square, so that it means the same at any scale.
     """
-    gram = inputs.T @ inputs
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    solution: Tensor = torch.linalg.solve(gram, inputs.T @ targets)
+    solution: Tensor = torch.linalg.solve(_with_ridge(inputs.T @ inputs), inputs.T @ targets)
     return solution.T
+
+
+def _with_ridge(gram: Tensor) -> Tensor:
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return gram
 
 
 def _set_linear(layer: nn.Linear, weight: Tensor) -> None:

@@ -75,7 +75,7 @@ def tables(student: nn.Module) -> list[Tensor]:
     return list({id(p): p for module in ends if module for p in module.parameters()}.values())
 
 
-def prepare_for_engine(trainer: Any, projectors: Projectors) -> None:
+def prepare_for_engine(trainer: Any, projectors: Projectors | None) -> None:
     """Fits student and projectors, attached to it, to the engine that is going to wrap them."""
     student = trainer.model
     if trainer.is_fsdp_enabled:
@@ -85,7 +85,8 @@ def prepare_for_engine(trainer: Any, projectors: Projectors) -> None:
         student._axolotl_fp32_norm_patterns = [*others, own]
     if trainer.is_deepspeed_enabled:
         plugin = trainer.accelerator.state.deepspeed_plugin
-        projectors.to(plugin.hf_ds_config.dtype())
+        if projectors is not None:
+            projectors.to(plugin.hf_ds_config.dtype())
         if plugin.zero_stage == 3:
             from deepspeed.zero import register_external_parameter
 

@@ -41,4 +41,5 @@ def student_states(
         head=output_head(student),
         labels=targets.where(real, -100),
         index=batch.get("student_index"),
+        pairs=batch.get("student_pairs"),
     )

@@ -62,6 +62,7 @@ class Teacher:
     precision: str
     device: torch.device | None = None
     offload_folder: Any = None  # a temporary folder that goes when the teacher does
+    token_map: Tensor | None = None  # (V,) for exact matching: see ResponseStates
 
     @property
     def hidden_size(self) -> int:
@@ -100,6 +101,8 @@ class Teacher:
             lengths=batch["teacher_lengths"],
             head=self.head,
             index=batch.get("teacher_index"),
+            pairs=batch.get("teacher_pairs"),
+            token_map=self.token_map,
         )
 
 

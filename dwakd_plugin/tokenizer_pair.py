@@ -146,12 +146,13 @@ class ByteCutter:
             )
         self._added = tokenizer.added_tokens_decoder
         self._unknown = tokenizer.unk_token_id
-        self._bytes = {
+        # Token id to the bytes that it stands for.
+        self.pieces = {
             index: token_bytes(token, byte_level=self.byte_level)
             for token, index in tokenizer.get_vocab().items()
         }
         for index, token in self._added.items():  # these stand in the vocabulary as they are
-            self._bytes[index] = self._fold(token.content)
+            self.pieces[index] = self._fold(token.content)
 
     def _fold(self, text: str) -> bytes:
         """The text's bytes as the tokens spell them: SentencePiece's own ▁ is a space to it."""
@@ -189,7 +190,7 @@ class ByteCutter:
         run: list[bytes] = []
         for index in [*ids, None]:
             if index is not None and index not in self._added:
-                run.append(self._bytes[index])
+                run.append(self.pieces[index])
                 continue
             token = None if index is None else self._added[index]
             place = self._place(b"".join(run), data, begin, token)
@@ -224,7 +225,7 @@ class ByteCutter:
     def _reading(self, text: str, ids: list[int]) -> str | None:
         if self._unknown in ids:
             return None
-        data = b"".join(self._bytes[index] for index in ids)
+        data = b"".join(self.pieces[index] for index in ids)
         try:
             reading = data.decode()
         except UnicodeDecodeError:

@@ -32,6 +32,7 @@ from dwakd_plugin.out_of_memory import explain_out_of_memory
 from dwakd_plugin.packing import SeededOrder
 from dwakd_plugin.projectors import (
     PROJECTOR_FILE,
+    HeadFollower,
     Projectors,
     load_projectors,
     save_projectors,
@@ -53,12 +54,14 @@ METRICS = (
     ("teacher_kd", "teacher_kd", "teacher_tokens"),
     ("hidden_dtw", "hidden_dtw", "distilled_tokens"),
     ("embed_dtw", "embed_dtw", "distilled_tokens"),
-    ("t2s_accuracy", "t2s_correct", "distilled_tokens"),
-    ("gate", "gate", "distilled_tokens"),
+    ("uld", "uld", "distilled_tokens"),
+    ("paired_share", "paired_tokens", "distilled_tokens"),
+    ("t2s_accuracy", "t2s_correct", "paired_tokens"),
+    ("gate", "gate", "paired_tokens"),
     ("attention_entropy", "attention_entropy", "distilled_tokens"),
     ("band_share", "band_cells_inside", "band_cells"),
 )
-LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw")
+LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
 
 
 class NonFiniteLoss(Exception):
@@ -67,13 +70,14 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class Distillation:
-    """What a run distils with."""
+    """What a run distils with; no teacher and no projectors where no term asks for them."""
 
     config: DWAKDConfig
-    teacher: Teacher
-    projectors: Projectors
+    teacher: Teacher | None
+    projectors: Projectors | None
     rows: RowReport
     pair: dict[str, str]  # which two models the projectors belong to
+    head_follower: HeadFollower | None = None  # where `s2t` follows a head that trains
 
 
 class _DistillationLog(Trainer):
@@ -122,12 +126,14 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         # multiplies the loss by their number, which the mean of their gradients takes back.
         self.model_accepts_loss_kwargs = True
         self.args.average_tokens_across_devices = True
+        self._head_followed_at = 0  # the step of the head that `s2t` belongs to
         setattr(self.model, PROJECTORS, distillation.projectors)
         lm = causal_lm(self.model)
-        lm._keys_to_ignore_on_save = {
-            *(lm._keys_to_ignore_on_save or ()),
-            *(f"{PROJECTORS}.{name}" for name in distillation.projectors.state_dict()),
-        }
+        if distillation.projectors is not None:
+            lm._keys_to_ignore_on_save = {
+                *(lm._keys_to_ignore_on_save or ()),
+                *(f"{PROJECTORS}.{name}" for name in distillation.projectors.state_dict()),
+            }
         prepare_for_engine(self, distillation.projectors)
         self.add_callback(_StopWhenAsked)
         if self.args.device.type == "cpu":
@@ -174,11 +180,16 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         if self.is_fsdp_enabled:
             check_gathered(self.model)
         student = student_states(self.model, batch, **inputs)
-        return self._terms(student, self.distillation.teacher.states(batch))
+        teacher = self.distillation.teacher
+        return self._terms(student, None if teacher is None else teacher.states(batch))
 
-    def _terms(self, student: ResponseStates, teacher: ResponseStates) -> LossTerms:
+    def _terms(self, student: ResponseStates, teacher: ResponseStates | None) -> LossTerms:
         assert self.distillation is not None
         config = self.distillation.config
+        follower = self.distillation.head_follower
+        if follower is not None and self._head_followed_at != self.state.global_step:
+            follower.update(getattr(self.model, PROJECTORS).s2t, student.head.weight)
+            self._head_followed_at = self.state.global_step
         loss = config.loss
         if not self.model.training:
             loss = loss.model_copy(update={"ce_weight": 1.0})
@@ -260,9 +271,12 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         inputs = dict(inputs)
         batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
         student = student_states(self.model, batch, **inputs)
-        teacher = self.distillation.teacher.states(batch)
+        frozen = self.distillation.teacher
+        teacher = None if frozen is None else frozen.states(batch)
         for index, source in enumerate(batch[SOURCE_COLUMN].tolist()):
-            terms = self._terms(student.sample(index), teacher.sample(index))
+            terms = self._terms(
+                student.sample(index), None if teacher is None else teacher.sample(index)
+            )
             bad = [
                 f"{name} = {getattr(terms, name).item()}"
                 for name in LOSS_TERMS
@@ -290,10 +304,13 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True)
         )
         active = _active_terms(self.distillation.config)
+        absent = _absent_figures(self.distillation.config)
         metrics = {
             prefix + name: round(totals[total] / totals[count], 5)
             for name, total, count in METRICS
-            if totals[count] > 0 and (name not in LOSS_TERMS or name in active or prefix)
+            if totals[count] > 0
+            and name not in absent
+            and (name not in LOSS_TERMS or name in active or prefix)
         }
         if self.distillation.config.loss.dtw_weight > 0 and not prefix:
             metrics["gamma"] = round(self._last_gamma, 5)
@@ -341,6 +358,8 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     def save_projectors(self, folder: Path) -> None:
         """Writes the projectors below `folder`. All ranks must take part, and the first writes."""
         assert self.distillation is not None
+        if self.distillation.projectors is None:
+            return
         tensors = gathered(self.distillation.projectors)
         if self.args.should_save:
             save_projectors(tensors, folder / PROJECTOR_FILE, self.distillation.pair)
@@ -349,7 +368,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.distillation is not None:
+        if self.distillation is not None and self.distillation.projectors is not None:
             file = Path(resume_from_checkpoint) / PROJECTOR_FILE
             load_projectors(self.distillation.projectors, file, self.distillation.pair)
 
@@ -360,10 +379,24 @@ def _active_terms(config: DWAKDConfig) -> set[str]:
     if config.loss.ce_weight > 0:
         active.add("ce")
     if config.loss.kd_weight > 0:
-        active |= {"t2s_ce", "student_kd", "teacher_kd"}
+        in_order = config.loss.matching == "order"
+        active |= {"uld"} if in_order else {"t2s_ce", "student_kd", "teacher_kd"}
     if config.loss.dtw_weight > 0:
         active |= {"hidden_dtw", "embed_dtw"}
     return active
+
+
+def _absent_figures(config: DWAKDConfig) -> set[str]:
+    """Figures of what the settings do not have, in training and in evaluation."""
+    attends = config.loss.needs_teacher and config.loss.matching == "attention"
+    absent = {"paired_share"} if attends else {"attention_entropy"}
+    if not config.loss.needs_teacher or config.loss.matching == "order":
+        absent |= set(LOSS_TERMS) - {"ce", "uld"} | {"t2s_accuracy", "gate"}
+    if not config.loss.needs_teacher:
+        absent |= {"paired_share"}
+    if config.loss.matching != "order":
+        absent |= {"uld"}
+    return absent
 
 
 def _give_projectors_their_rate(

@@ -149,9 +149,8 @@ def warm_up(
         for step in range(steps):
             sides = both_sides(student, teacher, next(batches))
             terms = _step(projectors, optimizer, *sides, config)
-            figures.append(
-                torch.stack([terms.t2s_ce.detach(), terms.t2s_correct, terms.distilled_tokens])
-            )
+            ce, tokens = terms.t2s_ce.detach(), terms.distilled_tokens
+            figures.append(torch.stack([ce, tokens, terms.t2s_correct, terms.paired_tokens]))
             progress(step + 1, steps)
     finally:
         student.train(was_training)
@@ -161,7 +160,8 @@ def warm_up(
         for part in (figures[:REPORTED_BATCHES], figures[-REPORTED_BATCHES:])
     )
     ce, accuracy = (
-        ((start[index] / start[2]).item(), (end[index] / end[2]).item()) for index in (0, 1)
+        ((start[index] / start[index + 1]).item(), (end[index] / end[index + 1]).item())
+        for index in (0, 2)
     )
     return WarmupReport(steps, ce, accuracy)
 
@@ -342,7 +342,7 @@ def _measure(
     student_tokens = max(1.0, sums["distilled_tokens"])
     figures = {
         "t2s_ce": sums["t2s_ce"] / student_tokens,
-        "t2s_accuracy": sums["t2s_correct"] / student_tokens,
+        "t2s_accuracy": sums["t2s_correct"] / max(1.0, sums["paired_tokens"]),
         "hidden_dtw": sums["hidden_dtw"] / student_tokens,
         "embed_dtw": sums["embed_dtw"] / student_tokens,
     }

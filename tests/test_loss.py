@@ -199,6 +199,7 @@ def test_golden_parts(path: Path) -> None:
         student.head.logits(student.hidden[0]),
         student.head.logits((A @ value)[0]),
         student.labels[0],
+        student.labels[0],
         loss.divergence,
         loss.temperature,
     )
@@ -621,7 +622,9 @@ def test_a_switch_changes_its_terms_only(
         assert all(getattr(after, name) == 0 for name in changed)
 
 
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if "matching" not in VARIANTS[name].get("loss", {})]
+)
 def test_variants_of_table_3(variant: str) -> None:
     """Each row of the paper's Table 3 against the reference, as one total."""
     case = make_case([(4, 5)], seed=7)

@@ -90,8 +90,49 @@ def attention_band(
     blend = config.band_center_blend
     center = blend * (attention @ columns) + (1 - blend) * rows * slope[:, None]
     width = config.band_width + config.band_entropy_coef * attention_entropy(attention)
+    return _cells_near(center, width, student_lengths, teacher_lengths, T)
+
+
+def pair_band(
+    partner: Tensor,
+    student_lengths: Tensor,
+    teacher_lengths: Tensor,
+    teacher_size: int,
+    config: SoftDTWConfig,
+) -> Tensor:
+    """The band where positions are paired exactly: its centres lie on the pairs.
+
+        center_i = the partner's position; between two pairs on the straight line from one to the
+                   next, and from (0, 0) to the first and from the last to (S + 1, T + 1)
+        width_i  = b                       a pair leaves nothing open that an entropy could measure
+
+    Shapes: partner (B, S), the teacher's position from 1 and 0 where there is none, ascending;
+    lengths (B,) → bool (B, S, teacher_size), False at padding.
+    """
+    S = partner.shape[1]
+    paired = partner > 0
+    rows = torch.arange(1, S + 1, device=partner.device).expand_as(partner)
+    # The nearest pair at or before each position, and the nearest at or after it.
+    row_before = rows.where(paired, 0).cummax(1).values
+    before = partner.cummax(1).values
+    ends = (student_lengths + 1)[:, None], (teacher_lengths + 1)[:, None]
+    row_after, after = (
+        values.where(paired, end).flip(1).cummin(1).values.flip(1)
+        for values, end in zip((rows, partner), ends, strict=True)
+    )
+    share = (rows - row_before) / (row_after - row_before).clamp_min(1)
+    center = before + share * (after - before)
+    width = torch.full_like(center, config.band_width)
+    return _cells_near(center, width, student_lengths, teacher_lengths, teacher_size)
+
+
+def _cells_near(
+    center: Tensor, width: Tensor, student_lengths: Tensor, teacher_lengths: Tensor, T: int
+) -> Tensor:
+    """|j − center_i| ≤ width_i, j from 1: center and width (B, S) → bool (B, S, T)."""
+    columns = torch.arange(1, T + 1, device=center.device, dtype=center.dtype)
     near = (columns - center[..., None]).abs() <= width[..., None]
-    student_valid = valid_positions(student_lengths, S)
+    student_valid = valid_positions(student_lengths, center.shape[1])
     teacher_valid = valid_positions(teacher_lengths, T)
     return near & student_valid[:, :, None] & teacher_valid[:, None, :]
 

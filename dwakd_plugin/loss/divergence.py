@@ -105,11 +105,11 @@ class StudentStatistics(NamedTuple):
     """Per student token, each (N,): the first three carry gradients, the others are detached."""
 
     ce: Tensor  # −log p_s(y)
-    t2s_ce: Tensor  # −log p_t2s(y)
+    t2s_ce: Tensor  # −log p_t2s(target)
     divergence: Tensor  # D(p_t2s ‖ p_s) at temperature τ
     entropy: Tensor  # H(p_s)
     gate: Tensor  # max_v p_t2s(v)
-    t2s_correct: Tensor  # argmax p_t2s = y
+    t2s_correct: Tensor  # argmax p_t2s = target
 
 
 class TeacherStatistics(NamedTuple):
@@ -123,24 +123,26 @@ def student_statistics(
     student_logits: Tensor,
     t2s_logits: Tensor,
     labels: Tensor,
+    targets: Tensor,
     divergence: Divergence,
     temperature: float,
 ) -> StudentStatistics:
     """What the student-space terms need of each token (Eq. 3-6, 11, 12).
 
-    Shapes: student_logits and t2s_logits (C, Vs), labels (C,).
+    Shapes: student_logits and t2s_logits (C, Vs), labels of the student's cross-entropy and targets
+    of the projected teacher's (C,).
     """
     student_log_probs = student_logits.log_softmax(-1)
     ce, student_entropy = _nll(student_log_probs, labels), entropy(student_log_probs)
     t2s_log_probs = t2s_logits.log_softmax(-1)
-    t2s_ce, best = _nll(t2s_log_probs, labels), t2s_log_probs.max(-1)
+    t2s_ce, best = _nll(t2s_log_probs, targets), t2s_log_probs.max(-1)
     if temperature != 1:
         del student_log_probs, t2s_log_probs  # before others of their size are made
         student_log_probs = _log_softmax(student_logits, temperature)
         t2s_log_probs = _log_softmax(t2s_logits, temperature)
     value = DIVERGENCES[divergence](t2s_log_probs, student_log_probs)
     return StudentStatistics(
-        ce, t2s_ce, value, student_entropy, best.values.exp(), best.indices == labels
+        ce, t2s_ce, value, student_entropy, best.values.exp(), best.indices == targets
     )
 
 
@@ -148,6 +150,7 @@ def student_gradients(
     student_logits: Tensor,
     t2s_logits: Tensor,
     labels: Tensor,
+    targets: Tensor,
     divergence: Divergence,
     temperature: float,
     grads: Sequence[Tensor],
@@ -172,7 +175,7 @@ def student_gradients(
             value = DIVERGENCES[divergence](target, _log_softmax(leaf, temperature))
         student_grad += torch.autograd.grad(value, leaf, divergence_grad[:, 0])[0]
         del target, value
-    return student_grad, _nll_gradient(t2s_logits, labels, t2s_ce_grad)
+    return student_grad, _nll_gradient(t2s_logits, targets, t2s_ce_grad)
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -222,6 +225,28 @@ def teacher_statistics_(
     return TeacherStatistics(divergence, token_entropy), s2t_logits
 
 
+def sorted_distance(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Σ_r |p_s(r) − p_t(r)| over ranks r, both sorted from the largest (ULD, arXiv 2402.12030).
+
+    The smaller vocabulary is filled up with zeros. Between 0 and 2; the gradient reaches
+    student_logits only.
+
+    Shapes: (C, Vs) and (C, Vt) → (C,).
+    """
+    student = _softmax(student_logits, temperature).sort(dim=-1, descending=True).values
+    teacher = _softmax(teacher_logits.detach(), temperature).sort(dim=-1, descending=True).values
+    common = min(student.shape[-1], teacher.shape[-1])
+    distance = (student[:, :common] - teacher[:, :common]).abs().sum(-1)
+    # What one side has more of stands against zeros.
+    return distance + student[:, common:].sum(-1) + teacher[:, common:].sum(-1)
+
+
+@torch.no_grad()
+def most_likely(hidden: Tensor, logits: Callable[[Tensor], Tensor], chunk_size: int) -> Tensor:
+    """The token that each hidden state (N, D) predicts, a chunk of logits at a time: (N,) long."""
+    return torch.cat([logits(chunk).argmax(-1) for chunk in torch.split(hidden, chunk_size)])
+
+
 def tokens_per_chunk(
     chunk_size: int | Literal["auto"], vocab_size: int, device: torch.device
 ) -> int:
@@ -251,21 +276,25 @@ class _StudentSpace(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        targets: Tensor,
         logits: Callable[..., Tensor],
         settings: tuple[Divergence, float],
         chunk_size: int,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden, projected, weight, bias, labels)
+        ctx.save_for_backward(hidden, projected, weight, bias, labels, targets)
         ctx.logits, ctx.settings, ctx.chunk_size = logits, settings, chunk_size
         device = hidden.device.type  # backward runs outside the autocast of forward
         ctx.autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        chunks = (torch.split(tensor, chunk_size) for tensor in (hidden, projected, labels))
+        tokens = (hidden, projected, labels, targets)
+        chunks = (torch.split(tensor, chunk_size) for tensor in tokens)
         columns = zip(
             *(
-                student_statistics(logits(h, weight, bias), logits(p, weight, bias), y, *settings)
-                for h, p, y in zip(*chunks, strict=True)
+                student_statistics(
+                    logits(h, weight, bias), logits(p, weight, bias), y, target, *settings
+                )
+                for h, p, y, target in zip(*chunks, strict=True)
             ),
             strict=True,
         )
@@ -276,7 +305,7 @@ class _StudentSpace(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, projected, weight, bias, labels = ctx.saved_tensors
+        hidden, projected, weight, bias, labels, targets = ctx.saved_tensors
         divergence, temperature = ctx.settings
         needed = ctx.needs_input_grad[:4]
         head = [
@@ -286,15 +315,15 @@ class _StudentSpace(torch.autograd.Function):
         constant = [None if tensor is None else tensor.detach() for tensor in head]
         rows: list[list[Tensor]] = [[], []]
         sums: list[Tensor | None] = [None, None]
-        tokens = (hidden, projected, labels, *grads[:3])
+        tokens = (hidden, projected, labels, targets, *grads[:3])
         chunks = (torch.split(tensor, ctx.chunk_size) for tensor in tokens)
-        for h, p, y, *chunk_grads in zip(*chunks, strict=True):
+        for h, p, y, target, *chunk_grads in zip(*chunks, strict=True):
             h, p = h.detach().requires_grad_(needed[0]), p.detach().requires_grad_(needed[1])
             with torch.enable_grad(), ctx.autocast:
                 outputs = ctx.logits(h, *head), ctx.logits(p, *constant)
             student_logits, t2s_logits = (output.detach() for output in outputs)
             gradients = student_gradients(
-                student_logits, t2s_logits, y, divergence, temperature, chunk_grads
+                student_logits, t2s_logits, y, target, divergence, temperature, chunk_grads
             )
             del student_logits, t2s_logits
             trained = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -312,13 +341,14 @@ class _StudentSpace(torch.autograd.Function):
                 elif need:
                     total = sums[i - 2]
                     sums[i - 2] = next(found) if total is None else total.add_(next(found))
-        return *(torch.cat(row) if row else None for row in rows), *sums, *[None] * 4
+        return *(torch.cat(row) if row else None for row in rows), *sums, *[None] * 5
 
 
 def student_space_statistics(
     hidden: Tensor,
     projected: Tensor,
     labels: Tensor,
+    targets: Tensor,
     head: tuple[Tensor, Tensor | None],
     logits: Callable[..., Tensor],
     divergence: Divergence,
@@ -327,13 +357,13 @@ def student_space_statistics(
 ) -> StudentStatistics:
     """`student_statistics` of every token, a chunk of logits at a time.
 
-    Shapes: the student's hidden states and the teacher's projected ones (N, d), labels (N,); head
-    is weight (V, d) and bias (V,), and `logits` takes states, weight and bias → each result (N,).
-    To the projected states the head is a constant.
+    Shapes: the student's hidden states and the teacher's projected ones (N, d), labels and targets
+    (N,); head is weight (V, d) and bias (V,), and `logits` takes states, weight and bias → each
+    result (N,). To the projected states the head is a constant.
     """
     return StudentStatistics(
         *_StudentSpace.apply(  # type: ignore[no-untyped-call]
-            hidden, projected, *head, labels, logits, (divergence, temperature), chunk_size
+            hidden, projected, *head, labels, targets, logits, (divergence, temperature), chunk_size
         )
     )
 

@@ -17,6 +17,7 @@ from dwakd_plugin.loss.alignment import (
     attention_entropy,
     band_penalty,
     cross_model_attention,
+    pair_band,
     standardise_scale,
     valid_positions,
 )
@@ -24,12 +25,18 @@ from dwakd_plugin.loss.divergence import (
     StudentStatistics,
     TeacherStatistics,
     map_token_chunks,
+    most_likely,
+    sorted_distance,
     student_space_statistics,
     teacher_space_statistics,
     tokens_per_chunk,
 )
 from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
-from dwakd_plugin.loss.token_weights import student_token_weights, teacher_token_weights
+from dwakd_plugin.loss.token_weights import (
+    normalise_per_sample,
+    student_token_weights,
+    teacher_token_weights,
+)
 
 DEFAULT_LOSS = LossConfig.model_validate({})
 DEFAULT_SOFT_DTW = SoftDTWConfig.model_validate({})
@@ -85,6 +92,10 @@ class ResponseStates:
     labels          (B, L) long, −100 at padding; required of the student, unused of the teacher
     index           (N,) long, the response positions' places in the flattened (B · L), in order.
                     Optional: counted from `lengths` where it is missing, for which a GPU is waited
+    pairs           (P,) long, places in the flattened (B · L) that have a counterpart in the other
+                    model's, in the same order on both sides. Required of both for exact matching
+    token_map       (V,) long, for each token the student's of the same bytes, −1 where there is
+                    none. Required of the teacher for exact matching
 
     Padding may hold anything, NaN included.
     """
@@ -96,6 +107,8 @@ class ResponseStates:
     head: Head
     labels: Tensor | None = None
     index: Tensor | None = None
+    pairs: Tensor | None = None
+    token_map: Tensor | None = None
 
     def detached(self) -> ResponseStates:
         """The same states as constants."""
@@ -110,6 +123,9 @@ class ResponseStates:
     def sample(self, index: int) -> ResponseStates:
         """One sample of the batch, as a batch of one."""
         one = slice(index, index + 1)
+        places = None if self.pairs is None else self.pairs - index * self.hidden.shape[1]
+        if places is not None:
+            places = places[(places >= 0) & (places < self.hidden.shape[1])]
         return replace(
             self,
             input_embeds=self.input_embeds[one],
@@ -118,6 +134,7 @@ class ResponseStates:
             lengths=self.lengths[one],
             labels=None if self.labels is None else self.labels[one],
             index=None,  # of the whole batch
+            pairs=places,
         )
 
 
@@ -128,19 +145,22 @@ class LossTerms:
     With a graph, 0 where the configuration leaves a term out:
 
     ce              Σ −log p_s(y)
-    t2s_ce          Σ −log p_t2s(y)
+    t2s_ce          Σ −log p_t2s(target), y or with exact matching the teacher's own prediction
     student_kd      Σ w_s D(p_t2s ‖ p_s)
     teacher_kd      Σ w_t KL(p_t ‖ p_s2t)
     hidden_dtw      Σ nDTW(h, t2s(g))
     embed_dtw       Σ nDTW(e_tgt, embed_t2s(f_tgt))
+    uld             Σ of the distances between sorted probabilities
 
     Detached, for reports:
 
     student_tokens      student tokens with a label: the denominator of `ce`
     teacher_tokens      teacher tokens in samples that have a student side: of `teacher_kd`
     distilled_tokens    student tokens in samples that have a teacher side: of `student_kd`,
-                        `t2s_ce`, and the three figures below
-    t2s_correct         where the projected teacher's argmax is the label
+                        `t2s_ce`, `uld`, `attention_entropy` and the two DTW terms
+    paired_tokens       those of them that have a teacher's token to learn from: all with attention,
+                        otherwise those with a counterpart; of `t2s_correct` and `gate`
+    t2s_correct         where the projected teacher's argmax is the target of `t2s_ce`
     gate                Σ g, the confidence of the projected teacher
     attention_entropy   Σ H(A_i), in nats
     band_cells_inside   cells (i, j) within the band, of
@@ -153,9 +173,11 @@ class LossTerms:
     teacher_kd: Tensor
     hidden_dtw: Tensor
     embed_dtw: Tensor
+    uld: Tensor
     student_tokens: Tensor
     teacher_tokens: Tensor
     distilled_tokens: Tensor
+    paired_tokens: Tensor
     t2s_correct: Tensor
     gate: Tensor
     attention_entropy: Tensor
@@ -165,7 +187,7 @@ class LossTerms:
     def total(self, loss: LossConfig, kd_ramp: float = 1.0) -> Tensor:
         """The objective: sums weighted by the λ of `loss`.
 
-            λ_CE ce + λ_KD (kd_ramp · student_kd + teacher_kd + t2s_ce)
+            λ_CE ce + λ_KD (kd_ramp · student_kd + teacher_kd + t2s_ce + uld)
                     + λ_DTW (hidden_dtw + embed_dtw)
 
         The trainer divides it by the label tokens of the whole optimizer step.
@@ -177,6 +199,7 @@ class LossTerms:
             (loss.kd_weight * kd_ramp, self.student_kd),
             (loss.kd_weight, self.teacher_kd),
             (loss.kd_weight, self.t2s_ce),
+            (loss.kd_weight, self.uld),
             (loss.dtw_weight, self.hidden_dtw),
             (loss.dtw_weight, self.embed_dtw),
         ]
@@ -186,8 +209,8 @@ class LossTerms:
 
 def dwakd_loss(
     student: ResponseStates,
-    teacher: ResponseStates,
-    projectors: ProjectorSet,
+    teacher: ResponseStates | None,
+    projectors: ProjectorSet | None,
     *,
     loss: LossConfig = DEFAULT_LOSS,
     soft_dtw: SoftDTWConfig = DEFAULT_SOFT_DTW,
@@ -225,6 +248,19 @@ def dwakd_loss(
     - D8  `gamma` is the schedule's current value; default: `soft_dtw.gamma_start`.
     - D9  Vs and Vt are the heads' rows.
 
+    `loss.matching` replaces the attention. In both of these forms a term is its mean over the
+    tokens that are compared, times the sample's length on its side, so that a sample's share is the
+    same in all::
+
+        exact    pairs (i, j) of positions that predict the same bytes (DSKDv2, arXiv 2504.11426)
+                 h_t2s,i = t2s(g_j), h_s2t,j = s2t(h_i); CE_t2s against the teacher's argmax, and
+                 D only where p_t2s has the same argmax; the band's centres lie on the pairs
+        order    pairs (i, i), and nothing but Σ_r |p_s(r) − p_t(r)| of sorted probabilities
+                 (ULD, arXiv 2402.12030)
+
+    `teacher` may be None where `loss.needs_teacher` is not, and `projectors` where
+    `loss.trained_projectors` is empty.
+
     Constants: everything of the teacher, the embeddings in the query, Ws in p_t2s, p_t2s as the
     target of D, all weights, and the band.
 
@@ -250,34 +286,58 @@ def dwakd_loss(
     >>> (terms.total(LossConfig()) / terms.student_tokens).backward()
     """
     distill, warp = loss.kd_weight > 0, loss.dtw_weight > 0
+    if teacher is None:
+        if loss.needs_teacher:
+            raise ValueError("teacher is None; the loss asks for its states")
+        teacher, projectors = _no_teacher(student), None
     if min(*student.hidden.shape[:2], teacher.hidden.shape[1]) == 0:
         distill = warp = False
+    exact, in_order = loss.matching == "exact", loss.matching == "order"
     student_lengths, teacher_lengths = _paired_lengths(student, teacher)
     dtype = _dtype(student, teacher)
 
     sums: dict[str, Tensor] = {}
-    if distill or warp:
+    if (distill or warp) and not in_order:
+        assert projectors is not None
         student_side, teacher_side = _sides(student, teacher)
+        predicted = _predicted(student, teacher, loss) if exact and distill else None
         # Autocast would take the attention and the costs back to half precision (D3).
         with torch.autocast(student.hidden.device.type, enabled=False):
-            if distill or soft_dtw.band:
+            if not exact and (distill or soft_dtw.band):
                 attention, reverse_attention = _attend(student_side, teacher_side, projectors)
                 sums["attention_entropy"] = attention_entropy(attention).sum()
-            if distill:
-                t2s_hidden = attention @ _values(teacher_side, projectors)
-                s2t_hidden = reverse_attention @ _project(projectors.s2t, student_side.hidden)
-    if distill:
-        sums |= _student_space(student, student_side.valid, t2s_hidden, loss)
+            if predicted is not None:
+                matched = _match_exactly(
+                    student, teacher, student_side, teacher_side, projectors, predicted
+                )
+            elif distill:
+                matched = _Matched(
+                    attention @ _values(teacher_side, projectors),
+                    reverse_attention @ _project(projectors.s2t, student_side.hidden),
+                    _labels(student),
+                    student_side.valid,
+                    teacher_side.valid,
+                    _index(teacher),
+                )
+    if distill and in_order:
+        sums |= _in_order(student, teacher, student_lengths, teacher_lengths, loss)
+    elif distill:
+        sums |= _student_space(student, matched, student_lengths, loss)
         if teacher_space:
-            sums |= _teacher_space(teacher, teacher_side.valid, s2t_hidden, loss)
+            sums |= _teacher_space(teacher, matched, teacher_lengths, loss)
     elif loss.ce_weight > 0:
         sums["ce"] = _cross_entropy(student, loss)
     # After the heads, and so before them in backward: what it keeps is not there while they work.
     if warp:
+        assert projectors is not None
         with torch.autocast(student.hidden.device.type, enabled=False):
             penalty = None
             if soft_dtw.band:
-                inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+                inside = (
+                    _band_of_pairs(student, teacher, student_lengths, teacher_lengths, soft_dtw)
+                    if exact
+                    else attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+                )
                 penalty = band_penalty(inside, soft_dtw, dtype)
                 sums["band_cells_inside"] = inside.sum()
                 sums["band_cells"] = (student_lengths * teacher_lengths).sum()
@@ -300,9 +360,11 @@ def dwakd_loss(
         teacher_kd=term("teacher_kd"),
         hidden_dtw=term("hidden_dtw"),
         embed_dtw=term("embed_dtw"),
+        uld=term("uld"),
         student_tokens=student.lengths.sum(),
         teacher_tokens=teacher_lengths.sum(),
         distilled_tokens=student_lengths.sum(),
+        paired_tokens=figure("paired_tokens"),
         t2s_correct=figure("t2s_correct"),
         gate=figure("gate"),
         attention_entropy=figure("attention_entropy"),
@@ -315,7 +377,8 @@ def dwakd_loss(
 class Alignment:
     """How the tokens of a batch align in the loss, as constants.
 
-    attention     (B, S, T)  A: where each student position looks, rows summing to 1
+    attention     (B, S, T)  A: where each student position looks, rows summing to 1; where tokens
+                             are matched exactly, 1 at each pair and 0 elsewhere
     inside        (B, S, T)  bool, the cells within the band; None where there is no band
     hidden_path   (B, S, T)  E of the pair (h, t2s(g))
     embed_path    (B, S, T)  E of the pair (e_tgt, embed_t2s(f_tgt))
@@ -343,10 +406,19 @@ def alignment_of(
     student_side, teacher_side = _sides(student, teacher)
     student_lengths, teacher_lengths = student_side.lengths, teacher_side.lengths
     with torch.autocast(student.hidden.device.type, enabled=False):
-        attention, _ = _attend(student_side, teacher_side, projectors)
+        if student.pairs is not None:
+            columns = torch.arange(1, teacher.hidden.shape[1] + 1, device=student.hidden.device)
+            paired = _partners(student, teacher)[..., None] == columns
+            attention = paired.to(student_side.hidden.dtype)
+        else:
+            attention, _ = _attend(student_side, teacher_side, projectors)
         inside, penalty = None, None
         if soft_dtw.band:
-            inside = attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+            inside = (
+                attention_band(attention, student_lengths, teacher_lengths, soft_dtw)
+                if student.pairs is None
+                else _band_of_pairs(student, teacher, student_lengths, teacher_lengths, soft_dtw)
+            )
             penalty = band_penalty(inside, soft_dtw, attention.dtype)
         gamma = soft_dtw.gamma_start if gamma is None else gamma
         hidden_path, embed_path = (
@@ -370,6 +442,22 @@ class _Side:
     hidden: Tensor
     lengths: Tensor  # (B,)
     valid: Tensor  # (B, L)
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """What each position learns from, in the other model's space.
+
+    A position that is not compared holds anything finite.
+    """
+
+    t2s_hidden: Tensor  # (B, S, d)
+    s2t_hidden: Tensor  # (B, T, D)
+    targets: Tensor  # (B, S) long, of the projected teacher's cross-entropy
+    student_compared: Tensor  # (B, S) bool
+    teacher_compared: Tensor  # (B, T) bool
+    teacher_index: Tensor  # places to compare in the flattened (B · T), and maybe more
+    agreeing_only: bool = False  # D where the projected teacher's argmax is the target
 
 
 def _paired_lengths(student: ResponseStates, teacher: ResponseStates) -> tuple[Tensor, Tensor]:
@@ -421,7 +509,10 @@ def _parameters(projector: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
 
 
 def _zero_with_graph(
-    student: ResponseStates, teacher: ResponseStates, projectors: ProjectorSet, with_head: bool
+    student: ResponseStates,
+    teacher: ResponseStates,
+    projectors: ProjectorSet | None,
+    with_head: bool,
 ) -> Tensor:
     """0 whose backward gives zeros to all that trains here and that no term may reach.
 
@@ -429,15 +520,15 @@ def _zero_with_graph(
     them, and optimizers skip what other ranks step. Empty slices: padding may hold NaN. Projectors
     are called, as a sharded one has its parameters only while it is.
     """
-    read = torch.cat([student.input_embeds[:0], student.target_embeds[:0]], -1).detach()
-    trained = [
-        student.hidden,
-        student.target_embeds,
-        _project(projectors.query, read),
-        _project(projectors.t2s, teacher.hidden[:0].detach()),
-        _project(projectors.s2t, student.hidden[:0].detach()),
-        _project(projectors.embed_t2s, teacher.target_embeds[:0].detach()),
-    ]
+    trained = [student.hidden, student.target_embeds]
+    if projectors is not None:
+        read = torch.cat([student.input_embeds[:0], student.target_embeds[:0]], -1).detach()
+        trained += [
+            _project(projectors.query, read),
+            _project(projectors.t2s, teacher.hidden[:0].detach()),
+            _project(projectors.s2t, student.hidden[:0].detach()),
+            _project(projectors.embed_t2s, teacher.target_embeds[:0].detach()),
+        ]
     if with_head:  # a zero of the head's size: only where no cross-entropy reaches it anyway
         trained.append(student.head.weight)
         if student.head.bias is not None:
@@ -463,6 +554,86 @@ def _values(teacher: _Side, projectors: ProjectorSet) -> Tensor:
         projectors.t2s,
         standardise_scale(teacher.target_embeds, teacher.valid)
         + standardise_scale(teacher.hidden, teacher.valid),
+    )
+
+
+def _no_teacher(student: ResponseStates) -> ResponseStates:
+    """The side of a teacher that is not there: no position in any sample."""
+    nothing = student.hidden.new_zeros(student.hidden.shape[0], 0, 0)
+    head = Head(student.hidden.new_zeros(0, 0))
+    return ResponseStates(nothing, nothing, nothing, torch.zeros_like(student.lengths), head)
+
+
+def _pairs(student: ResponseStates, teacher: ResponseStates) -> tuple[Tensor, Tensor]:
+    if student.pairs is None or teacher.pairs is None:
+        raise ValueError("exact matching needs `pairs` of both student and teacher (P,)")
+    return student.pairs, teacher.pairs
+
+
+def _partners(student: ResponseStates, teacher: ResponseStates) -> Tensor:
+    """For each student position its pair's number among the teacher's, from 1, or 0: (B, S)."""
+    student_pairs, teacher_pairs = _pairs(student, teacher)
+    none = torch.zeros(student.hidden.shape[:2], dtype=torch.long, device=student.hidden.device)
+    numbers = teacher_pairs % teacher.hidden.shape[1] + 1
+    return none.flatten().index_copy(0, student_pairs, numbers).view_as(none)
+
+
+def _band_of_pairs(
+    student: ResponseStates,
+    teacher: ResponseStates,
+    student_lengths: Tensor,
+    teacher_lengths: Tensor,
+    config: SoftDTWConfig,
+) -> Tensor:
+    partners = _partners(student, teacher)
+    return pair_band(partners, student_lengths, teacher_lengths, teacher.hidden.shape[1], config)
+
+
+def _predicted(student: ResponseStates, teacher: ResponseStates, loss: LossConfig) -> Tensor:
+    """The teacher's argmax of each pair in the student's vocabulary, −1 where it has none: (P,)."""
+    if teacher.token_map is None:
+        raise ValueError("exact matching needs the teacher's `token_map` (Vt,)")
+    _, teacher_pairs = _pairs(student, teacher)
+    hidden = _gathered(teacher.hidden, teacher_pairs)
+    best = most_likely(hidden, teacher.head.logits, _chunk(loss, teacher.head))
+    return teacher.token_map[best]
+
+
+def _match_exactly(
+    student: ResponseStates,
+    teacher: ResponseStates,
+    student_side: _Side,
+    teacher_side: _Side,
+    projectors: ProjectorSet,
+    predicted: Tensor,
+) -> _Matched:
+    """Each position of a pair learns from the other, where `predicted` (P,) is not −1."""
+    student_pairs, teacher_pairs = _pairs(student, teacher)
+    used = predicted >= 0
+
+    def placed(values: Tensor, index: Tensor, side: _Side) -> Tensor:
+        """(P, ...) → (B, L, ...), 0 elsewhere."""
+        grid = values.new_zeros(side.valid.numel(), *values.shape[1:])
+        return grid.index_copy(0, index, values).unflatten(0, side.valid.shape)
+
+    labels = _labels(student).flatten()
+    targets = torch.where(used, predicted, labels[student_pairs])
+    return _Matched(
+        placed(
+            _project(projectors.t2s, _gathered(teacher_side.hidden, teacher_pairs)),
+            student_pairs,
+            student_side,
+        ),
+        placed(
+            _project(projectors.s2t, _gathered(student_side.hidden, student_pairs)),
+            teacher_pairs,
+            teacher_side,
+        ),
+        labels.index_copy(0, student_pairs, targets).view_as(student_side.valid),
+        placed(used, student_pairs, student_side),
+        placed(used, teacher_pairs, teacher_side),
+        teacher_pairs,
+        agreeing_only=True,
     )
 
 
@@ -512,36 +683,81 @@ def _cross_entropy(student: ResponseStates, loss: LossConfig) -> Tensor:
     return ce.sum()
 
 
-def _student_space(
-    student: ResponseStates, paired: Tensor, t2s_hidden: Tensor, loss: LossConfig
+def _in_order(
+    student: ResponseStates,
+    teacher: ResponseStates,
+    student_lengths: Tensor,
+    teacher_lengths: Tensor,
+    loss: LossConfig,
 ) -> dict[str, Tensor]:
-    """Sums in the student's space, with CE of every sample and the rest of paired ones (Eq. 11-16).
-
-    Shapes: paired (B, S) bool, positions of samples with a teacher side; t2s_hidden (B, S, d).
-    """
+    """The labels' CE and ULD's distance, of the same logits; the i-th positions are compared."""
     index = _index(student)
-    head = student.head
+    S, T = student.hidden.shape[1], teacher.hidden.shape[1]
+    compared = valid_positions(torch.minimum(student_lengths, teacher_lengths), S)
+    partner = index // S * T + (index % S).clamp(max=T - 1)
+    partner_hidden = _gathered(teacher.hidden.detach(), partner)
+    partner_hidden = partner_hidden.where(_gathered(compared, index)[:, None], 0.0)
+    head = teacher.head.detached()
+
+    def statistics(hidden: Tensor, labels: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = student.head.logits(hidden)
+        with torch.no_grad():
+            teacher_logits = head.logits(teacher_hidden)
+        return (
+            F.cross_entropy(logits, labels, reduction="none"),
+            sorted_distance(logits, teacher_logits, loss.temperature),
+        )
+
+    ce, distances = map_token_chunks(
+        statistics,
+        min(_chunk(loss, student.head), _chunk(loss, head)),
+        _gathered(student.hidden, index),
+        _gathered(_labels(student), index),
+        partner_hidden,
+    )
+    weights = normalise_per_sample(compared.to(distances.dtype), compared, student_lengths)
+    sums = {
+        "uld": (weights * _padded(distances, index, compared).where(compared, 0.0)).sum(),
+        "paired_tokens": compared.sum(),
+    }
+    if loss.ce_weight > 0:
+        sums["ce"] = ce.sum()
+    return sums
+
+
+def _student_space(
+    student: ResponseStates, matched: _Matched, lengths: Tensor, loss: LossConfig
+) -> dict[str, Tensor]:
+    """Sums in the student's space: CE of every position, the rest of compared ones (Eq. 11-16)."""
+    index = _index(student)
+    head, compared = student.head, matched.student_compared
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return replace(head, weight=weight, bias=bias).logits(hidden)
 
     flat = student_space_statistics(
         _gathered(student.hidden, index),
-        _gathered(t2s_hidden, index),
+        _gathered(matched.t2s_hidden, index),
         _gathered(_labels(student), index),
+        _gathered(matched.targets, index),
         (head.weight, head.bias),
         logits,
         loss.divergence,
         loss.temperature,
         _chunk(loss, head),
     )
-    tokens = StudentStatistics(*(_padded(values, index, paired) for values in flat))
-    weights = student_token_weights(tokens.entropy, tokens.gate, paired, loss.student_weighting)
+    tokens = StudentStatistics(*(_padded(values, index, compared) for values in flat))
+    taught = compared & tokens.t2s_correct if matched.agreeing_only else compared
+    weights = student_token_weights(
+        tokens.entropy, tokens.gate, taught, loss.student_weighting, lengths
+    )
+    alike = normalise_per_sample(compared.to(weights.dtype), compared, lengths)
     sums = {
-        "t2s_ce": tokens.t2s_ce.where(paired, 0.0).sum(),
-        "student_kd": (weights * tokens.divergence.where(paired, 0.0)).sum(),
-        "t2s_correct": (tokens.t2s_correct & paired).sum(),
-        "gate": tokens.gate.where(paired, 0.0).sum(),
+        "t2s_ce": (alike * tokens.t2s_ce.where(compared, 0.0)).sum(),
+        "student_kd": (weights * tokens.divergence.where(taught, 0.0)).sum(),
+        "paired_tokens": compared.sum(),
+        "t2s_correct": (tokens.t2s_correct & compared).sum(),
+        "gate": tokens.gate.where(compared, 0.0).sum(),
     }
     if loss.ce_weight > 0:
         sums["ce"] = tokens.ce.sum()
@@ -549,24 +765,24 @@ def _student_space(
 
 
 def _teacher_space(
-    teacher: ResponseStates, paired: Tensor, s2t_hidden: Tensor, loss: LossConfig
+    teacher: ResponseStates, matched: _Matched, lengths: Tensor, loss: LossConfig
 ) -> dict[str, Tensor]:
-    """Σ w_t KL(p_t ‖ p_s2t) (Eq. 14, 15). Shapes: paired (B, T) bool, s2t_hidden (B, T, D)."""
-    index = _index(teacher)
+    """Σ w_t KL(p_t ‖ p_s2t) of compared positions (Eq. 14, 15)."""
+    index, compared = matched.teacher_index, matched.teacher_compared
     head = teacher.head.detached()
 
     flat = teacher_space_statistics(
         _gathered(teacher.hidden.detach(), index),
-        _gathered(s2t_hidden, index),
+        _gathered(matched.s2t_hidden, index),
         head.logits,
         loss.temperature,
         _chunk(loss, head),
     )
-    tokens = TeacherStatistics(*(_padded(values, index, paired) for values in flat))
+    tokens = TeacherStatistics(*(_padded(values, index, compared) for values in flat))
     weights = teacher_token_weights(
-        tokens.entropy, head.weight.shape[0], paired, loss.teacher_weighting
+        tokens.entropy, head.weight.shape[0], compared, loss.teacher_weighting, lengths
     )
-    return {"teacher_kd": (weights * tokens.divergence.where(paired, 0.0)).sum()}
+    return {"teacher_kd": (weights * tokens.divergence.where(compared, 0.0)).sum()}
 
 
 def _unit(states: Tensor) -> tuple[Tensor, Tensor]:
