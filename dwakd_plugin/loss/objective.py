@@ -421,9 +421,9 @@ def _zero_with_graph(
         student.hidden,
         student.target_embeds,
         _project(projectors.query, read),
-        _project(projectors.t2s, teacher.hidden[:0]),
+        _project(projectors.t2s, teacher.hidden[:0].detach()),
         _project(projectors.s2t, student.hidden[:0].detach()),
-        _project(projectors.embed_t2s, teacher.target_embeds[:0]),
+        _project(projectors.embed_t2s, teacher.target_embeds[:0].detach()),
     ]
     if with_head:  # a zero of the head's size: only where no cross-entropy reaches it anyway
         trained.append(student.head.weight)
