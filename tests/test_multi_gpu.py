@@ -16,10 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_recipe
+from dwakd_plugin.teacher import load_teacher
 from dwakd_plugin.trainer import DWAKDTrainer
 from tests.conftest import ROWS
 from tests.ranks import Job, watched, without_labels
@@ -165,6 +168,20 @@ def test_what_an_engine_cannot_do_is_refused_by_name(
     assert message in str(refused.value)
     check_recipe(recipe({}, **FSDP))
     check_recipe(recipe({}, deepspeed={"zero_optimization": {"stage": 3}}))
+
+
+def test_the_teacher_is_whole_where_the_student_is_not(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As axolotl leaves it for ZeRO-3, and accelerate for FSDP on a rank that loads no weights.
+    for place in (transformers.modeling_utils, transformers.integrations.deepspeed):
+        monkeypatch.setattr(place, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    config = TeacherConfig.model_validate({"base_model": str(lab / "teacher")})
+    head = load_teacher(config, "cpu").head.weight
+    assert torch.equal(head, load_file(lab / "teacher" / "model.safetensors")["lm_head.weight"])
+    assert transformers.modeling_utils.is_deepspeed_zero3_enabled()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 # Through the command ------------------------------------------------------------------------
