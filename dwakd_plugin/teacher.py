@@ -18,7 +18,7 @@ import psutil
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 from transformers.integrations import deepspeed
 
 from dwakd_plugin.causal_lm import (
@@ -319,17 +319,24 @@ def _give_own_projections(model: torch.nn.Module) -> None:
 def _whole_on_every_rank() -> Iterator[None]:
     """Keeps `from_pretrained` from treating the teacher as it treats the student.
 
-    FSDP's variable makes it zero-fill weights on other ranks, and DeepSpeed's config, to which
-    transformers holds a weak reference, makes it partition them under ZeRO-3.
+    FSDP's variable makes it zero-fill weights on other ranks. Under ZeRO-3 it partitions them: it
+    asks a function that looks at the config to which transformers holds a weak reference, and that
+    axolotl replaces by one that always says yes.
     """
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     value = os.environ.pop(name, None)
     reference = deepspeed._hf_deepspeed_config_weak_ref
     zero_config = None if reference is None else reference()
     deepspeed.unset_hf_deepspeed_config()
+    places = (deepspeed, modeling_utils)
+    asked_of = [place.is_deepspeed_zero3_enabled for place in places]
+    for place in places:
+        place.is_deepspeed_zero3_enabled = lambda: False
     try:
         yield
     finally:
+        for place, function in zip(places, asked_of, strict=True):
+            place.is_deepspeed_zero3_enabled = function
         if value is not None:
             os.environ[name] = value
         if zero_config is not None:

@@ -64,6 +64,12 @@ METRICS = (
 LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
 
 
+# accelerate numbers the CPUs of several processes; torch would not know where to load an optimizer.
+torch.serialization.register_package(
+    99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
+
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the message names the term and the row."""
 
@@ -136,9 +142,6 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             }
         prepare_for_engine(self, distillation.projectors)
         self.add_callback(_StopWhenAsked)
-        if self.args.device.type == "cpu":
-            # accelerate numbers CPUs, and torch then does not know where to load an optimizer to.
-            torch.serialization.register_package(100, lambda storage: None, _on_cpu)
         self._student_forward = self.model.forward
 
         @wraps(self._student_forward)  # the trainer reads its signature
@@ -416,10 +419,6 @@ def _give_projectors_their_rate(
         optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
     # DeepSpeed cannot flatten a group of none.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def _on_cpu(storage: Any, place: str) -> Any:
-    return storage if place.startswith("cpu:") else None
 
 
 def _mean_cross_entropy(terms: dict[str, Tensor]) -> Tensor:

@@ -16,12 +16,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_recipe
+from dwakd_plugin.teacher import load_teacher
+from dwakd_plugin.trainer import DWAKDTrainer
 from tests.conftest import ROWS
-from tests.ranks import Job, without_labels
+from tests.ranks import Job, watched, without_labels
 from tests.test_train_command import _wait_for
 
 Recipe = Callable[..., dict[str, Any]]
@@ -76,21 +80,19 @@ def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path
     def batches(micro_batch: int, accumulation: int) -> dict[str, int]:
         return {"micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
 
-    # Rows in the file's order; in the first step the second rank has no label at all, and the
-    # second step ends the epoch with half as many micro-batches.
-    uneven = {
-        "curriculum_sampling": True,
-        "shuffle_merged_datasets": False,
-        "max_steps": 2,
-        "save_steps": 2,
-    }
-    unlabelled = [row for start in (3, 9, 15, 21) for row in range(start, start + 3)]
-
-    train(settings("one", **batches(8, 1)))
+    one = Job(settings("one", **batches(8, 1)))
+    with watched(DWAKDTrainer, one):
+        train(one.recipe)
     train(settings("one-by-one", **batches(1, 8)))
     assert_close(tmp_path / "one-by-one", tmp_path / "one")
+
+    # In the first step the second rank has no label at all; the second step ends the epoch with one
+    # micro-batch instead of three.
+    uneven = {"max_steps": 2, "save_steps": 2}
+    order = [row for step in one.seen for row in step["rows"]]
+    unlabelled = [row for start in (5, 15, 25) for row in order[start : start + 5]]
     with without_labels(unlabelled):
-        train(settings("one-uneven", **batches(6, 4) | uneven))
+        train(settings("one-uneven", **batches(10, 3) | uneven))
 
     cache = {"teacher": {"cache": str(tmp_path / "states")}}
     ddp, fsdp = batches(1, 4), batches(2, 2) | FSDP
@@ -102,14 +104,14 @@ def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path
                 settings("ddp-resumed", **ddp, auto_resume_from_checkpoints=True),
                 checkpoint=str(tmp_path / "ddp" / "checkpoint-3"),
             ),
-            Job(settings("ddp-uneven", **batches(3, 4) | uneven), unlabelled=unlabelled),
+            Job(settings("ddp-uneven", **batches(5, 3) | uneven), unlabelled=unlabelled),
             Job(settings("ddp-cached", cache, **batches(4, 1))),
             Job(settings("fsdp", **fsdp)),
             Job(
                 settings("fsdp-resumed", **fsdp, auto_resume_from_checkpoints=True),
                 checkpoint=str(tmp_path / "fsdp" / "checkpoint-3"),
             ),
-            Job(settings("fsdp-uneven", **batches(3, 4) | uneven | FSDP), unlabelled=unlabelled),
+            Job(settings("fsdp-uneven", **batches(5, 3) | uneven | FSDP), unlabelled=unlabelled),
         ],
     )
     for engine in ("ddp", "fsdp"):
@@ -120,14 +122,13 @@ def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path
         assert not [name for name in student if "dwakd" in name]
 
         first, second = seen(tmp_path / f"{engine}-uneven")
-        windows = [(0, 4), (4, 6)]
-        for start, end in windows:
+        for start, end in ((0, 3), (3, 4)):
             steps = first[start:end] + second[start:end]
             assert {step["n"] for step in steps} == {sum(step["labels"] for step in steps)}
-        assert sum(step["labels"] for step in second[:4]) == 0
+        assert sum(step["labels"] for step in second[:3]) == 0
         assert [step["length"] for step in first] != [step["length"] for step in second]
         rows = [row for step in first + second for row in step["rows"]]
-        assert sorted(rows) == list(range(36))
+        assert sorted(rows) == list(range(40))
 
     # One of the two filled the cache, and the other waited for it.
     assert_close(tmp_path / "ddp-cached", tmp_path / "one")
@@ -167,6 +168,20 @@ def test_what_an_engine_cannot_do_is_refused_by_name(
     assert message in str(refused.value)
     check_recipe(recipe({}, **FSDP))
     check_recipe(recipe({}, deepspeed={"zero_optimization": {"stage": 3}}))
+
+
+def test_the_teacher_is_whole_where_the_student_is_not(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As axolotl leaves it for ZeRO-3, and accelerate for FSDP on a rank that loads no weights.
+    for place in (transformers.modeling_utils, transformers.integrations.deepspeed):
+        monkeypatch.setattr(place, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    config = TeacherConfig.model_validate({"base_model": str(lab / "teacher")})
+    head = load_teacher(config, "cpu").head.weight
+    assert torch.equal(head, load_file(lab / "teacher" / "model.safetensors")["lm_head.weight"])
+    assert transformers.modeling_utils.is_deepspeed_zero3_enabled()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 # Through the command ------------------------------------------------------------------------
