@@ -280,7 +280,7 @@ def memory(folder: Path, cache: Path, threads: int) -> dict[str, list[dict[str, 
     """What processes of their own take for two steps, with the live teacher and with the cache."""
     command = [sys.executable, "-m", "benchmarks.teacher", "--threads", str(threads)]
     found: dict[str, list[dict[str, int]]] = {"live": [], "cached": []}
-    for _ in range(5):
+    for _ in range(3):
         for name, states in (("live", ""), ("cached", str(cache))):
             result = subprocess.run(
                 [*command, "--folder", str(folder), "--peak", states],
@@ -305,18 +305,17 @@ def peak_saved(report: dict[str, Any]) -> float:
 def memory_of_two_steps(recipe: dict[str, Any]) -> dict[str, int]:
     """Bytes of this process: the peak of what is resident over two training steps.
 
-    `anonymous` is its own peak of what is no file's; `files` and `own` are what is mapped from
-    files and what no other process shares (USS), at the end; `files_after_all_rows` is the former
-    when every row was collated once.
+    Beside it, after the steps: what is no file's (`anonymous`), what is mapped from files, and what
+    no other process shares (`own`, USS); `files_after_all_rows` is when every row was collated.
     """
-    with measure.sampled("RssAnon") as anonymous, open_run(recipe) as run:
+    with open_run(recipe) as run:
         collator, rows = run.trainer.data_collator, run.trainer.train_dataset
         cache, step = collator.teacher_cache, stepper(run)
         for start in (0, BATCH):
             step([rows[index] for index in range(start, start + BATCH)], cache)
         found = {
             "peak": measure.status_bytes("VmHWM"),
-            "anonymous": max(anonymous),
+            "anonymous": measure.status_bytes("RssAnon"),
             "files": measure.status_bytes("RssFile"),
             "own": own_bytes(),
         }

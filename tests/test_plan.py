@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app
+from dwakd_plugin.collator import DualCollator
 from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss.divergence import tokens_per_chunk
@@ -29,6 +31,7 @@ from dwakd_plugin.memory_plan.model_sizes import (
 )
 from dwakd_plugin.memory_plan.parts import Parts
 from dwakd_plugin.memory_plan.trace import Bytes, trace_body
+from dwakd_plugin.trainer import DWAKDTrainer
 
 Recipe = Callable[..., dict[str, Any]]
 CPU = Card("a test's", "cpu", 64 * GIB, 1e11, 1e10, "made up")
@@ -365,6 +368,36 @@ def test_what_cannot_be_planned_is_refused(
 
 
 # Reality ------------------------------------------------------------------------------------
+
+
+def test_cached_states_wait_for_a_whole_optimizer_step(
+    recipe: Recipe, train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many batches as the plan counts, and the one at work."""
+    settings = recipe(
+        {"teacher": {"cache": str(tmp_path / "states")}}, gradient_accumulation_steps=4, max_steps=2
+    )
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    collate, compute_loss = DualCollator.__call__, DWAKDTrainer.compute_loss
+
+    def collating(collator: Any, *arguments: Any) -> Any:
+        batch = collate(collator, *arguments)
+        made.append(weakref.ref(batch["teacher_hidden"]))
+        return batch
+
+    def computing(*arguments: Any, **named: Any) -> Any:
+        alive.append(sum(one() is not None for one in made))
+        return compute_loss(*arguments, **named)
+
+    monkeypatch.setattr(DualCollator, "__call__", collating)
+    monkeypatch.setattr(DWAKDTrainer, "compute_loss", computing)
+    train(settings)
+    lengths = Lengths(256, 256, 60, 60)
+    waiting = plan(settings, CPU, lengths=lengths).largest["states that wait"]
+    assert waiting == (max(alive) - 1) * 4 * 60 * 40 * 4  # rows, tokens, features, bytes
+    on_gpu = plan(settings, card("24GB"), lengths=lengths).largest["states that wait"]
+    assert on_gpu == waiting * 3 / 4  # the data loader's is not there yet
 
 
 @pytest.mark.gpu

@@ -33,7 +33,7 @@ def moments(run: Parts) -> dict[str, dict[str, Bytes]]:
     accumulated = (
         gradients if int(run.recipe.get("gradient_accumulation_steps") or 1) > 1 else Bytes()
     )
-    step = weights | {"optimizer": optimizer}
+    step = weights | {"optimizer": optimizer, "states that wait": run.waiting_states()}
     largest = max(weight.numel * size for weight, size in run.trained())
     found = {
         "the student's forward pass": step

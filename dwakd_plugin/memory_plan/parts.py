@@ -194,6 +194,23 @@ class Parts:
             "runtime": Bytes.of(runtime / 64, 64),
         }
 
+    def waiting_states(self) -> Bytes:
+        """Of cached teacher states in batches that are collated and not at work yet.
+
+        The trainer fetches all micro-batches of an optimizer step at once, and its data loader one
+        more, which stays in the CPU's memory.
+        """
+        if not self.cached:
+            return Bytes()
+        kept = self.config.teacher.cache_dtype
+        # Read back, float8 is float32.
+        dtype = {"auto": self.teacher_dtype, "float8_e4m3": torch.float32}.get(kept)
+        itemsize = (dtype or getattr(torch, kept)).itemsize
+        states = self.batch * self.lengths.teacher_response * self.teacher.hidden_size
+        more = 1 if self.card.kind == "cpu" else 0
+        accumulation = int(self.recipe.get("gradient_accumulation_steps") or 1)
+        return Bytes.of(states * itemsize, accumulation - 1 + more)
+
     # -- what a step allocates --------------------------------------------------------------------
 
     def body(self, side: str) -> tuple[Bytes, Bytes, Bytes]:
