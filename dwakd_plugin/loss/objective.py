@@ -605,7 +605,8 @@ def _match_exactly(
     def placed(values: Tensor, index: Tensor, side: _Side) -> Tensor:
         """(P, ...) → (B, L, ...), 0 elsewhere."""
         grid = values.new_zeros(side.valid.numel(), *values.shape[1:])
-        return grid.index_copy(0, index, values).unflatten(0, side.valid.shape)
+        grid = grid.index_copy(0, index, values)
+        return grid.view(*side.valid.shape, *values.shape[1:])
 
     labels = _labels(student).flatten()
     targets = torch.where(used, predicted, labels[student_pairs])
