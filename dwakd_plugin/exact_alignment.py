@@ -111,8 +111,9 @@ def _turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, list[in
 def _pairs_of_a_text(student: list[bytes], teacher: list[bytes]) -> tuple[Pairs, bool]:
     """Pairs of pieces with the same place in the text, and whether the whole text is the same.
 
-    SentencePiece may have put a space before the text, which is not the text's: it is taken away
-    where both sides have more in common without it.
+    SentencePiece may have put a space before the text, which is not the text's: it is not counted
+    where both sides have more in common without it. The token that holds it has no counterpart
+    then: it stands for a byte more than the other side's.
     """
     student_text, teacher_text = b"".join(student), b"".join(teacher)
     without = [(0, 0)]
@@ -134,8 +135,7 @@ def _pairs_of_a_text(student: list[bytes], teacher: list[bytes]) -> tuple[Pairs,
 
 def _spans(pieces: list[bytes], extra: int) -> list[tuple[int, int]]:
     """First and last byte (exclusive) of each piece in a text that starts `extra` bytes later."""
-    ends = accumulate(map(len, pieces), initial=-extra)
-    return [(max(0, begin), max(0, end)) for begin, end in pairwise(ends)]
+    return list(pairwise(accumulate(map(len, pieces), initial=-extra)))
 
 
 def _in_common(one: bytes, other: bytes) -> tuple[bool, int]:

@@ -63,6 +63,11 @@ def tokenizers() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def cutters(tokenizers: dict[str, Any]) -> dict[str, ByteCutter]:
+    return {name: ByteCutter(tokenizer, "student") for name, tokenizer in tokenizers.items()}
+
+
+@pytest.fixture(scope="module")
 def aligners(tokenizers: dict[str, Any]) -> dict[tuple[str, str], TokenAligner]:
     return {
         (one, other): TokenAligner(tokenizers[one], tokenizers[other])
@@ -87,14 +92,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(text=TEXT)
 def test_pairs_are_the_tokens_with_the_same_place_in_the_text(
-    tokenizers: dict[str, Any], aligners: dict[tuple[str, str], TokenAligner], text: str
+    cutters: dict[str, ByteCutter], aligners: dict[tuple[str, str], TokenAligner], text: str
 ) -> None:
     """Against the spans of `ByteCutter`, which every byte of the text belongs to once."""
     text = "".join(part for part in text if part not in "<>▁")  # no special tokens, no folded ▁
     for (one, other), aligner in aligners.items():
         cuts = []
         for name in (one, other):
-            (cut,) = ByteCutter(tokenizers[name], "student").cut([text])
+            (cut,) = cutters[name].cut([text])
             spans = list(pairwise([0, *cut.ends]))
             assert b"".join(text.encode()[a:b] for a, b in spans) == text.encode()
             cuts.append((cut.ids, spans))
@@ -104,7 +109,9 @@ def test_pairs_are_the_tokens_with_the_same_place_in_the_text(
             (i, j)
             for i, span in enumerate(student_spans)
             for j, their in enumerate(teacher_spans)
-            if span == their and span[0] < span[1]
+            # A space that is put before the text takes no byte of it, and is part of a token.
+            if span == their
+            and cutters[one].pieces[student_ids[i]] == cutters[other].pieces[teacher_ids[j]]
         ]
         assert found == expected, (one, other, text)
         for before, after in pairwise(found):
@@ -135,25 +142,26 @@ def test_turns_are_compared_each_with_its_own() -> None:
             for i, j in found
         ]
 
-    # Prompts and templates differ, the second turn begins like the first, and both have ends.
+    # Prompts and templates differ, the second turn begins like the first, and both have ends. The
+    # first token of a turn has a space on the teacher's side, which the text has not.
     sides = both(
         ("Q: one? A:", "[user] one? [assistant]", False),
-        ("a b c<|end|>", "a b c</s>", True),
+        ("a b the<|end|>", "a b the</s>", True),
         ("Q:", "[user] two? and three? [assistant]", False),
-        ("a b d<|end|>\n", "a b d</s>", True),
+        ("a b in<|end|>\n", "a b in</s>", True),
     )
     assert texts(aligner.pairs(*sides), sides) == [
-        *[("a", " a"), (" b", " b"), (" c", " c"), ("<|end|>", "</s>")],
-        *[("a", " a"), (" b", " b"), (" d", " d"), ("<|end|>", "</s>")],
+        *[(" b", " b"), (" the", " the"), ("<|end|>", "</s>")],
+        *[(" b", " b"), (" in", " in"), ("<|end|>", "</s>")],
     ]
     # One side is cut short, or says something else from a byte on: nothing after it is paired.
-    short = both(("", "", False), ("a b c<|end|>", "a b", True))
-    assert texts(aligner.pairs(*short), short) == [("a", " a"), (" b", " b")]
-    other = both(("", "", False), ("a b c d<|end|>", "a b x d</s>", True))
-    assert texts(aligner.pairs(*other), other) == [("a", " a"), (" b", " b")]
+    short = both(("", "", False), ("a b the<|end|>", "a b", True))
+    assert texts(aligner.pairs(*short), short) == [(" b", " b")]
+    other = both(("", "", False), ("a b the in<|end|>", "a b is in</s>", True))
+    assert texts(aligner.pairs(*other), other) == [(" b", " b")]
     # A space that the text begins with is the text's.
     spaced = both(("", "", False), (" a b<|end|>", " a b</s>", True))
-    assert (" b", " b") in texts(aligner.pairs(*spaced), spaced)
+    assert texts(aligner.pairs(*spaced), spaced)[:2] == [(" a", " a"), (" b", " b")]
     assert aligner.pairs(*row(), *row()) == []
     only_ends = row(([s_end], True)), row(([t_end], True))
     assert aligner.pairs(*only_ends[0], *only_ends[1]) == [(0, 0)]
@@ -164,17 +172,17 @@ def test_turns_are_compared_each_with_its_own() -> None:
     [
         ("qwen1.5", "gpt2", 0.8345, 0.846),
         ("mistral-v0.1", "tinyllama", 0.9016, 0.902),
-        ("mistral-v0.1", "gpt2", 0.8763, 0.891),
+        ("mistral-v0.1", "gpt2", 0.8651, 0.891),
     ],
 )
 def test_share_of_paired_tokens_on_real_text(
     teacher: str, student: str, exact: float, by_characters: float
 ) -> None:
-    """`by_characters` is how such shares are usually counted: from a tokenizer's own offsets.
+    """`by_characters` is how such shares are easily counted: from a tokenizer's own offsets.
 
-    They count characters, leave the space before a word aside, and repeat a span for each token
-    that a character is cut into. That pairs " 1" with the "1" after a token that is a space: one
-    model has read the space by then and the other has not.
+    They count characters, have no place for a space that is put before the text, and repeat a span
+    for each token that a character is cut into; and spaces are left aside. That pairs " 1" with the
+    "1" after a token that is a space: one model has read the space by then, the other has not.
     """
     file = SHARED / "instructions" / "selfinst_252.jsonl"
     if not file.exists():
@@ -329,7 +337,7 @@ def evaluate(
 
 
 def entropy_of(p: Tensor) -> float:
-    return -sum(float(x) * math.log(float(x)) for x in p)
+    return -sum(x * math.log(x) for x in p.tolist())
 
 
 def reference_exact(
@@ -659,7 +667,7 @@ def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(
         raise AssertionError("the teacher was loaded")
 
     monkeypatch.setattr("dwakd_plugin.assembly.load_teacher", refuse)
-    own = recipe({"variant": "sft"}, max_steps=2, val_set_size=0, eval_steps=1)
+    own = recipe({"variant": "sft"}, max_steps=2)
     log = train(own)
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (log, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -674,7 +682,7 @@ def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(
 
 def test_uld_trains_and_logs_its_distance(recipe: Recipe, train: Train) -> None:
     log = train(recipe({"variant": "uld"}, max_steps=2, val_set_size=0.2, eval_steps=2))
-    first = log[0]
+    first = next(line for line in log if "loss" in line)
     assert 0 < first["uld"] < 2
     assert first["loss"] == pytest.approx(first["ce"] + 1.5 * first["uld"], rel=1e-3)
     assert not {"t2s_ce", "gate", "gamma", "attention_entropy"} & set(first)

