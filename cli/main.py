@@ -544,7 +544,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Of rouge_l, bits_per_byte, agreement, structure, with commas.",
-            show_default="rouge_l,bits_per_byte; all of them with --teacher",
+            show_default="rouge_l, bits_per_byte; all with --teacher",
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="One answer a row for each.")] = "10,20,30,40,50",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -643,9 +644,13 @@ def test_the_report_is_one_json_object(lab: Path, tmp_path: Path, worse: Path) -
     assert len(list((tmp_path / "out").glob("responses-*.jsonl"))) == 2
 
 
-def test_figures_are_those_of_the_files(lab: Path, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_files(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The table is for people; ROUGE-L is what the kept answers have."""
-    result = CliRunner().invoke(app, arguments(lab, tmp_path), env={"COLUMNS": "60"})
+    # Where Rich reads it: a library may have put another mapping in the place of os.environ.
+    monkeypatch.setattr(Console, "_environ", {"COLUMNS": "60"})
+    result = CliRunner().invoke(app, arguments(lab, tmp_path))
     assert result.exit_code == 0, result.output
     assert "ROUGE-L, 2 seeds" in result.stdout and "First prompt (alpaca" in result.stdout
     wide = [line for line in result.stdout.splitlines() if len(line) > 60]
