@@ -94,6 +94,14 @@ def run(
     started = time.monotonic()
     chosen = read_metrics(metrics, teacher)
     numbers = read_seeds(seeds)
+    if not temperature >= 0 or not 0.01 <= top_p <= 1:
+        raise UserError(
+            f"--temperature {temperature:g} and --top-p {top_p:g}: give a temperature from 0, and "
+            "a top-p from 0.01 to 1."
+        )
+    for name, count in (("max-new-tokens", max_new_tokens), ("limit", limit)):
+        if count is not None and count < 1:
+            raise UserError(f"--{name} {count}: give a number from 1.")
     if temperature == 0:  # every seed would give the same answers
         numbers = numbers[:1]
     size = _batch_size(batch_size)

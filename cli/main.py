@@ -549,17 +549,15 @@ def evaluate(
     ] = None,
     seeds: Annotated[str, typer.Option(help="One answer a row for each.")] = "10,20,30,40,50",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+        int, typer.Option(metavar="N", help="Longest answer in tokens.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="X", help="0 is greedy, under one seed.")
+        float, typer.Option(metavar="X", help="From 0, which is greedy, under one seed.")
     ] = 1.0,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, metavar="X", help="1 samples from all tokens.")
+        float, typer.Option(metavar="X", help="From 0.01 to 1, which samples from all tokens.")
     ] = 1.0,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The first N rows only.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="The first N rows only.")] = None,
     prompt_template: Annotated[
         str,
         typer.Option(

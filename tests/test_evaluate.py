@@ -754,6 +754,8 @@ def test_rows_beyond_a_models_positions_are_left_out(lab: Path, tmp_path: Path) 
         ({"more": ["--metrics", "structure"]}, "Name it with --teacher"),
         ({"more": ["--seeds", "1,1"]}, "different whole numbers"),
         ({"more": ["--batch-size", "0"]}, "give auto or a number"),
+        ({"more": ["--limit", "0"]}, "give a number from 1"),
+        ({"more": ["--top-p", "0"]}, "a top-p from 0.01 to 1"),
         ({"more": ["--device", "cuda:7"]}, "has no such GPU"),
         ({"more": ["--backend", "vllm"]}, "needs vLLM"),
     ],
