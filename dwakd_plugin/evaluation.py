@@ -18,6 +18,7 @@ have read the same text.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +45,12 @@ def rouge_l(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """ROUGE-L of each response, 0 to 100, against the best of its row's references."""
+    from absl import logging
     from rouge_score.rouge_scorer import RougeScorer
 
+    # Its handler closes the stream that was standard error when it was imported, unless it is now;
+    # axolotl closes all handlers while standard error is redirected.
+    logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = np.zeros(len(responses))
     for row, (response, texts) in enumerate(zip(responses, references, strict=True)):
