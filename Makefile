@@ -1,8 +1,9 @@
 # Everything works in .venv at the project's root; PYTHON may name another 3.11.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo test lint bench bench-plan bench-teacher constraints
+.PHONY: setup demo test test-slow lint bench bench-plan bench-teacher constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -19,8 +20,12 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/dwakd quickstart
 
+# What takes long is in test-slow: several processes, whole conversions, some of the recipes.
 test: setup
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def assemble(
         )
         for collator in _collators(trainer):
             collator.teacher_cache = cache
-    if teacher.model is not None:
+    if teacher is not None and teacher.model is not None:
         length = config.teacher.sequence_len or cfg.sequence_len
         check_positions(teacher.model, length, "dwakd.teacher.sequence_len")
     if cfg.sample_packing:

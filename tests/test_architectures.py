@@ -27,9 +27,9 @@ from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.projectors import Projectors
 from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher, load_teacher
-from dwakd_plugin.trainer import LOSS_TERMS
 from tests.conftest import ROWS
 from tests.families import FAMILIES, WINDOW, create
+from tests.test_axolotl import TERMS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 CHOSEN = (ROWS[1], ROWS[7], ROWS[3], ROWS[8])  # two are not ASCII, and their lengths differ
@@ -147,7 +147,7 @@ def check_pair(pair: Pair) -> None:
             assert torch.isfinite(value), field.name
             # float32 sums over some hundred tokens; accuracy is a count.
             assert float(value) == pytest.approx(float(alone), rel=2e-5, abs=1e-5), field.name
-        assert all(float(getattr(together, name)) > 0 for name in LOSS_TERMS)
+        assert all(float(getattr(together, name)) > 0 for name in TERMS)
 
 
 def check_training(pair: Pair) -> None:
@@ -163,7 +163,7 @@ def check_training(pair: Pair) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     for _ in range(2):
         found = terms(pair.student, pair.teacher, pair.projectors, inputs)
-        loss = sum(getattr(found, name) for name in LOSS_TERMS) / found.student_tokens
+        loss = sum(getattr(found, name) for name in TERMS) / found.student_tokens
         assert torch.isfinite(loss)
         optimizer.zero_grad()
         loss.backward()

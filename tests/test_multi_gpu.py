@@ -72,6 +72,7 @@ def seen(out: Path) -> list[list[dict[str, Any]]]:
     return [json.loads(file.read_text()) for file in sorted(out.glob("rank-*.json"))]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path) -> None:
     def settings(name: str, dwakd: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
         own = {"output_dir": str(tmp_path / name), "max_steps": 5, "save_steps": 3}

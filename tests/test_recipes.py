@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 from dwakd_cli.main import app
 from dwakd_cli.recipes import GROUPS, _shipped, describe
 from dwakd_plugin.config import DWAKDArgs
-from dwakd_plugin.trainer import LOSS_TERMS
 from tests.conftest import ROWS, write_rows
 from tests.families import create
+from tests.test_axolotl import TERMS
 
 RECIPES = {name: yaml.safe_load(file.read_text()) for name, file in _shipped().items()}
 DISTILLING = [name for name, recipe in RECIPES.items() if "dwakd" in recipe]
@@ -228,7 +228,7 @@ def test_two_steps(
     steps = [line for line in log if "loss" in line]
     assert len(steps) == 2
     for line in steps:
-        assert all(math.isfinite(line[term]) and line[term] > 0 for term in LOSS_TERMS)
+        assert all(math.isfinite(line[term]) and line[term] > 0 for term in TERMS)
         assert math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
     output = Path(RECIPES[name]["output_dir"])
     one, two = output / "checkpoint-1", output / "checkpoint-2"
