@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import TeacherConfig, parse_recipe
 from dwakd_plugin.errors import UserError
@@ -125,14 +125,7 @@ def _cache(
 
 @contextmanager
 def _progress(console: Console, title: str) -> Iterator[Any]:
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console, count="{task.completed:,.0f}/{task.total:,.0f}") as progress:
         task = progress.add_task(title, total=1)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

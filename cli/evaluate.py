@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
@@ -639,14 +639,7 @@ def _spread(values: Any) -> dict[str, float]:
 @contextmanager
 def _progress(console: Console) -> Iterator[Begin]:
     """Yields a function that begins a stage and returns what hears (done, total) of it."""
-    with Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console, "{task.description:<28}") as progress:
         current: list[Any] = []
 
         def begin(title: str) -> Callable[[int, int], None]:

@@ -21,10 +21,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dwakd_cli import embedded
+from dwakd_cli.terminal import progress_bar
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 
@@ -59,13 +59,8 @@ def run(folder: Path, *, json_output: bool) -> None:
     started = time.monotonic()
     seconds: dict[str, float] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
+    with progress_bar(
+        console, "{task.description:<44}", count="{task.percentage:>3.0f}%", width=24
     ) as progress:
 
         def stage(name: str, title: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What standard output can take: other encodings than UTF-8, and readers that leave early."""
+"""The terminal: other encodings than UTF-8, readers that leave early, and one kind of progress."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import os
 import sys
 from collections.abc import Iterator
 from io import TextIOWrapper
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 # What pictures and sentences use, where the output's encoding lacks it.
 _ASCII = {
@@ -64,3 +69,22 @@ def _nearest(error: UnicodeError) -> tuple[str | bytes, int]:
     if "\u2800" <= character <= "\u28ff":  # a spinner
         return "*", error.start + 1
     return _ASCII.get(character, "?" * cell_len(character)), error.start + 1
+
+
+def progress_bar(
+    console: Console,
+    description: str = "{task.description}",
+    count: str = "{task.completed}/{task.total}",
+    width: int = 20,
+) -> Progress:
+    """A bar with elapsed and remaining time. `description` and `count` are Rich's formats."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn(description),
+        progress.BarColumn(bar_width=width),
+        progress.TextColumn(count),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+    )

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
@@ -195,14 +195,7 @@ def _train_opened(
     cache = TeacherCache(work / "student", {"side": "student", "hidden_size": width})
     pair = FrozenPair(trainer.model, distillation.teacher, trainer.data_collator, cache)
     batch_size = trainer.args.per_device_train_batch_size
-    with Progress(
-        TextColumn("{task.description:<32}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console, "{task.description:<32}") as progress:
         filling = progress.add_task("The student's states (rows)", total=None)
         pair.fill(
             [rows, held_out],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -144,6 +145,16 @@ def parameter_count(model: nn.Module) -> int:
 def size(parameter: Tensor) -> int:
     """Numbers in a parameter, of which ZeRO-3 may leave none here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def weights_dtype(asked: str, model_config: Any, device: str) -> torch.dtype:
+    """The dtype of unquantised weights: as asked; for `auto` the checkpoint's, float32 on a CPU."""
+    if asked != "auto":
+        return getattr(torch, asked)
+    if torch.device(device).type == "cpu":
+        return torch.float32  # half precision is slow on CPUs
+    dtype = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def short_dtype(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dwakd_plugin.causal_lm import causal_lm, short_dtype
+from dwakd_plugin.causal_lm import causal_lm, short_dtype, weights_dtype
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fit_vocabulary
 from dwakd_plugin.preflight import RUN_FILE, model_remedy
@@ -156,7 +156,9 @@ def identity(source: Source, config: Any, held: Held) -> dict[str, Any]:
         "weights": content(source.weights),
         "adapter": fingerprint_of_folder(source.adapter) if source.adapter else None,
         "tokenizer": content(source.tokenizer),
-        "precision": "8 bit" if held.load_in_8bit else short_dtype(_dtype(config, held, device)),
+        "precision": "8 bit"
+        if held.load_in_8bit
+        else short_dtype(weights_dtype(held.dtype, config, device)),
     }
 
 
@@ -174,15 +176,6 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _dtype(config: Any, held: Held, device: str) -> torch.dtype:
-    if held.dtype != "auto":
-        return getattr(torch, held.dtype)
-    if torch.device(device).type == "cpu":
-        return torch.float32  # half precision is slow on CPUs
-    stored = getattr(config, "dtype", None) or config.get_text_config().dtype
-    return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
 def load_model(source: Source, config: Any, held: Held) -> Any:
     """The model in eval mode, an adapter merged (attached, in 8 bit). Raises UserError."""
     device = choose_device(held.device)
@@ -196,7 +189,7 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.weights,
-            dtype=_dtype(config, held, device),
+            dtype=weights_dtype(held.dtype, config, device),
             device_map={"": device},
             output_loading_info=True,
             **options,

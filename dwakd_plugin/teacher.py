@@ -30,6 +30,7 @@ from dwakd_plugin.causal_lm import (
     output_head,
     parameter_count,
     short_dtype,
+    weights_dtype,
 )
 from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
@@ -221,12 +222,7 @@ def teacher_device(config: TeacherConfig, device: str) -> str:
 
 def teacher_dtype(config: TeacherConfig, model_config: Any, device: str) -> torch.dtype:
     """The dtype of the teacher's unquantised weights on a device."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if torch.device(device).type == "cpu":
-        return torch.float32  # half precision is slow on CPUs
-    dtype = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return weights_dtype(config.dtype, model_config, device)
 
 
 def precision_name(config: TeacherConfig, model_config: Any, device: str) -> str:
