@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from numpy import maximum
+from pyarrow.compute import list_value_length
 from torch import nn
 from torch.utils.data import Sampler
 
@@ -30,10 +32,14 @@ def pair_lengths(rows: Dataset, student_len: int, teacher_len: int) -> Dataset:
     pair takes the larger of its two shares. Rows whose lengths together are no more than
     `student_len` fit both sides.
     """
-    lengths = [
-        max(len(student), -(-len(teacher) * student_len // teacher_len))
-        for student, teacher in zip(rows["input_ids"], rows["teacher_input_ids"], strict=True)
-    ]
+    lengths: list[int] = []
+    columns = rows.select_columns(["input_ids", "teacher_input_ids"]).with_format("arrow")
+    for table in columns.iter(10_000):
+        student, teacher = (
+            list_value_length(table[name]).to_numpy().astype("int64")
+            for name in ("input_ids", "teacher_input_ids")
+        )
+        lengths += maximum(student, -(-teacher * student_len // teacher_len)).tolist()
     if LENGTH_COLUMN in rows.column_names:
         rows = rows.remove_columns(LENGTH_COLUMN)
     return rows.add_column(LENGTH_COLUMN, lengths)

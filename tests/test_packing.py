@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -147,6 +148,7 @@ def test_pairs_that_fit_the_students_sequence_fit_the_teachers(
         }
     )
     lengths = pair_lengths(rows, student_len=64, teacher_len=48)["length"]
+    assert list(lengths) == [max(student, math.ceil(teacher * 64 / 48)) for student, teacher in sizes]
     assert max(lengths) <= 64
     for places in pack(list(lengths), 64):
         assert sum(sizes[place][0] for place in places) <= 64
