@@ -36,6 +36,7 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
         "tokenizers": f"teacher {facts['teacher_vocabulary']:,} tokens, student "
         f"{facts['student_vocabulary']:,}; {facts['shared_tokens']:,} in both",
         "rows": f"{len(trainer.train_dataset):,} to train on, {evaluated:,} to evaluate on; "
+        + (f"packed into sequences of {cfg.sequence_len:,} tokens; " if cfg.sample_packing else "")
         + "; ".join(f"{count:,} {status}" for status, count in sorted(rows.counts.items())),
         "projectors": "none"
         if distillation.projectors is None
