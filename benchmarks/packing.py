@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from benchmarks import measure
-from benchmarks.teacher import stepper
+from benchmarks.teacher import stepper, with_cache
 from dwakd_cli import quickstart
 from dwakd_plugin.open_run import OpenRun, open_run
 from dwakd_plugin.packing import LENGTH_COLUMN, pack
@@ -46,7 +46,7 @@ def main(
     recipe = yaml.safe_load(Path("dwakd.yml").read_text(encoding="utf-8"))
     started = measure.start(threads, False, ["transformers"])
     packed = {"sample_packing": True, "attn_implementation": "sdpa", "val_set_size": 0}
-    with open_run(recipe | packed) as run:
+    with open_run(with_cache(recipe, None) | packed) as run:
         train = run.trainer.train_dataset
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         chosen = [train[index] for index in order[:rows].tolist()]
