@@ -11,6 +11,8 @@ from typing import Any
 # Before transformers and axolotl are imported: no network, no telemetry (it hangs without one).
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+# Its copy of the output replaces sys.stdout, and what it puts back later is that of another test.
+os.environ["AXOLOTL_TEE_STDOUT"] = "0"
 # Threads that wait without spinning: tiny models on a busy machine would wait for each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are taken by other workers
