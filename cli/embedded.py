@@ -91,7 +91,7 @@ EMBEDDING_STD = 0.04  # of the compressed rows: what two passes of pretraining a
 
 
 @contextmanager
-def _new_folder(dest: Path) -> Iterator[Path]:
+def new_folder(dest: Path) -> Iterator[Path]:
     """A temporary folder beside `dest`, which it becomes if the block ends without an error."""
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"`{dest}` exists and is not empty. Remove it, or choose another folder.")
@@ -117,7 +117,7 @@ def prepare_teacher(dest: Path) -> Path:
     if all((dest / name).is_file() for name in TEACHER_FILES):
         return dest
     gguf_file = _teacher_gguf()
-    with _new_folder(dest) as folder:
+    with new_folder(dest) as folder:
         _teacher_tokenizer(gguf_file).save_pretrained(folder)
         _teacher_model(gguf_file).save_pretrained(folder)
     return dest
@@ -485,7 +485,7 @@ def create_student(
         model = LlamaForCausalLM(config)
     if teacher is not None:
         _compress_embeddings(model.model.embed_tokens.weight, tokenizer, teacher)
-    with _new_folder(dest) as folder:
+    with new_folder(dest) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return dest

@@ -184,7 +184,7 @@ def test_a_folder_that_is_in_use_is_left_alone(tokenizer, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    with pytest.raises(KeyboardInterrupt), embedded._new_folder(tmp_path / "model") as folder:
+    with pytest.raises(KeyboardInterrupt), embedded.new_folder(tmp_path / "model") as folder:
         (folder / "half").write_text("")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,77 @@
+"""`python -m benchmarks.quality`: trains all methods and ablations, evaluates, writes a report.
+
+Everything lies below --folder and what is done is kept: stopped and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS, say, start, write_report
+from benchmarks.quality import materials, methods, report
+from benchmarks.quality.runs import Run, result_of, train_all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument(
+        "instructions",
+        type=Path,
+        help="folder with dolly_{train,dev,test}.jsonl, selfinst_252.jsonl and vicuna_80.jsonl",
+    )
+    parser.add_argument("--folder", type=Path, default=Path("quality-benchmark"))
+    parser.add_argument("--seeds", type=int, default=5, help="training seeds of the headline")
+    parser.add_argument("--ablation-seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
+    parser.add_argument("--without", nargs="*", default=[], choices=methods.METHODS[1:])
+    parser.add_argument("--skip-ablations", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    begun = start(chosen.threads, False, ["axolotl", "transformers", "rouge-score"])
+    base = materials.prepare(chosen.folder.resolve(), chosen.instructions)
+
+    def train(runs: list[Run]) -> list[float]:
+        train_all(base, runs, chosen.processes, chosen.threads)
+        return [result_of(base, run)["dev_bits_per_byte"] for run in runs]
+
+    # The teacher reads the rows once, for all: in a run of its own, so that two do not both do it.
+    first = Run("cache", {"variant": "full"}, 1e-4, recipe={"max_steps": 1})
+    train_all(base, [first], 1, chosen.threads * chosen.processes)
+    tuned = {"sft": methods.tune("sft", None, train)}
+    compared: dict[str, list[Run]] = {}
+    for method in methods.METHODS:
+        if method in chosen.without:
+            continue
+        if method != "sft":
+            tuned[method] = methods.tune(method, tuned["sft"].learning_rate, train)
+        say(f"{method}: {tuned[method].name} was best on dev")
+    for method, best in tuned.items():
+        seeds = chosen.seeds if method in methods.HEADLINE else chosen.ablation_seeds
+        compared[method] = methods.with_seeds(method, best, seeds)
+    train([run for runs in compared.values() for run in runs])
+    ablated: dict[str, list[Run]] = {}
+    if "dwakd" in tuned and not chosen.skip_ablations:
+        ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
+        train([run for runs in ablated.values() for run in runs])
+    results: dict[str, Any] = report.evaluate(base, compared, ablated)
+    results["trials"] = trials(base)
+    write_report("quality", begun, results, [], chosen.out)
+    report.plot(results, chosen.out / "quality.png")
+    print(report.tables(results))
+
+
+def trials(base: materials.Materials) -> list[dict[str, Any]]:
+    """Every run on dev, with its settings."""
+    files = sorted((base.folder / "runs").glob("tune-*/run.json"))
+    kept = ("name", "dwakd", "learning_rate", "dev_bits_per_byte", "seconds")
+    return [
+        {key: json.loads(file.read_text(encoding="utf-8"))[key] for key in kept} for file in files
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What every run of the quality benchmark starts from: rows, the teacher, the pretrained student.
+
+The teacher is SmolLM2-135M-Instruct with its vocabulary trimmed to what the training rows use: on
+them its tokens and hidden states are the untrimmed model's, its probabilities are renormalised, and
+its output head, which is most of a teacher's cost here, is several times smaller.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import say
+from dwakd_cli import embedded
+from dwakd_plugin.files import replace_file
+
+Row = dict[str, Any]
+
+TRAIN_ROWS, LONGEST = 2000, 64  # tokens of the teacher: instruction, input and output
+PRETRAINING_ROWS = 5000
+VOCABULARY = 4096
+STUDENT = {"hidden_size": 256, "layers": 5, "heads": 4, "intermediate_size": 704, "seed": 7}
+FORMAT = "### Instruction:\n{instruction}\n{input}\n\n### Response:\n"
+NO_INPUT_FORMAT = "### Instruction:\n{instruction}\n\n### Response:\n"
+TEST_SETS = ("dolly", "self_instruct", "vicuna")
+_FILES = {
+    "dev": "dolly_dev.jsonl",
+    "dolly": "dolly_test.jsonl",
+    "self_instruct": "selfinst_252.jsonl",
+    "vicuna": "vicuna_80.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Folders and files that all runs share."""
+
+    folder: Path
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student"
+
+    def rows(self, name: str) -> Path:
+        """The JSONL of `train`, `dev` or a test set."""
+        return self.folder / "data" / f"{name}.jsonl"
+
+
+def prepare(folder: Path, instructions: Path) -> Materials:
+    """Makes what is missing below `folder`; what is there is complete, and is kept."""
+    materials = Materials(folder)
+    if not (folder / "untrimmed").is_dir():
+        embedded.prepare_teacher(folder / "untrimmed")
+    if not materials.rows("train").is_file():
+        _write_rows(materials, instructions)
+    pretraining = _read(materials.rows("pretraining"))
+    if not materials.teacher.is_dir():
+        texts = _texts(_read(materials.rows("train")))
+        trim_vocabulary(folder / "untrimmed", texts, materials.teacher)
+    if not materials.student.is_dir():
+        texts = [prompt + response for prompt, response in map(rendered, pretraining)]
+        tokenizer = embedded.train_tokenizer(texts, VOCABULARY)
+        if not (folder / "untrained").is_dir():
+            embedded.create_student(folder / "untrained", tokenizer, **STUDENT)
+        pretrain(folder / "untrained", texts, materials.student)
+    return materials
+
+
+def rendered(row: Row) -> tuple[str, str]:
+    """Prompt and first reference of a row, as the recipes write them."""
+    form = FORMAT if row.get("input") else NO_INPUT_FORMAT
+    output = row["output"] if isinstance(row["output"], str) else row["output"][0]
+    return form.format(instruction=row["instruction"], input=row.get("input") or ""), output
+
+
+def _texts(rows: Iterable[Row]) -> list[str]:
+    """Every text that a tokenizer will see alone: prompts and responses are tokenised apart."""
+    return [text for row in rows for text in rendered(row)]
+
+
+def _write_rows(materials: Materials, instructions: Path) -> None:
+    """Short rows to train and test on, as chosen by the teacher's tokenizer; the rest to pretrain.
+
+    Vicuna is taken whole: its references are long, and no row of it would be left.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(materials.folder / "untrimmed")
+
+    def short(row: Row) -> bool:
+        _, output = rendered(row)
+        text = row["instruction"] + (row.get("input") or "") + output
+        return len(tokenizer(text)["input_ids"]) <= LONGEST
+
+    rows = _read(instructions / "dolly_train.jsonl")
+    candidates = [index for index, row in enumerate(rows) if short(row)]
+    chosen = set(random.Random(0).sample(candidates, TRAIN_ROWS))
+    parts = {"train": [rows[index] for index in sorted(chosen)]}
+    others = [row for index, row in enumerate(rows) if index not in chosen]
+    parts["pretraining"] = random.Random(0).sample(others, PRETRAINING_ROWS)
+    for name, file in _FILES.items():
+        found = _read(instructions / file)
+        parts[name] = found if name == "vicuna" else [row for row in found if short(row)]
+    (materials.folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in sorted(parts, key=lambda name: name == "train"):  # which says that all are there
+        lines = (json.dumps(row) + "\n" for row in parts[name])
+        replace_file(materials.rows(name), "".join(lines))
+        say(f"{name}: {len(parts[name])} rows")
+
+
+def _read(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def trim_vocabulary(source: Path, texts: Sequence[str], dest: Path) -> None:
+    """Saves the model of `source` with the tokens that `texts` need, and the 256 bytes, alone.
+
+    A token's parts are kept with it, down to the bytes. A merge that is left out joins parts whose
+    product occurs nowhere in `texts`: it never applied there, and they are tokenised as before.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, merges = rules["model"]["vocab"], [tuple(pair) for pair in rules["model"]["merges"]]
+    names = {index: token for token, index in vocabulary.items()}
+    special = {token["content"] for token in rules["added_tokens"]}
+    before = tokenizer(list(texts))["input_ids"]
+    used = {names[index] for ids in before for index in ids}
+    made_of = {left + right: (left, right) for left, right in reversed(merges)}
+    kept: set[str] = special | {token for token in vocabulary if len(token) == 1}
+    waiting = list(used)
+    while waiting:
+        token = waiting.pop()
+        if token not in kept:
+            kept.add(token)
+            waiting += made_of[token]
+    order = sorted(kept, key=lambda token: vocabulary[token])
+    rules["model"]["vocab"] = {token: index for index, token in enumerate(order)}
+    rules["model"]["merges"] = [
+        [left, right]
+        for left, right in merges
+        if left in kept and right in kept and left + right in kept
+    ]
+    for token in rules["added_tokens"]:
+        token["id"] = rules["model"]["vocab"][token["content"]]
+    with embedded.new_folder(dest) as folder:
+        tokenizer.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+        trimmed = PreTrainedTokenizerFast.from_pretrained(folder)
+        new_id = {vocabulary[token]: index for index, token in enumerate(order)}
+        after = [[new_id[index] for index in ids] for ids in before]
+        if trimmed(list(texts))["input_ids"] != after:
+            raise RuntimeError("the trimmed tokenizer cuts these texts in another way")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        rows = model.get_input_embeddings().weight.detach()[[vocabulary[token] for token in order]]
+        model.resize_token_embeddings(len(order), mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(rows)
+        for config in (model.config, model.generation_config):
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                old = getattr(config, key, None)
+                if old is not None:
+                    setattr(config, key, new_id[old])
+        model.save_pretrained(folder)
+    say(f"teacher: {len(order):,} of {len(vocabulary):,} tokens kept")
+
+
+def pretrain(
+    untrained: Path,
+    texts: Sequence[str],
+    dest: Path,
+    *,
+    length: int = 512,
+    batch: int = 2,
+    learning_rate: float = 1.5e-3,
+) -> None:
+    """One reading of `texts`, shuffled, joined, and cut into pieces of `length` tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(untrained)
+    model = AutoModelForCausalLM.from_pretrained(untrained, dtype=torch.float32)
+    shuffled = random.Random(1).sample(list(texts), len(texts))
+    ids = [
+        index
+        for text in shuffled
+        for index in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ]
+    steps = len(ids) // (length * batch)
+    blocks = torch.tensor(ids[: steps * length * batch]).view(steps, batch, length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    warm = steps // 20
+
+    def rate(step: int) -> float:
+        part = max(0.0, (step - warm) / (steps - warm))
+        return min(1.0, (step + 1) / warm) * (0.05 + 0.95 * (1 + math.cos(math.pi * part)) / 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    for step, block in enumerate(blocks):
+        loss = model(input_ids=block, labels=block).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            say(f"pretraining: step {step + 1} of {steps}, {loss.item():.3f} nats a token")
+    with embedded.new_folder(dest) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

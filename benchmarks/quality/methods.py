@@ -1,0 +1,85 @@
+"""What is compared: methods with the settings that each may be tuned over, and ablations.
+
+Every method gets as many trials on dev as the others. The first trial of each is its own paper's
+settings, or this project's defaults; where its authors leave room, the others go another way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.quality.runs import Run
+
+Settings = dict[str, Any]
+
+HEADLINE = ("sft", "uld", "dskd", "dwakd")
+METHODS = (*HEADLINE, "dskdv2", "dwakdv2")
+LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)  # SFT's four trials; the others start from its best
+
+_WARMED = {"projectors": {"warmup_steps": 100}}
+_LABELS_LEAD = {"loss": {"ce_weight": 1.0, "temperature": 1.0}} | _WARMED
+_WITHOUT_STUDENT_SPACE = {
+    "loss": {"ce_weight": 1.0, "temperature": 1.0, "kd_warmup_steps": 2500}
+} | _WARMED
+# Of the tuning, by name: what is laid over the variant. The last trial of a method is the best of
+# these at twice the learning rate.
+_WITH_PROJECTORS = {"paper": {}, "labels": _LABELS_LEAD, "teacher_space": _WITHOUT_STUDENT_SPACE}
+_ORDERED: Settings = {"matching": "order", "dtw_weight": 0.0, "temperature": 1.0}
+_TRIALS: dict[str, dict[str, Settings]] = {
+    "uld": {
+        "paper": {"variant": "uld"},
+        "dskd_authors": {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}},
+        "half": {"loss": {**_ORDERED, "ce_weight": 1.0, "kd_weight": 0.5}},
+    },
+    **{
+        method: {
+            name: {"variant": "full" if method == "dwakd" else method} | settings
+            for name, settings in _WITH_PROJECTORS.items()
+        }
+        for method in ("dskd", "dwakd", "dskdv2", "dwakdv2")
+    },
+}
+# The paper's Table 3 between DSKD and DWA-KD, at DWA-KD's tuned settings.
+ABLATIONS = ("dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate")
+
+
+def tune(method: str, rate: float | None, train: Callable[[list[Run]], list[float]]) -> Run:
+    """The best of a method's four trials on dev. `rate` is SFT's best, None for SFT itself.
+
+    `train` trains the runs and returns their bits per byte on dev.
+    """
+    if rate is None:
+        trials = [Run(f"tune-sft-{lr:g}", {"variant": "sft"}, lr) for lr in LEARNING_RATES]
+        return _best(trials, train(trials))
+    trials = [
+        Run(f"tune-{method}-{name}", copy.deepcopy(settings), rate)
+        for name, settings in _TRIALS[method].items()
+    ]
+    best = _best(trials, train(trials))
+    faster = Run(best.name + "-faster", best.dwakd, 2 * rate)
+    return _best([best, faster], train([best, faster]))
+
+
+def _best(runs: list[Run], bits: list[float]) -> Run:
+    return min(zip(bits, runs, strict=True), key=lambda pair: pair[0])[1]
+
+
+def with_seeds(name: str, tuned: Run, seeds: int) -> list[Run]:
+    """The tuned settings of a method under the training seeds 1 to `seeds`."""
+    return [
+        Run(f"{name}-seed{seed}", tuned.dwakd, tuned.learning_rate, seed)
+        for seed in range(1, seeds + 1)
+    ]
+
+
+def ablations(tuned: Run, seeds: int) -> dict[str, list[Run]]:
+    """DWA-KD's tuned settings with another variant of the paper's Table 3 each."""
+    runs = {"full": with_seeds("dwakd", tuned, seeds)}
+    for variant in ABLATIONS:
+        settings = {**tuned.dwakd, "variant": variant}
+        runs[variant] = with_seeds(
+            f"ablation-{variant}", Run("", settings, tuned.learning_rate), seeds
+        )
+    return runs

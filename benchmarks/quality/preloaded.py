@@ -1,0 +1,10 @@
+"""Imported once by the server from which every training is forked."""
+
+import axolotl.cli.config
+import axolotl.cli.train
+import axolotl.core.builders  # noqa: F401
+
+import dwakd_cli.embedded  # noqa: F401
+import dwakd_plugin.assembly
+import dwakd_plugin.plugin
+import dwakd_plugin.trainer  # noqa: F401

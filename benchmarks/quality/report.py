@@ -1,0 +1,171 @@
+"""From trained students to figures: `dwakd evaluate` on each test set, tables, a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import say
+from benchmarks.quality.materials import TEST_SETS, Materials, rendered
+from benchmarks.quality.runs import Run, read_rows, result_of
+from dwakd_plugin.files import replace_file
+
+Results = dict[str, Any]
+
+SAMPLING_SEED = 10
+LONGEST_ANSWER = 128  # tokens
+# In the student's terms, and in the order of the tables: lower is better of the first.
+METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
+
+
+def evaluate(
+    base: Materials, compared: dict[str, list[Run]], ablated: dict[str, list[Run]]
+) -> Results:
+    """Figures of every run on every test set, and the differences to SFT, seed by seed."""
+    groups = compared | {f"ablation: {name}": runs for name, runs in ablated.items()}
+    names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
+    figures = {name: _evaluated(base, name, names) for name in TEST_SETS}
+    results: Results = {
+        "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev", *TEST_SETS)},
+        "reference": {name: _references(base, name) for name in TEST_SETS},
+        "settings": {
+            group: {"dwakd": runs[0].dwakd, "learning_rate": runs[0].learning_rate}
+            for group, runs in groups.items()
+        },
+        "seconds": {
+            group: statistics.fmean(result_of(base, run)["seconds"] for run in runs)
+            for group, runs in groups.items()
+        },
+        "groups": {},
+    }
+    for group, runs in groups.items():
+        results["groups"][group] = {
+            metric: {
+                place: [figures[place][run.name][metric] for run in runs] for place in TEST_SETS
+            }
+            | {"mean": _means([[figures[p][run.name][metric] for p in TEST_SETS] for run in runs])}
+            for metric in METRICS
+        }
+    return results
+
+
+def _means(values: list[list[float]]) -> list[float]:
+    return [statistics.fmean(each) for each in values]
+
+
+def _evaluated(base: Materials, place: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """ROUGE-L and bits per byte by run, from one `dwakd evaluate`."""
+    folders = [str(base.folder / "runs" / name) for name in names]
+    report = _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte")
+    return {
+        name: {"bits_per_byte": one["bits_per_byte"]["value"], "rouge_l": one["rouge_l"]["mean"]}
+        for name, one in zip(names, report["models"], strict=True)
+    }
+
+
+def _references(base: Materials, place: str) -> dict[str, float]:
+    """Bits per byte of what no method changes: the student as it starts, and the whole teacher."""
+    folders = [str(base.student), str(base.folder / "untrimmed")]
+    models = _dwakd_evaluate(base, place, folders, "bits_per_byte")["models"]
+    values = [one["bits_per_byte"]["value"] for one in models]
+    return dict(zip(("student_before", "teacher"), values, strict=True))
+
+
+def _dwakd_evaluate(base: Materials, place: str, folders: list[str], metrics: str) -> Results:
+    rows = base.folder / "evaluation" / f"{place}.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    # The prompts are written out: a template has one form, with an input or without.
+    lines = (
+        json.dumps({"instruction": rendered(row)[0], "output": row["output"]}) + "\n"
+        for row in read_rows(base.rows(place))
+    )
+    replace_file(rows, "".join(lines))
+    output = base.folder / "evaluation" / f"{place}-{metrics.replace(',', '-')}"
+    command = [sys.executable, "-m", "dwakd_cli", "evaluate", folders[0], str(rows), "--json"]
+    command += [part for folder in folders[1:] for part in ("--against", folder)]
+    command += ["--prompt-template", "{instruction}", "--metrics", metrics]
+    command += ["--seeds", str(SAMPLING_SEED), "--max-new-tokens", str(LONGEST_ANSWER)]
+    command += ["--batch-size", "32", "--output", str(output), "--force"]
+    say(f"evaluating {len(folders)} models on {place}")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of ours − theirs, training seed by training seed, and its 95 % interval (Student's t).
+
+    Both began from the same weights and read the same rows in the same order under a seed. The
+    shorter list decides how many seeds are compared; fewer than two give an infinite interval.
+    """
+    from scipy.stats import t
+
+    differences = [a - b for a, b in zip(ours, theirs, strict=False)]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return mean, float("-inf"), float("inf")
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+    return mean, mean - half, mean + half
+
+
+def tables(results: Results) -> str:
+    """Markdown: each metric on each test set, and the mean difference to SFT over the seeds."""
+    places = [*TEST_SETS, "mean"]
+    lines = []
+    for metric, title in METRICS.items():
+        form = "{:.4f}" if metric == "bits_per_byte" else "{:.2f}"
+        lines += [f"{title}, mean over training seeds (± standard deviation)", ""]
+        lines.append("| | seeds | " + " | ".join(places) + " | mean − SFT (95 %) |")
+        lines.append("|---|---|" + "---|" * (len(places) + 1))
+        base = results["groups"]["sft"][metric]["mean"]
+        for group, found in results["groups"].items():
+            cells = [_spread(found[metric][place], form) for place in places]
+            apart = "" if group == "sft" else _interval(found[metric]["mean"], base, form)
+            seeds = len(found[metric]["mean"])
+            lines.append(f"| {group} | {seeds} | " + " | ".join(cells) + f" | {apart} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    if len(values) < 2:
+        return form.format(values[0])
+    return f"{form.format(statistics.fmean(values))} ± {form.format(statistics.stdev(values))}"
+
+
+def _interval(ours: Sequence[float], theirs: Sequence[float], form: str) -> str:
+    mean, low, high = difference(ours, theirs)
+    signed = form.replace(":", ":+")
+    return f"{signed.format(mean)} ({signed.format(low)} to {signed.format(high)})"
+
+
+def plot(results: Results, file: Path) -> None:
+    """Each run's difference to SFT under the same seed, mean of the test sets, by metric."""
+    from matplotlib.figure import Figure
+
+    groups = [group for group in results["groups"] if group != "sft"]
+    figure = Figure(figsize=(10, 1.2 + 0.38 * len(groups)), layout="constrained")
+    for axes, (metric, title) in zip(
+        figure.subplots(1, len(METRICS), sharey=True), METRICS.items(), strict=True
+    ):
+        base = results["groups"]["sft"][metric]["mean"]
+        for row, group in enumerate(groups):
+            values = results["groups"][group][metric]["mean"]
+            apart = [a - b for a, b in zip(values, base, strict=False)]
+            mean, low, high = difference(values, base)
+            axes.plot(apart, [row] * len(apart), "o", color="#4477aa", alpha=0.5, markersize=4)
+            if len(apart) > 1:
+                axes.plot([low, high], [row, row], color="#222222", linewidth=1.5)
+            axes.plot([mean], [row], "|", color="#222222", markersize=12)
+        axes.axvline(0, color="#999999", linewidth=0.8)
+        better = "lower is better" if metric == "bits_per_byte" else "higher is better"
+        axes.set_xlabel(f"{title} against SFT ({better})")
+        axes.set_yticks(range(len(groups)), groups)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
