@@ -40,7 +40,7 @@ def main() -> None:
 
     # The teacher reads the rows once, for all: in a run of its own, so that two do not both do it.
     first = Run("cache", {"variant": "full"}, 1e-4, recipe={"max_steps": 1})
-    train_all(base, [first], 1, chosen.threads * chosen.processes)
+    train_all(base, [first], 1, chosen.threads)
     tuned = {"sft": methods.tune("sft", None, train)}
     compared: dict[str, list[Run]] = {}
     for method in methods.METHODS:

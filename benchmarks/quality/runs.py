@@ -90,8 +90,10 @@ def train_all(materials: Materials, runs: Sequence[Run], processes: int, threads
     context = get_context("forkserver")
     # Imports are half of a short run; they happen once, in the server that all are forked from.
     context.set_forkserver_preload(["benchmarks.quality.preloaded"])
+    # What the server's libraries read as they load; a forked process cannot change it for all.
     os.environ |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
-    os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "AXOLOTL_DO_NOT_TRACK": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
         waiting = {pool.submit(_train, materials, run): run for run in missing}
         for count, done in enumerate(as_completed(waiting), start=1):
@@ -114,8 +116,9 @@ def _train(materials: Materials, run: Run) -> Settings:
     folder = materials.folder / "runs" / run.name
     shutil.rmtree(folder, ignore_errors=True)  # a run cut short begins anew: it takes minutes
     folder.mkdir(parents=True)
-    file, log = folder.with_suffix(".yml"), folder.with_suffix(".log")
+    file, log = folder.parent / f"{run.name}.yml", folder.parent / f"{run.name}.log"
     replace_file(file, yaml.safe_dump(recipe(materials, run), sort_keys=False))
+    sys.stdout.flush()
     with log.open("wb") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
