@@ -28,11 +28,10 @@ WINDOW_LINES = 3
 # Of the way from chance to always right. Words alone, without their places, stay below chance; what
 # a window of some thousand tokens strays by is less.
 CHANCE_MARGIN = 0.02
-# Of log T, the entropy of looking at all T positions alike. At T = 100 it is still 63 of them.
-UNIFORM_SHARE = 0.9
 # Of log T, what a student token's place says about where it looks (the mutual information). A
-# diagonal has nearly all of it; none is left where all tokens look at the same place.
+# diagonal has nearly all of it; none is left where all tokens look everywhere, or at one place.
 INFORMATION_SHARE = 0.1
+WIDE_SHARE = 0.5  # of log T, the entropy that tells these two apart: of 100 tokens, 10
 FEWEST_POSITIONS = 4  # with fewer to look at, in the mean, looking says nothing either way
 # As where `dwakd check` stops calling a pair workable by its identical spans.
 FEWEST_PAIRED = 0.25
@@ -192,14 +191,15 @@ class Health:
         if limit < math.log(FEWEST_POSITIONS):
             return {}
         uniform = collapsed = None
-        if entropy > UNIFORM_SHARE * limit:
+        alike = spread - entropy < INFORMATION_SHARE * limit
+        if alike and entropy > WIDE_SHARE * limit:
             uniform = (
-                f"The attention looks at all of the teacher's tokens alike (attention_entropy "
-                f"{entropy:.2f} nats of at most {limit:.2f}): every student token learns from the "
-                "same mean state. Start from dwakd.projectors.init: shared_vocab, or "
+                "The attention looks at the teacher's tokens alike, whichever student token asks "
+                f"(attention_entropy {entropy:.2f} nats of at most {limit:.2f}): all of them learn "
+                "from the same mean state. Start from dwakd.projectors.init: shared_vocab, or "
                 f"{self._warm_up()}; `dwakd align` shows a row."
             )
-        elif spread - entropy < INFORMATION_SHARE * limit:
+        elif alike:
             collapsed = (
                 f"All student tokens look at the same few tokens of the teacher "
                 f"(attention_entropy {entropy:.2f} nats, and {spread:.2f} for a whole row's mean): "
