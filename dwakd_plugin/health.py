@@ -89,8 +89,8 @@ class Health:
 
         Figures are means since the line before. Of training: those of `trainer.METRICS`, `epoch`,
         `chance` (the share of the most frequent label), `attention_spread` and `attention_limit`
-        (nats per token), `kd_share` and `dtw_share` (see `shares`). Of evaluation: `eval_teacher_ce`
-        and `eval_paired_ce`. One that is missing is not judged.
+        (nats per token), `kd_share` and `dtw_share` (see `shares`). Of evaluation:
+        `eval_teacher_ce` and `eval_paired_ce`. One that is missing is not judged.
         """
         self.step = step
         if any(name.startswith("eval_") for name in figures):
@@ -131,7 +131,7 @@ class Health:
         return True
 
     def _judge_window(self) -> dict[str, str | None]:
-        """Each warning's words, or None where all is well; without those that cannot be told yet."""
+        """Each warning's words, or None where all is well; nothing of what cannot be told yet."""
         for count in range(WINDOW_LINES + 1, len(self._lines) + 1):
             if self.step - self._lines[-count][0] >= WINDOW_STEPS:
                 break
@@ -179,8 +179,8 @@ class Health:
             f"The projected teacher is unsure everywhere: its first choice has a probability of "
             f"{mean['gate']:.2%} in the mean (gate), less than the most frequent token has by "
             f"itself ({mean['chance']:.2%}). The student-space term then teaches the student to be "
-            f"as unsure. Let the term wait (dwakd.loss.kd_warmup_steps: {max(200, 2 * self.step)}), "
-            f"or {self._warm_up()}."
+            f"as unsure. Let it wait (dwakd.loss.kd_warmup_steps: {max(200, 2 * self.step)}), or "
+            f"{self._warm_up()}."
         )
 
     def _attention(self, mean: Figures) -> dict[str, str | None]:
@@ -235,9 +235,9 @@ class Health:
         if weight == 0 or share >= KD_SHARE:
             return None
         return (
-            f"Distillation is {share:.2%} of the loss: this is fine-tuning on the labels in all but "
-            f"name. Raise dwakd.loss.kd_weight (now {weight:g}) to {_weight_for(weight, share)}, or "
-            "train without a teacher."
+            f"Distillation is {share:.2%} of the loss: this is fine-tuning on the labels in all "
+            f"but name. Raise dwakd.loss.kd_weight (now {weight:g}) to "
+            f"{_weight_for(weight, share)}, or train without a teacher."
         )
 
     def _dtw_flat(self, window: Sequence[Figures]) -> dict[str, str | None]:

@@ -98,14 +98,16 @@ class _DistillationLog(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         distillation = getattr(self, "distillation", None)
-        if distillation is not None and ("loss" in logs or "eval_loss" in logs):
-            prefix = "" if "loss" in logs else "eval_"
-            figures = self._take_figures(prefix)
-            logs.update(self._metrics(figures, prefix))
-            if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
-                logs[f"{prefix}ppl"] = round(_exp(logs[f"{prefix}ce"]), 5)
-            self._watch_health(figures, prefix)
+        if distillation is None or not ("loss" in logs or "eval_loss" in logs):
+            super().log(logs, start_time)
+            return
+        prefix = "" if "loss" in logs else "eval_"
+        figures = self._take_figures(prefix)
+        logs.update(self._metrics(figures, prefix))
+        if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
+            logs[f"{prefix}ppl"] = round(_exp(logs[f"{prefix}ce"]), 5)
         super().log(logs, start_time)
+        self._watch_health(figures, prefix)
 
 
 class _StopWhenAsked(TrainerCallback):
@@ -376,7 +378,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     def _watch_health(self, figures: dict[str, float], prefix: str) -> None:
         """Warns, on the first rank, of what the figures say is wrong."""
-        if self.health is None or not self.is_world_process_zero():
+        if self.health is None or not figures or not self.is_world_process_zero():
             return
         seen = {prefix + name: value for name, value in figures.items()}
         if not prefix:
@@ -472,9 +474,8 @@ def _active_terms(config: DWAKDConfig) -> set[str]:
 def _absent_figures(config: DWAKDConfig) -> set[str]:
     """Figures of what the settings do not have, in training and in evaluation."""
     attends = config.loss.needs_teacher and config.loss.matching == "attention"
-    absent = {"paired_share"} if attends else {"attention_entropy"}
-    if not attends:
-        absent |= {"attention_spread", "attention_limit"}
+    attention = {"attention_entropy", "attention_spread", "attention_limit"}
+    absent = {"paired_share"} if attends else attention
     if not config.loss.needs_teacher or config.loss.matching == "order":
         absent |= set(LOSS_TERMS) - {"ce", "uld"}
         absent |= {"t2s_accuracy", "gate", "teacher_ce", "paired_ce"}

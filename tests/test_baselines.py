@@ -681,6 +681,7 @@ def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (log, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert not {"t2s_ce", "gate", "paired_share", "uld", "attention_entropy"} & set(log[0])
+    assert not {"teacher_ce", "paired_ce"} & set(log[0])
     out = Path(own["output_dir"])
     assert (out / "dwakd" / "run.json").is_file()
     assert not (out / "dwakd" / "projectors.safetensors").exists()
@@ -694,7 +695,7 @@ def test_uld_trains_and_logs_its_distance(recipe: Recipe, train: Train) -> None:
     first = next(line for line in log if "loss" in line)
     assert 0 < first["uld"] < 2
     assert first["loss"] == pytest.approx(first["ce"] + 1.5 * first["uld"], rel=1e-3)
-    assert not {"t2s_ce", "gate", "gamma", "attention_entropy"} & set(first)
+    assert not {"t2s_ce", "gate", "gamma", "attention_entropy", "teacher_ce"} & set(first)
     assert any("eval_uld" in line for line in log)
 
 
@@ -706,6 +707,7 @@ def test_dskdv2_pairs_tokens_and_its_s2t_follows_the_head(
     first = log[0]
     assert 0.3 < first["paired_share"] <= 1
     assert {"t2s_ce", "student_kd", "teacher_kd", "t2s_accuracy", "gate"} <= set(first)
+    assert {"teacher_ce", "paired_ce"} <= set(first)
     assert not {"hidden_dtw", "gamma", "attention_entropy", "uld"} & set(first)
     terms = first["student_kd"] + first["t2s_ce"]
     assert first["loss"] > 0.5 * (first["ce"] + terms) - 1e-3

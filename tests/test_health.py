@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,23 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_from_disk
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from dwakd_cli import train as train_command
+from dwakd_cli.main import app
 from dwakd_plugin import health
 from dwakd_plugin.config import DWAKDConfig
-from dwakd_plugin.health import HEALTH_FILE, WINDOW_LINES, WINDOW_STEPS, Health, shares, standing_in
+from dwakd_plugin.health import (
+    HEALTH_FILE,
+    WINDOW_LINES,
+    WINDOW_STEPS,
+    Health,
+    shares,
+    standing_in,
+    write_report,
+)
+from dwakd_plugin.preflight import RUN_FILE
 from dwakd_plugin.projectors import PROJECTOR_FILE, Projectors, save_projectors
 from tests.conftest import ROWS
 
@@ -168,7 +182,9 @@ def test_soft_dtw_is_flat_only_where_it_never_fell() -> None:
 
     falling = healthy()
     for step in range(1, 100):
-        assert observe(falling, range(step, step + 1), WELL | {"embed_dtw": 0.3 - step / 1000}) == []
+        assert (
+            observe(falling, range(step, step + 1), WELL | {"embed_dtw": 0.3 - step / 1000}) == []
+        )
     # With the gamma of its schedule it rises again, and has done its work.
     assert observe(falling, range(100, 600), WELL | {"hidden_dtw": 0.9, "embed_dtw": 0.3}) == []
 
@@ -260,7 +276,7 @@ def test_huge_queries_look_at_one_place_and_a_huge_weight_drowns_the_rest(
 
 
 def test_a_run_too_short_to_judge_says_nothing_and_forgets_what_lay_there(
-    recipe: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, train: Train, lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = recipe(
         {"loss": {"dtw_weight": 0.0}}, max_steps=1, save_steps=1, micro_batch_size=len(ROWS)
@@ -282,13 +298,44 @@ def test_a_run_too_short_to_judge_says_nothing_and_forgets_what_lay_there(
 
     # And what a run gives to be judged.
     (arrow,) = Path(settings["dataset_prepared_path"]).rglob("*.arrow")
-    labels = Counter(
-        label
-        for row in load_from_disk(str(arrow.parent))["labels"]
-        for label in row
-        if label != -100
-    )
+    rows = load_from_disk(str(arrow.parent))
+    labels = Counter(label for row in rows["labels"] for label in row if label != -100)
     assert seen["chance"] == pytest.approx(max(labels.values()) / labels.total())
     assert seen["dtw_share"] == 0 and 0 < seen["kd_share"] < 1
     assert seen["paired_ce"] == pytest.approx(log[0]["ce"], abs=1e-4)
+    teacher, nats = AutoModelForCausalLM.from_pretrained(lab / "teacher"), 0.0
+    for ids, own in zip(rows["teacher_input_ids"], rows["teacher_labels"], strict=True):
+        with torch.no_grad():
+            mean = teacher(torch.tensor([ids]), labels=torch.tensor([own])).loss.item()
+        nats += mean * sum(label != -100 for label in own[1:])
+    assert log[0]["teacher_ce"] == pytest.approx(nats / labels.total(), rel=1e-4)
     assert seen["attention_entropy"] <= seen["attention_spread"] <= seen["attention_limit"]
+
+
+def test_the_command_tells_what_stood_when_a_run_was_stopped(
+    recipe: Recipe,
+    write: Callable[[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = recipe({})
+    out = Path(settings["output_dir"])
+    stopped_by: list[int | None] = [signal.SIGINT, None]
+
+    def execute(*arguments: Any, **further: Any) -> tuple[int, int | None]:
+        found = healthy(cold_start=False)
+        observe(found, range(1, 60), WELL | DEFECTS["dtw_dominates"] | DEFECTS["gate_low"])
+        found.alarms[0].until = 59
+        (out / RUN_FILE).write_text(json.dumps({"identity": {}}))
+        write_report(found, out)
+        return 0, stopped_by.pop(0)
+
+    monkeypatch.setattr(train_command, "execute", execute)
+    arguments = ["train", str(write(settings))]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    words = " ".join(result.output.split())
+    assert result.exit_code == 130
+    assert "Until then: The projected teacher is unsure" in words and "Soft-DTW" not in words
+
+    result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    (warning,) = json.loads(result.stdout)["warnings"]
+    assert "The projected teacher is unsure" in warning
