@@ -22,11 +22,13 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from dwakd_cli import embedded
 from dwakd_cli.terminal import progress_bar
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
+from dwakd_plugin.health import standing_in
 
 TRAIN_ROWS = 300
 HELD_OUT_ROWS = 120
@@ -79,6 +81,7 @@ def run(folder: Path, *, json_output: bool) -> None:
             "Held-out loss and answers",
             lambda on_step: measure(folder, held_out, on_step),
         )
+    report["warnings"] = standing_in(folder / "dwakd")
     report["seconds"] = seconds | {"all": round(time.monotonic() - started, 1)}
     replace_file(folder / "report.json", json.dumps(report, indent=1))
     if json_output:
@@ -213,3 +216,5 @@ def show(report: dict[str, Any], console: Console) -> None:
         else f"The teacher did not help here: {-gain:.3f} bits per byte behind fine-tuning alone."
     )
     console.print(f"{verdict} All of it took {report['seconds']['all']:.0f} s.")
+    for warning in report["warnings"]:
+        console.print(Text(warning, style="yellow"))

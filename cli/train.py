@@ -17,10 +17,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
+from dwakd_plugin.health import standing_in
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
 from dwakd_plugin.run_signals import FOLDER, MESSAGE, STOP
 
@@ -96,8 +98,12 @@ def run(
         )
         if signals is not None and (signals / MESSAGE).exists():
             raise UserError((signals / MESSAGE).read_text(encoding="utf-8"))
+    trained = _signature(launch) != signed_before  # else the report is of another run
+    warnings = standing_in(launch.output) if trained else []
     if stopped_by is not None:
         console.print(_how_to_go_on(launch, stopped_by), highlight=False)
+        for warning in warnings:  # of a run that ends by itself they are the last words
+            console.print(Text(f"Until then: {warning}", style="yellow"))
         code = 128 + stopped_by
     elif code != 0:
         console.print(f"axolotl ended with exit code {code}; its log is above.", style="red")
@@ -108,7 +114,8 @@ def run(
             f"{launch.file}` and look for `Failed to load plugin` in its log."
         )
     if json_output:
-        print(json.dumps({**_facts(launch), "exit_code": code}, indent=1))
+        facts = {**_facts(launch), "exit_code": code, "warnings": warnings}
+        print(json.dumps(facts, indent=1))
     return code
 
 

@@ -20,7 +20,7 @@ from transformers import set_seed
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import check_output_folder, check_recipe, loads_body
-from dwakd_plugin.run_report import describe_run, final_words
+from dwakd_plugin.run_report import describe_run, final_words, standing_warnings
 from dwakd_plugin.run_signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
@@ -135,6 +135,9 @@ class DWAKDPlugin(BasePlugin):
         if self._trainer is not None and self._trainer.args.should_save:
             # axolotl has left the process group by now, which its logger would ask for the rank.
             LOG.info("%s", final_words(cfg), main_process_only=False)
+            if self._trainer.health is not None and self._trainer.health.standing:
+                warnings = standing_warnings(self._trainer.health.standing)
+                LOG.warning("%s", warnings, main_process_only=False)
         self._trainer = None
 
 

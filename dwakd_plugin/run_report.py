@@ -76,6 +76,12 @@ def final_words(cfg: Any) -> str:
     )
 
 
+def standing_warnings(warnings: list[str]) -> str:
+    """The warnings about a run's health that stood at its end, one a line."""
+    lines = "\n".join(f"  - {warning}" for warning in warnings)
+    return f"What stood in the way of distillation at the end of the run:\n{lines}"
+
+
 def _count(parameters: int) -> str:
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if parameters >= limit:

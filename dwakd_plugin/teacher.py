@@ -35,6 +35,7 @@ from dwakd_plugin.causal_lm import (
 from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head, ResponseStates
+from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.out_of_memory import explain_out_of_memory
 from dwakd_plugin.teacher_attention import attention_facts, choose_attention
 from dwakd_plugin.teacher_quantisation import (
@@ -95,12 +96,14 @@ class Teacher:
         """What the loss needs of the teacher, for a collated batch on the teacher's device."""
         read = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"])
         predicted = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"] + 1)
+        lengths = batch["teacher_lengths"]
         return ResponseStates(
             input_embeds=self.embeddings(read),
             target_embeds=self.embeddings(predicted),
             hidden=self.hidden(batch),
-            lengths=batch["teacher_lengths"],
+            lengths=lengths,
             head=self.head,
+            labels=predicted.where(valid_positions(lengths, predicted.shape[1]), -100),
             index=batch.get("teacher_index"),
             pairs=batch.get("teacher_pairs"),
             token_map=self.token_map,

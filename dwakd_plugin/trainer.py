@@ -27,6 +27,7 @@ from dwakd_plugin.collator import DISTILLATION_KEYS
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.health import Health, shares, write_report
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.out_of_memory import explain_out_of_memory
 from dwakd_plugin.packing import SeededOrder
@@ -42,7 +43,7 @@ from dwakd_plugin.sharding import check_gathered, gathered, is_sharded, prepare_
 from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.dwakd")
 
 PROJECTORS = "dwakd_projectors"  # the submodule's name on the student
 
@@ -58,8 +59,14 @@ METRICS = (
     ("paired_share", "paired_tokens", "distilled_tokens"),
     ("t2s_accuracy", "t2s_correct", "paired_tokens"),
     ("gate", "gate", "paired_tokens"),
+    ("teacher_ce", "teacher_ce", "paired_tokens"),
+    ("paired_ce", "paired_ce", "paired_tokens"),
     ("attention_entropy", "attention_entropy", "distilled_tokens"),
     ("band_share", "band_cells_inside", "band_cells"),
+)
+# What `health` asks for beyond them.
+UNLOGGED = tuple(
+    (name, name, "distilled_tokens") for name in ("attention_spread", "attention_limit")
 )
 LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
 
@@ -91,12 +98,16 @@ class _DistillationLog(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         distillation = getattr(self, "distillation", None)
-        if distillation is not None and ("loss" in logs or "eval_loss" in logs):
-            prefix = "" if "loss" in logs else "eval_"
-            logs.update(self._take_metrics(prefix))
-            if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
-                logs[f"{prefix}ppl"] = round(_exp(logs[f"{prefix}ce"]), 5)
+        if distillation is None or not ("loss" in logs or "eval_loss" in logs):
+            super().log(logs, start_time)
+            return
+        prefix = "" if "loss" in logs else "eval_"
+        figures = self._take_figures(prefix)
+        logs.update(self._metrics(figures, prefix))
+        if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
+            logs[f"{prefix}ppl"] = round(_exp(logs[f"{prefix}ce"]), 5)
         super().log(logs, start_time)
+        self._watch_health(figures, prefix)
 
 
 class _StopWhenAsked(TrainerCallback):
@@ -108,10 +119,34 @@ class _StopWhenAsked(TrainerCallback):
         return control
 
 
+class _HealthReport(TrainerCallback):
+    """Begins a run's report where it is known whether the run resumes, and ends it."""
+
+    def __init__(self, trainer: DWAKDTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._trainer.distillation is not None
+        config = self._trainer.distillation.config
+        untrained = config.projectors.path is None and config.projectors.warmup_steps == 0
+        # A ramp that outlasts the run is a low weight, not a time to wait for.
+        ramp = min(config.loss.kd_warmup_steps, state.max_steps // 2)
+        self._trainer.health = Health(
+            config,
+            settled_after=max(ramp, args.get_warmup_steps(state.max_steps)),
+            cold_start=untrained and state.global_step == 0,
+        )
+        self._trainer.write_health()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.write_health()
+
+
 class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
     distillation: Distillation | None = None
+    health: Health | None = None  # while it trains, and after
     _packs: Any = None  # of the training rows, where they are packed
 
     def begin_distillation(self, distillation: Distillation) -> None:
@@ -142,6 +177,10 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             }
         prepare_for_engine(self, distillation.projectors)
         self.add_callback(_StopWhenAsked)
+        tokens = max(lm.config.get_text_config().vocab_size, len(self.processing_class))
+        self._label_counts = torch.zeros(tokens, dtype=torch.int32, device=self.args.device)
+        if distillation.teacher is not None:
+            self.add_callback(_HealthReport(self))
         self._student_forward = self.model.forward
 
         @wraps(self._student_forward)  # the trainer reads its signature
@@ -226,6 +265,9 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         sums = self._sums["" if model.training else "eval_"]
         for name, value in self.terms.items():
             sums[name] = sums.get(name, 0) + value.double()
+        if model.training:
+            labels = inputs["labels"].flatten()
+            self._label_counts.scatter_add_(0, labels.clamp(min=0), labels.ne(-100).int())
         return (loss, outputs) if return_outputs else loss
 
     def _gamma(self) -> float:
@@ -295,8 +337,11 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     # -- metrics ----------------------------------------------------------------------------------
 
-    def _take_metrics(self, prefix: str) -> dict[str, float]:
-        """Means since the last log line, over the tokens of all ranks; forgets the sums."""
+    def _take_figures(self, prefix: str) -> dict[str, float]:
+        """Means since the last log line, over the tokens of all ranks; forgets the sums.
+
+        Beside those of `METRICS` there are those that `health` judges.
+        """
         assert self.distillation is not None
         sums = self._sums.pop(prefix, {})
         if not sums:
@@ -306,18 +351,55 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         totals = dict(
             zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True)
         )
-        active = _active_terms(self.distillation.config)
         absent = _absent_figures(self.distillation.config)
-        metrics = {
-            prefix + name: round(totals[total] / totals[count], 5)
-            for name, total, count in METRICS
-            if totals[count] > 0
-            and name not in absent
-            and (name not in LOSS_TERMS or name in active or prefix)
+        figures = {
+            name: totals[total] / totals[count]
+            for name, total, count in METRICS + UNLOGGED
+            if totals[count] > 0 and name not in absent
         }
-        if self.distillation.config.loss.dtw_weight > 0 and not prefix:
+        weights = LossTerms.weights(self.distillation.config.loss, self._kd_ramp())
+        return figures | shares({name: weight * totals[name] for name, weight in weights.items()})
+
+    def _metrics(self, figures: dict[str, float], prefix: str) -> dict[str, float]:
+        """What of them is logged, by its name in the log."""
+        assert self.distillation is not None
+        config = self.distillation.config
+        active = _active_terms(config)
+        metrics = {
+            prefix + name: round(figures[name], 5)
+            for name, _, _ in METRICS
+            if name in figures
+            and (name not in LOSS_TERMS or name in active or prefix)
+            and (name != "paired_ce" or config.loss.matching == "exact")  # else it is `ce`
+        }
+        if config.loss.dtw_weight > 0 and not prefix:
             metrics["gamma"] = round(self._last_gamma, 5)
         return metrics
+
+    def _watch_health(self, figures: dict[str, float], prefix: str) -> None:
+        """Warns, on the first rank, of what the figures say is wrong."""
+        if self.health is None or not figures or not self.is_world_process_zero():
+            return
+        seen = {prefix + name: value for name, value in figures.items()}
+        if not prefix:
+            # Of this rank's rows, which are drawn as the others' are.
+            labels = self._label_counts.sum().clamp(min=1)
+            seen["chance"] = (self._label_counts.max() / labels).item()
+            seen["epoch"] = self.state.epoch or 0.0
+        before = [alarm.until for alarm in self.health.alarms]
+        for warning in self.health.observe(self.state.global_step, seen):
+            LOG.warning("Step %d: %s", self.state.global_step, warning)
+        if [alarm.until for alarm in self.health.alarms] != before:
+            self.write_health()
+
+    def write_health(self) -> None:
+        """Writes the warnings so far to the output folder, by the first rank."""
+        if self.health is None or not self.args.should_save:
+            return
+        try:
+            write_report(self.health, Path(self.args.output_dir))
+        except OSError as error:  # nothing that a run should end for
+            LOG.warning("The warnings so far cannot be written to the output folder: %s", error)
 
     # -- order of packed rows ---------------------------------------------------------------------
 
@@ -392,9 +474,11 @@ def _active_terms(config: DWAKDConfig) -> set[str]:
 def _absent_figures(config: DWAKDConfig) -> set[str]:
     """Figures of what the settings do not have, in training and in evaluation."""
     attends = config.loss.needs_teacher and config.loss.matching == "attention"
-    absent = {"paired_share"} if attends else {"attention_entropy"}
+    attention = {"attention_entropy", "attention_spread", "attention_limit"}
+    absent = {"paired_share"} if attends else attention
     if not config.loss.needs_teacher or config.loss.matching == "order":
-        absent |= set(LOSS_TERMS) - {"ce", "uld"} | {"t2s_accuracy", "gate"}
+        absent |= set(LOSS_TERMS) - {"ce", "uld"}
+        absent |= {"t2s_accuracy", "gate", "teacher_ce", "paired_ce"}
     if not config.loss.needs_teacher:
         absent |= {"paired_share"}
     if config.loss.matching != "order":

@@ -20,7 +20,7 @@ from tests.conftest import ROWS
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 TERMS = {"ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw"}
-FIGURES = {"t2s_accuracy", "gate", "attention_entropy", "band_share", "gamma"}
+FIGURES = {"t2s_accuracy", "gate", "teacher_ce", "attention_entropy", "band_share", "gamma"}
 
 
 def losses(log: list[dict[str, Any]]) -> list[float]:

@@ -50,6 +50,7 @@ Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 Pairs = list[tuple[int, int]]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ALL_TERMS = (*TERMS, "uld")
+COMPARED = ("paired_ce", "teacher_ce")  # both models' nats for the same text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def reference_exact(
     soft_dtw: SoftDTWConfig,
 ) -> dict[str, Tensor]:
     zero = torch.zeros((), dtype=torch.float64)
-    terms = dict.fromkeys(ALL_TERMS, zero)
+    terms = dict.fromkeys((*ALL_TERMS, *COMPARED), zero)
     S, T, P, tau = len(student.hidden), len(teacher.hidden), case.projectors, loss.temperature
     fixed, theirs = case.student_head.detached(), case.teacher_head
     for i in range(S):
@@ -369,6 +370,12 @@ def reference_exact(
         z_s = case.student_head.logits(student.hidden[i : i + 1])[0]
         z_t2s = fixed.logits(P.t2s(teacher.hidden[j : j + 1]))[0]
         terms["t2s_ce"] = terms["t2s_ce"] - z_t2s.softmax(-1)[target].log() * S / len(used)
+        for name, head, sample, place in (
+            ("paired_ce", case.student_head, student, i),
+            ("teacher_ce", theirs, teacher, j),
+        ):
+            p = head.logits(sample.hidden[place : place + 1])[0].softmax(-1)
+            terms[name] = terms[name] - p[sample.labels[place]].log()
         if int(z_t2s.argmax()) == target:
             weight = {
                 "none": 1.0,
@@ -461,7 +468,7 @@ def test_agrees_with_the_plain_reference(
     mapped = some_map(case, pairs, seed)
     loss, band = loss_of(variant, **further), BAND.model_copy(update=soft_dtw)
     terms = evaluate(case, loss, pairs, mapped, band, pad=(2, 1), fill=math.nan)
-    expected = dict.fromkeys(ALL_TERMS, torch.zeros((), dtype=torch.float64))
+    expected = dict.fromkeys((*ALL_TERMS, *COMPARED), torch.zeros((), dtype=torch.float64))
     for index, (student, teacher) in enumerate(zip(case.student, case.teacher, strict=True)):
         found = (
             reference_uld(student, teacher, case, loss)
@@ -472,6 +479,8 @@ def test_agrees_with_the_plain_reference(
             expected[name] = expected[name] + value
     if variant != "uld":
         assert expected["student_kd"] > 0  # some agree
+    for name in COMPARED:
+        assert_same(getattr(terms, name), expected[name].detach(), name)
     for name in ALL_TERMS:
         assert_same(getattr(terms, name), expected[name], name)
         if not expected[name].requires_grad:
@@ -672,6 +681,7 @@ def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (log, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert not {"t2s_ce", "gate", "paired_share", "uld", "attention_entropy"} & set(log[0])
+    assert not {"teacher_ce", "paired_ce"} & set(log[0])
     out = Path(own["output_dir"])
     assert (out / "dwakd" / "run.json").is_file()
     assert not (out / "dwakd" / "projectors.safetensors").exists()
@@ -685,7 +695,7 @@ def test_uld_trains_and_logs_its_distance(recipe: Recipe, train: Train) -> None:
     first = next(line for line in log if "loss" in line)
     assert 0 < first["uld"] < 2
     assert first["loss"] == pytest.approx(first["ce"] + 1.5 * first["uld"], rel=1e-3)
-    assert not {"t2s_ce", "gate", "gamma", "attention_entropy"} & set(first)
+    assert not {"t2s_ce", "gate", "gamma", "attention_entropy", "teacher_ce"} & set(first)
     assert any("eval_uld" in line for line in log)
 
 
@@ -697,6 +707,7 @@ def test_dskdv2_pairs_tokens_and_its_s2t_follows_the_head(
     first = log[0]
     assert 0.3 < first["paired_share"] <= 1
     assert {"t2s_ce", "student_kd", "teacher_kd", "t2s_accuracy", "gate"} <= set(first)
+    assert {"teacher_ce", "paired_ce"} <= set(first)
     assert not {"hidden_dtw", "gamma", "attention_entropy", "uld"} & set(first)
     terms = first["student_kd"] + first["t2s_ce"]
     assert first["loss"] > 0.5 * (first["ce"] + terms) - 1e-3

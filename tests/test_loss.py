@@ -211,6 +211,7 @@ def test_golden_parts(path: Path) -> None:
     tokens_t, _ = teacher_statistics_(
         teacher.head.logits(teacher.hidden[0]).detach(),
         teacher.head.logits((B @ projectors.s2t(student.hidden))[0]).detach(),
+        teacher.labels[0],
         loss.temperature,
     )
     rows = teacher.head.weight.shape[0]
@@ -1033,6 +1034,35 @@ def test_figures_count_what_they_say() -> None:
     assert 0 < terms.attention_entropy < 7 * math.log(4)
     figures = set(FIGURES) - {"uld"}  # a term, which is 0 here
     assert not any(getattr(terms, name).requires_grad for name in figures)
+
+
+def test_what_tells_a_teacher_and_an_attention_of_use_from_one_of_none() -> None:
+    case = make_case([(3, 4), (2, 0), (0, 5), (4, 2)])
+    terms = evaluate(case, LossConfig(chunk_size=3), pad=(1, 2), fill=math.nan)
+    teacher_ce = paired_ce = spread = limit = 0.0
+    for i in (0, 3):  # those with both sides
+        student, teacher = case.student[i], case.teacher[i]
+        for sample, head in ((student, case.student_head), (teacher, case.teacher_head)):
+            probabilities = head.logits(sample.hidden).softmax(-1).detach()
+            chosen = [float(p[y]) for p, y in zip(probabilities, sample.labels, strict=True)]
+            nats = -sum(map(math.log, chosen))
+            teacher_ce += nats if sample is teacher else 0
+            paired_ce += nats if sample is student else 0
+        read = torch.cat([student.input_embeds, student.target_embeds], -1)
+        key = torch.cat([teacher.input_embeds, teacher.target_embeds], -1)
+        scores = case.projectors.query(read).detach() @ (key / key.std()).T / key.shape[1] ** 0.5
+        mean = scores.softmax(-1).mean(0).tolist()
+        spread -= len(student.hidden) * sum(p * math.log(p) for p in mean)
+        limit += len(student.hidden) * math.log(len(teacher.hidden))
+    assert terms.teacher_ce.item() == pytest.approx(teacher_ce, rel=1e-9)
+    assert terms.paired_ce.item() == pytest.approx(paired_ce, rel=1e-9)
+    assert terms.attention_spread.item() == pytest.approx(spread, rel=1e-9)
+    assert terms.attention_limit.item() == pytest.approx(limit, rel=1e-9)
+    assert terms.attention_entropy <= terms.attention_spread <= terms.attention_limit
+
+    unlabelled = replace(collate(case.teacher, case.teacher_head), labels=None)
+    without = dwakd_loss(collate(case.student, case.student_head), unlabelled, case.projectors)
+    assert without.teacher_ce == 0 and without.teacher_kd > 0
 
 
 def test_student_labels_are_required() -> None:

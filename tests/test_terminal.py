@@ -338,7 +338,7 @@ def test_training_is_interrupted_and_resumed(
     )
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
-    assert facts["exit_code"] == 0
+    assert facts["exit_code"] == 0 and facts["warnings"] == []
     assert facts["recipe"] == "out/dwakd/recipe.yml"
     last = out / f"checkpoint-{max(checkpoints) + 10}"
     log = json.loads((last / "trainer_state.json").read_text())["log_history"]

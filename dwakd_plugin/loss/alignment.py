@@ -70,6 +70,17 @@ def attention_entropy(attention: Tensor) -> Tensor:
     return summands.sum(-1)
 
 
+def attention_spread(attention: Tensor, student_lengths: Tensor) -> Tensor:
+    """H of a sample's mean attention in nats, detached: (B, S, T), lengths (B,) → (B,).
+
+    Beside the mean of H(A_i) it tells where rows look from how widely: their difference is the
+    mutual information of student and teacher position, 0 where all rows look alike.
+    """
+    mean = attention.detach().sum(1) / student_lengths.clamp_min(1)[:, None]
+    summands: Tensor = torch.special.entr(mean)
+    return summands.sum(-1)
+
+
 def attention_band(
     attention: Tensor, student_lengths: Tensor, teacher_lengths: Tensor, config: SoftDTWConfig
 ) -> Tensor:

@@ -113,10 +113,11 @@ class StudentStatistics(NamedTuple):
 
 
 class TeacherStatistics(NamedTuple):
-    """Per teacher token, each (N,): the first carries a gradient, the other is detached."""
+    """Per teacher token, each (N,): the first carries a gradient, the others are detached."""
 
     divergence: Tensor  # KL(p_t ‖ p_s2t) at temperature τ
     entropy: Tensor  # H(p_t)
+    ce: Tensor  # −log p_t(label)
 
 
 def student_statistics(
@@ -196,20 +197,22 @@ def _nll_gradient(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
 
 
 def teacher_statistics_(
-    teacher_logits: Tensor, s2t_logits: Tensor, temperature: float
+    teacher_logits: Tensor, s2t_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[TeacherStatistics, Tensor]:
     """What the teacher-space term needs of each token (Eq. 8, 14); always forward KL (D5).
 
     And the divergence's gradient (p_s2t − p_t) / τ in s2t_logits. Works in place, with one more
     tensor of the size of the logits; both inputs are lost.
 
-    Shapes: teacher_logits and s2t_logits (C, Vt), without a graph → each statistic (C,), (C, Vt).
+    Shapes: teacher_logits and s2t_logits (C, Vt), without a graph, and the teacher's labels (C,) →
+    each statistic (C,), (C, Vt).
     """
     # Shifted by the largest, exponentials never overflow; probabilities are `weights / total`.
     teacher_logits -= teacher_logits.amax(-1, keepdim=True)
     weights = teacher_logits.exp()
     total = weights.sum(-1)
     token_entropy = total.log() - torch.linalg.vecdot(weights, teacher_logits) / total
+    ce = total.log() - teacher_logits.gather(-1, labels[:, None]).squeeze(-1)
     if temperature != 1:
         teacher_logits /= temperature
         torch.exp(teacher_logits, out=weights)
@@ -222,7 +225,7 @@ def teacher_statistics_(
     divergence += s2t_total.log()
     s2t_logits /= (s2t_total * temperature)[:, None]
     s2t_logits.addcmul_(weights, (1 / (total * temperature))[:, None], value=-1)
-    return TeacherStatistics(divergence, token_entropy), s2t_logits
+    return TeacherStatistics(divergence, token_entropy, ce), s2t_logits
 
 
 def sorted_distance(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -381,52 +384,55 @@ class _TeacherSpace(torch.autograd.Function):
         ctx: Any,
         projected: Tensor,
         hidden: Tensor,
+        labels: Tensor,
         logits: Callable[[Tensor], Tensor],
         temperature: float,
         chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
-        divergences, entropies, gradients = [], [], []
-        chunks = (torch.split(tensor, chunk_size) for tensor in (projected, hidden))
-        for projected_chunk, hidden_chunk in zip(*chunks, strict=True):
+    ) -> tuple[Tensor, ...]:
+        columns, gradients = [], []
+        chunks = (torch.split(tensor, chunk_size) for tensor in (projected, hidden, labels))
+        for projected_chunk, hidden_chunk, labels_chunk in zip(*chunks, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 leaf = projected_chunk.detach().requires_grad_(ctx.needs_input_grad[0])
                 s2t_logits = logits(leaf)
             statistics, gradient = teacher_statistics_(
-                logits(hidden_chunk), s2t_logits.detach(), temperature
+                logits(hidden_chunk), s2t_logits.detach(), labels_chunk, temperature
             )
             if ctx.needs_input_grad[0]:
                 gradients += torch.autograd.grad(s2t_logits, leaf, gradient)
             del s2t_logits, gradient  # before the next chunk's are made
-            divergences.append(statistics.divergence)
-            entropies.append(statistics.entropy)
+            columns.append(statistics)
         ctx.save_for_backward(torch.cat(gradients) if gradients else projected)
-        entropies_ = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropies_)
-        return torch.cat(divergences), entropies_
+        divergence, *detached = map(torch.cat, zip(*columns, strict=True))
+        ctx.mark_non_differentiable(*detached)
+        return divergence, *detached
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (grads[0][:, None] * gradient).to(gradient.dtype), None, None, None, None
+        return (grads[0][:, None] * gradient).to(gradient.dtype), *[None] * 5
 
 
 def teacher_space_statistics(
     hidden: Tensor,
     projected: Tensor,
+    labels: Tensor,
     logits: Callable[[Tensor], Tensor],
     temperature: float,
     chunk_size: int,
 ) -> TeacherStatistics:
     """`teacher_statistics_` of every token, a chunk of logits at a time.
 
-    Shapes: the teacher's hidden states and the student's projected ones (N, D), `logits` their
-    constant head → each result (N,). The gradient reaches `projected` only.
+    Shapes: the teacher's hidden states and the student's projected ones (N, D), the teacher's
+    labels (N,), `logits` their constant head → each result (N,). The gradient reaches `projected`
+    only.
     """
-    divergence, token_entropy = _TeacherSpace.apply(  # type: ignore[no-untyped-call]
-        projected, hidden, logits, temperature, chunk_size
+    return TeacherStatistics(
+        *_TeacherSpace.apply(  # type: ignore[no-untyped-call]
+            projected, hidden, labels, logits, temperature, chunk_size
+        )
     )
-    return TeacherStatistics(divergence, token_entropy)
 
 
 def map_token_chunks(

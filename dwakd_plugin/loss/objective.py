@@ -15,6 +15,7 @@ from dwakd_plugin.config import LossConfig, SoftDTWConfig
 from dwakd_plugin.loss.alignment import (
     attention_band,
     attention_entropy,
+    attention_spread,
     band_penalty,
     cross_model_attention,
     pair_band,
@@ -89,7 +90,8 @@ class ResponseStates:
     hidden          (B, L, d)  the head's input, after the final norm (h, g)
     lengths         (B,) long  response positions of each sample; the rest is padding on the right
     head            the model's output head
-    labels          (B, L) long, −100 at padding; required of the student, unused of the teacher
+    labels          (B, L) long, −100 at padding; required of the student, and of the teacher for
+                    the figure `teacher_ce` alone
     index           (N,) long, the response positions' places in the flattened (B · L), in order.
                     Optional: counted from `lengths` where it is missing, for which a GPU is waited
     pairs           (P,) long, places in the flattened (B · L) that have a counterpart in the other
@@ -162,7 +164,13 @@ class LossTerms:
                         otherwise those with a counterpart; of `t2s_correct` and `gate`
     t2s_correct         where the projected teacher's argmax is the target of `t2s_ce`
     gate                Σ g, the confidence of the projected teacher
-    attention_entropy   Σ H(A_i), in nats
+    teacher_ce          Σ −log p_t(teacher's label) where the teacher-space term compares, in nats;
+                        0 without it, and without the teacher's labels
+    paired_ce           the same text's Σ −log p_s(y): of the paired tokens
+    attention_entropy   Σ H(A_i), in nats; of attention to one and the same position each
+    attention_spread    Σ H(mean A) of the token's sample, which says how much of the row is looked
+                        at by any, and
+    attention_limit     Σ log T of the token's sample, the most that both can be
     band_cells_inside   cells (i, j) within the band, of
     band_cells          all cells; both 0 without a band
     """
@@ -180,9 +188,26 @@ class LossTerms:
     paired_tokens: Tensor
     t2s_correct: Tensor
     gate: Tensor
+    teacher_ce: Tensor
+    paired_ce: Tensor
     attention_entropy: Tensor
+    attention_spread: Tensor
+    attention_limit: Tensor
     band_cells_inside: Tensor
     band_cells: Tensor
+
+    @staticmethod
+    def weights(loss: LossConfig, kd_ramp: float = 1.0) -> dict[str, float]:
+        """The λ of each term; `kd_ramp` is the warm-up of the student-space term (D6)."""
+        return {
+            "ce": loss.ce_weight,
+            "student_kd": loss.kd_weight * kd_ramp,
+            "teacher_kd": loss.kd_weight,
+            "t2s_ce": loss.kd_weight,
+            "uld": loss.kd_weight,
+            "hidden_dtw": loss.dtw_weight,
+            "embed_dtw": loss.dtw_weight,
+        }
 
     def total(self, loss: LossConfig, kd_ramp: float = 1.0) -> Tensor:
         """The objective: sums weighted by the λ of `loss`.
@@ -190,20 +215,11 @@ class LossTerms:
             λ_CE ce + λ_KD (kd_ramp · student_kd + teacher_kd + t2s_ce + uld)
                     + λ_DTW (hidden_dtw + embed_dtw)
 
-        The trainer divides it by the label tokens of the whole optimizer step.
-        `kd_ramp` is the warm-up of the student-space term (D6). Terms of weight 0 stay out of the
-        graph, so that backward does not visit them.
+        The trainer divides it by the label tokens of the whole optimizer step. Terms of weight 0
+        stay out of the graph, so that backward does not visit them.
         """
-        weighted = [
-            (loss.ce_weight, self.ce),
-            (loss.kd_weight * kd_ramp, self.student_kd),
-            (loss.kd_weight, self.teacher_kd),
-            (loss.kd_weight, self.t2s_ce),
-            (loss.kd_weight, self.uld),
-            (loss.dtw_weight, self.hidden_dtw),
-            (loss.dtw_weight, self.embed_dtw),
-        ]
-        kept = [weight * term for weight, term in weighted if weight != 0]
+        weights = self.weights(loss, kd_ramp)
+        kept = [weight * getattr(self, name) for name, weight in weights.items() if weight != 0]
         return torch.stack(kept).sum() if kept else 0.0 * self.ce
 
 
@@ -306,6 +322,10 @@ def dwakd_loss(
             if not exact and (distill or soft_dtw.band):
                 attention, reverse_attention = _attend(student_side, teacher_side, projectors)
                 sums["attention_entropy"] = attention_entropy(attention).sum()
+                spread = attention_spread(attention, student_lengths)
+                sums["attention_spread"] = (student_lengths * spread).sum()
+                limit = teacher_lengths.clamp_min(1).to(dtype).log()
+                sums["attention_limit"] = (student_lengths * limit).sum()
             if predicted is not None:
                 matched = _match_exactly(
                     student, teacher, student_side, teacher_side, projectors, predicted
@@ -367,7 +387,11 @@ def dwakd_loss(
         paired_tokens=figure("paired_tokens"),
         t2s_correct=figure("t2s_correct"),
         gate=figure("gate"),
+        teacher_ce=figure("teacher_ce"),
+        paired_ce=figure("paired_ce"),
         attention_entropy=figure("attention_entropy"),
+        attention_spread=figure("attention_spread"),
+        attention_limit=figure("attention_limit"),
         band_cells_inside=figure("band_cells_inside"),
         band_cells=figure("band_cells"),
     )
@@ -758,6 +782,7 @@ def _student_space(
         "paired_tokens": compared.sum(),
         "t2s_correct": (tokens.t2s_correct & compared).sum(),
         "gate": tokens.gate.where(compared, 0.0).sum(),
+        "paired_ce": tokens.ce.detach().where(compared, 0.0).sum(),
     }
     if loss.ce_weight > 0:
         sums["ce"] = tokens.ce.sum()
@@ -767,13 +792,17 @@ def _student_space(
 def _teacher_space(
     teacher: ResponseStates, matched: _Matched, lengths: Tensor, loss: LossConfig
 ) -> dict[str, Tensor]:
-    """Σ w_t KL(p_t ‖ p_s2t) of compared positions (Eq. 14, 15)."""
+    """Σ w_t KL(p_t ‖ p_s2t) of compared positions (Eq. 14, 15), and the teacher's own CE there."""
     index, compared = matched.teacher_index, matched.teacher_compared
     head = teacher.head.detached()
+    labels = torch.zeros_like(compared, dtype=torch.long)  # any, where there are none
+    if teacher.labels is not None:
+        labels = teacher.labels.where(compared, 0)
 
     flat = teacher_space_statistics(
         _gathered(teacher.hidden.detach(), index),
         _gathered(matched.s2t_hidden, index),
+        _gathered(labels, index),
         head.logits,
         loss.temperature,
         _chunk(loss, head),
@@ -782,7 +811,10 @@ def _teacher_space(
     weights = teacher_token_weights(
         tokens.entropy, head.weight.shape[0], compared, loss.teacher_weighting, lengths
     )
-    return {"teacher_kd": (weights * tokens.divergence.where(compared, 0.0)).sum()}
+    sums = {"teacher_kd": (weights * tokens.divergence.where(compared, 0.0)).sum()}
+    if teacher.labels is not None:
+        sums["teacher_ce"] = tokens.ce.where(compared, 0.0).sum()
+    return sums
 
 
 def _unit(states: Tensor) -> tuple[Tensor, Tensor]:
