@@ -49,7 +49,10 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
         seen.extend(runs)
         return [float(index) for index, _ in enumerate(runs)]
 
-    best = methods.tune(method, None if method == "sft" else 1e-3, train)
+    if method == "sft":
+        best = methods.tune_sft(train, methods.LEARNING_RATES, "tune", {})
+    else:
+        best = methods.tune(method, 1e-3, train)
     assert len({run.name for run in seen}) == 4
     assert best.name == seen[0].name
     if method == "dwakd":

@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, say, start, write_report
 from benchmarks.quality import materials, methods, report
-from benchmarks.quality.runs import Run, result_of, train_all
+from benchmarks.quality.materials import TEST_SETS
+from benchmarks.quality.runs import Run, read_rows, result_of, train_all
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--without", nargs="*", default=[], choices=methods.METHODS[1:])
-    parser.add_argument("--skip-ablations", action="store_true")
+    parser.add_argument("--second-student", type=Path, help="folder of a second, tiny student")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     begun = start(chosen.threads, False, ["axolotl", "transformers", "rouge-score"])
@@ -41,32 +42,44 @@ def main() -> None:
     # The teacher reads the rows once, for all: in a run of its own, so that two do not both do it.
     first = Run("cache", {"variant": "full"}, 1e-4, recipe={"max_steps": 1})
     train_all(base, [first], 1, chosen.threads)
-    tuned = {"sft": methods.tune("sft", None, train)}
-    compared: dict[str, list[Run]] = {}
-    for method in methods.METHODS:
-        if method in chosen.without:
-            continue
-        if method != "sft":
+    tuned = {"sft": methods.tune_sft(train, methods.LEARNING_RATES, "tune", {})}
+    for method in methods.METHODS[1:]:
+        if method not in chosen.without:
             tuned[method] = methods.tune(method, tuned["sft"].learning_rate, train)
-        say(f"{method}: {tuned[method].name} was best on dev")
+    say("best on dev: " + ", ".join(run.name for run in tuned.values()))
+    groups: dict[str, list[Run]] = {}
     for method, best in tuned.items():
         seeds = chosen.seeds if method in methods.HEADLINE else chosen.ablation_seeds
-        compared[method] = methods.with_seeds(method, best, seeds)
-    train([run for runs in compared.values() for run in runs])
-    ablated: dict[str, list[Run]] = {}
-    if "dwakd" in tuned and not chosen.skip_ablations:
+        groups[method] = methods.with_seeds(method, best, seeds)
+    train([run for runs in groups.values() for run in runs])
+    if "dwakd" in tuned and chosen.ablation_seeds > 0:
         ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
         train([run for runs in ablated.values() for run in runs])
-    results: dict[str, Any] = report.evaluate(base, compared, ablated)
-    results["trials"] = trials(base)
+        groups |= {f"ablation: {name}": runs for name, runs in ablated.items()}
+    pairs = {"main": (base.student, groups)}
+    if chosen.second_student is not None:
+        second = chosen.second_student.resolve()
+        pairs["second"] = (
+            second,
+            methods.second_pair(second, tuned, train, chosen.ablation_seeds),
+        )
+        train([run for runs in pairs["second"][1].values() for run in runs])
+    results: dict[str, Any] = {
+        "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev", *TEST_SETS)},
+        "trials": trials(base),
+        "pairs": {name: report.evaluate(base, *pair) for name, pair in pairs.items()},
+    }
     write_report("quality", begun, results, [], chosen.out)
-    report.plot(results, chosen.out / "quality.png")
-    print(report.tables(results))
+    for name, found in results["pairs"].items():
+        report.plot(
+            found, chosen.out / ("quality.png" if name == "main" else f"quality_{name}.png")
+        )
+        print(f"{name} pair\n\n{report.tables(found)}")
 
 
 def trials(base: materials.Materials) -> list[dict[str, Any]]:
     """Every run on dev, with its settings."""
-    files = sorted((base.folder / "runs").glob("tune-*/run.json"))
+    files = sorted((base.folder / "runs").glob("*tune-*/run.json"))
     kept = ("name", "dwakd", "learning_rate", "dev_bits_per_byte", "seconds")
     return [
         {key: json.loads(file.read_text(encoding="utf-8"))[key] for key in kept} for file in files

@@ -7,7 +7,9 @@ settings, or this project's defaults; where its authors leave room, the others g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.runs import Run
@@ -16,7 +18,8 @@ Settings = dict[str, Any]
 
 HEADLINE = ("sft", "uld", "dskd", "dwakd")
 METHODS = (*HEADLINE, "dskdv2", "dwakdv2")
-LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)  # SFT's four trials; the others start from its best
+SECOND_LEARNING_RATES = (1e-3, 3e-3, 6e-3, 1e-2)  # of a student that is twenty times smaller
+LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others start from its best
 
 _WARMED = {"projectors": {"warmup_steps": 100}}
 _LABELS_LEAD = {"loss": {"ce_weight": 1.0, "temperature": 1.0}} | _WARMED
@@ -45,14 +48,18 @@ _TRIALS: dict[str, dict[str, Settings]] = {
 ABLATIONS = ("dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate")
 
 
-def tune(method: str, rate: float | None, train: Callable[[list[Run]], list[float]]) -> Run:
-    """The best of a method's four trials on dev. `rate` is SFT's best, None for SFT itself.
+Train = Callable[[list[Run]], list[float]]
+"""Trains runs and returns their bits per byte on dev."""
 
-    `train` trains the runs and returns their bits per byte on dev.
-    """
-    if rate is None:
-        trials = [Run(f"tune-sft-{lr:g}", {"variant": "sft"}, lr) for lr in LEARNING_RATES]
-        return _best(trials, train(trials))
+
+def tune_sft(train: Train, rates: Sequence[float], prefix: str, recipe: Settings) -> Run:
+    """Fine-tuning at the best of these learning rates, on dev."""
+    trials = [Run(f"{prefix}-sft-{lr:g}", {"variant": "sft"}, lr, recipe=recipe) for lr in rates]
+    return _best(trials, train(trials))
+
+
+def tune(method: str, rate: float, train: Train) -> Run:
+    """The best of a method's four trials on dev; `rate` is SFT's best."""
     trials = [
         Run(f"tune-{method}-{name}", copy.deepcopy(settings), rate)
         for name, settings in _TRIALS[method].items()
@@ -69,9 +76,23 @@ def _best(runs: list[Run], bits: list[float]) -> Run:
 def with_seeds(name: str, tuned: Run, seeds: int) -> list[Run]:
     """The tuned settings of a method under the training seeds 1 to `seeds`."""
     return [
-        Run(f"{name}-seed{seed}", tuned.dwakd, tuned.learning_rate, seed)
+        Run(f"{name}-seed{seed}", tuned.dwakd, tuned.learning_rate, seed, tuned.recipe)
         for seed in range(1, seeds + 1)
     ]
+
+
+def second_pair(
+    student: Path, tuned: dict[str, Run], train: Train, seeds: int
+) -> dict[str, list[Run]]:
+    """Another student under the first one's settings; its learning rate alone is its own, SFT's."""
+    recipe = {"base_model": str(student), "special_tokens": {"pad_token": "<unk>"}}
+    rate = tune_sft(train, SECOND_LEARNING_RATES, "second-tune", recipe).learning_rate
+    return {
+        method: with_seeds(
+            f"second-{method}", replace(best, learning_rate=rate, recipe=recipe), seeds
+        )
+        for method, best in tuned.items()
+    }
 
 
 def ablations(tuned: Run, seeds: int) -> dict[str, list[Run]]:

@@ -23,16 +23,12 @@ LONGEST_ANSWER = 128  # tokens
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
 
 
-def evaluate(
-    base: Materials, compared: dict[str, list[Run]], ablated: dict[str, list[Run]]
-) -> Results:
-    """Figures of every run on every test set, and the differences to SFT, seed by seed."""
-    groups = compared | {f"ablation: {name}": runs for name, runs in ablated.items()}
+def evaluate(base: Materials, student: Path, groups: dict[str, list[Run]]) -> Results:
+    """Figures of every run on every test set, by group; and of what no method changes."""
     names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
-    figures = {name: _evaluated(base, name, names) for name in TEST_SETS}
+    figures = {name: _evaluated(base, student, name, names) for name in TEST_SETS}
     results: Results = {
-        "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev", *TEST_SETS)},
-        "reference": {name: _references(base, name) for name in TEST_SETS},
+        "reference": {name: _references(base, student, name) for name in TEST_SETS},
         "settings": {
             group: {"dwakd": runs[0].dwakd, "learning_rate": runs[0].learning_rate}
             for group, runs in groups.items()
@@ -58,25 +54,29 @@ def _means(values: list[list[float]]) -> list[float]:
     return [statistics.fmean(each) for each in values]
 
 
-def _evaluated(base: Materials, place: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def _evaluated(
+    base: Materials, student: Path, place: str, names: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """ROUGE-L and bits per byte by run, from one `dwakd evaluate`."""
     folders = [str(base.folder / "runs" / name) for name in names]
-    report = _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte")
+    report = _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte", student.name)
     return {
         name: {"bits_per_byte": one["bits_per_byte"]["value"], "rouge_l": one["rouge_l"]["mean"]}
         for name, one in zip(names, report["models"], strict=True)
     }
 
 
-def _references(base: Materials, place: str) -> dict[str, float]:
-    """Bits per byte of what no method changes: the student as it starts, and the whole teacher."""
-    folders = [str(base.student), str(base.folder / "untrimmed")]
-    models = _dwakd_evaluate(base, place, folders, "bits_per_byte")["models"]
+def _references(base: Materials, student: Path, place: str) -> dict[str, float]:
+    """Bits per byte of the student as it starts, and of the whole teacher."""
+    folders = [str(student), str(base.folder / "untrimmed")]
+    models = _dwakd_evaluate(base, place, folders, "bits_per_byte", student.name)["models"]
     values = [one["bits_per_byte"]["value"] for one in models]
     return dict(zip(("student_before", "teacher"), values, strict=True))
 
 
-def _dwakd_evaluate(base: Materials, place: str, folders: list[str], metrics: str) -> Results:
+def _dwakd_evaluate(
+    base: Materials, place: str, folders: list[str], metrics: str, pair: str
+) -> Results:
     rows = base.folder / "evaluation" / f"{place}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     # The prompts are written out: a template has one form, with an input or without.
@@ -85,7 +85,7 @@ def _dwakd_evaluate(base: Materials, place: str, folders: list[str], metrics: st
         for row in read_rows(base.rows(place))
     )
     replace_file(rows, "".join(lines))
-    output = base.folder / "evaluation" / f"{place}-{metrics.replace(',', '-')}"
+    output = base.folder / "evaluation" / f"{pair}-{place}-{metrics.replace(',', '-')}"
     command = [sys.executable, "-m", "dwakd_cli", "evaluate", folders[0], str(rows), "--json"]
     command += [part for folder in folders[1:] for part in ("--against", folder)]
     command += ["--prompt-template", "{instruction}", "--metrics", metrics]
