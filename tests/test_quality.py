@@ -52,7 +52,7 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
     if method == "sft":
         best = methods.tune_sft(train, methods.LEARNING_RATES, "tune", {})
     else:
-        best = methods.tune(method, 1e-3, train)
+        best = methods.tune([method], 1e-3, train)[method]
     assert len({run.name for run in seen}) == (4 if method == "sft" else 3)
     assert best.name == seen[0].name
     assert [run.seed for run in methods.with_seeds(method, best, 3)] == [1, 2, 3]

@@ -43,9 +43,8 @@ def main() -> None:
     first = Run("cache", {"variant": "full"}, 1e-4, recipe={"max_steps": 1})
     train_all(base, [first], 1, chosen.threads)
     tuned = {"sft": methods.tune_sft(train, methods.LEARNING_RATES, "tune", {})}
-    for method in methods.METHODS[1:]:
-        if method not in chosen.without:
-            tuned[method] = methods.tune(method, tuned["sft"].learning_rate, train)
+    others = [method for method in methods.METHODS[1:] if method not in chosen.without]
+    tuned |= methods.tune(others, tuned["sft"].learning_rate, train)
     say("best on dev: " + ", ".join(run.name for run in tuned.values()))
     groups: dict[str, list[Run]] = {}
     for method, best in tuned.items():

@@ -55,15 +55,27 @@ def tune_sft(train: Train, rates: Sequence[float], prefix: str, recipe: Settings
     return _best(trials, train(trials))
 
 
-def tune(method: str, rate: float, train: Train) -> Run:
-    """The best of a method's three trials on dev; `rate` is SFT's best."""
-    trials = [
-        Run(f"tune-{method}-{name}", copy.deepcopy(settings), rate)
-        for name, settings in _TRIALS[method].items()
-    ]
-    best = _best(trials, train(trials))
-    faster = Run(best.name + "-faster", best.dwakd, 2 * rate)
-    return _best([best, faster], train([best, faster]))
+def tune(names: Sequence[str], rate: float, train: Train) -> dict[str, Run]:
+    """The best of each method's three trials on dev; `rate` is SFT's best."""
+    trials = {
+        method: [
+            Run(f"tune-{method}-{name}", copy.deepcopy(settings), rate)
+            for name, settings in _TRIALS[method].items()
+        ]
+        for method in names
+    }
+
+    def best() -> dict[str, Run]:
+        # All methods' at once: there is more to do side by side.
+        together = [run for runs in trials.values() for run in runs]
+        bits = dict(zip((run.name for run in together), train(together), strict=True))
+        return {
+            method: _best(runs, [bits[run.name] for run in runs]) for method, runs in trials.items()
+        }
+
+    for method, run in best().items():
+        trials[method].append(replace(run, name=run.name + "-faster", learning_rate=2 * rate))
+    return best()
 
 
 def _best(runs: list[Run], bits: list[float]) -> Run:

@@ -18,7 +18,7 @@ from dwakd_plugin.files import replace_file
 Results = dict[str, Any]
 
 SAMPLING_SEED = 10
-LONGEST_ANSWER = 128  # tokens
+LONGEST_ANSWER = 64  # tokens
 # In the student's terms, and in the order of the tables: lower is better of the first.
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
 
