@@ -50,7 +50,8 @@ def main() -> None:
     for method, best in tuned.items():
         seeds = chosen.seeds if method in methods.HEADLINE else chosen.ablation_seeds
         groups[method] = methods.with_seeds(method, best, seeds)
-    train([run for runs in groups.values() for run in runs])
+    # Seed by seed: what is stopped early has whole comparisons.
+    train(sorted((run for runs in groups.values() for run in runs), key=lambda run: run.seed))
     if "dwakd" in tuned and chosen.ablation_seeds > 0:
         ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
         train([run for runs in ablated.values() for run in runs])
