@@ -50,8 +50,11 @@ def main() -> None:
     for method, best in tuned.items():
         seeds = chosen.seeds if method in methods.HEADLINE else chosen.ablation_seeds
         groups[method] = methods.with_seeds(method, best, seeds)
-    # Seed by seed: what is stopped early has whole comparisons.
-    train(sorted((run for runs in groups.values() for run in runs), key=lambda run: run.seed))
+    # Seed by seed, the slowest method last: what is stopped early has whole comparisons.
+    order = {run.name: (name == "uld", run.seed) for name, runs in groups.items() for run in runs}
+    train(
+        sorted((run for runs in groups.values() for run in runs), key=lambda run: order[run.name])
+    )
     if "dwakd" in tuned and chosen.ablation_seeds > 0:
         ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
         train([run for runs in ablated.values() for run in runs])

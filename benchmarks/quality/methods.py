@@ -23,21 +23,27 @@ LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others s
 
 _WARMED = {"projectors": {"warmup_steps": 100}}
 # As in the quickstart's recipe: labels lead, and the ramp leaves little of the student-space term.
-_TEACHER_SPACE = {"loss": {"ce_weight": 1.0, "temperature": 1.0, "kd_warmup_steps": 2500}} | _WARMED
-# Of the tuning, by name: what is laid over the variant. The last trial of a method is the best of
-# these at twice the learning rate.
-_WITH_PROJECTORS: dict[str, Settings] = {"paper": {}, "teacher_space": _TEACHER_SPACE}
+_TEACHER_SPACE: Settings = {
+    "loss": {"ce_weight": 1.0, "temperature": 1.0, "kd_warmup_steps": 2500}
+} | _WARMED
+_STRONG = {"loss": {**_TEACHER_SPACE["loss"], "kd_weight": 2.0}} | _WARMED
 _ORDERED: Settings = {"matching": "order", "dtw_weight": 0.0, "temperature": 1.0}
-_TRIALS: dict[str, dict[str, Settings]] = {
-    "uld": {
-        "paper": {"variant": "uld"},
-        "dskd_authors": {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}},
-    },
+_TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
+    # name, what is laid over the variant, and the learning rate as a multiple of SFT's best
+    "uld": [
+        ("paper", {"variant": "uld"}, 1),
+        ("dskd_authors", {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}}, 1),
+        ("dskd_authors-faster", {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}}, 2),
+    ],
     **{
-        method: {
-            name: {"variant": "full" if method == "dwakd" else method} | settings
-            for name, settings in _WITH_PROJECTORS.items()
-        }
+        method: [
+            (name, {"variant": "full" if method == "dwakd" else method} | settings, 1)
+            for name, settings in (
+                ("paper", {}),
+                ("teacher_space", _TEACHER_SPACE),
+                ("strong", _STRONG),
+            )
+        ]
         for method in ("dskd", "dwakd", "dskdv2", "dwakdv2")
     },
 }
@@ -59,23 +65,17 @@ def tune(names: Sequence[str], rate: float, train: Train) -> dict[str, Run]:
     """The best of each method's three trials on dev; `rate` is SFT's best."""
     trials = {
         method: [
-            Run(f"tune-{method}-{name}", copy.deepcopy(settings), rate)
-            for name, settings in _TRIALS[method].items()
+            Run(f"tune-{method}-{name}", copy.deepcopy(settings), times * rate)
+            for name, settings, times in _TRIALS[method]
         ]
         for method in names
     }
-
-    def best() -> dict[str, Run]:
-        # All methods' at once: there is more to do side by side.
-        together = [run for runs in trials.values() for run in runs]
-        bits = dict(zip((run.name for run in together), train(together), strict=True))
-        return {
-            method: _best(runs, [bits[run.name] for run in runs]) for method, runs in trials.items()
-        }
-
-    for method, run in best().items():
-        trials[method].append(replace(run, name=run.name + "-faster", learning_rate=2 * rate))
-    return best()
+    together = [run for runs in trials.values() for run in runs]
+    # All methods' at once: there is more to do side by side.
+    bits = dict(zip((run.name for run in together), train(together), strict=True))
+    return {
+        method: _best(runs, [bits[run.name] for run in runs]) for method, runs in trials.items()
+    }
 
 
 def _best(runs: list[Run], bits: list[float]) -> Run:
