@@ -175,6 +175,12 @@ def fill(
             names = keys[begun : begun + max(1, batch_tokens // length)]
             batch = teacher_batch(*map(list, zip(*(missing[key] for key in names), strict=True)))
             hidden = teacher.hidden(batch)
+            if not hidden.isfinite().all():
+                raise UserError(
+                    f"The teacher's hidden states are not finite (NaN or infinity): "
+                    f"{config.base_model} cannot teach so. Check its weights, or another "
+                    "dwakd.teacher.dtype."
+                )
             for key, states, count in zip(
                 names, hidden, batch["teacher_lengths"].tolist(), strict=True
             ):
