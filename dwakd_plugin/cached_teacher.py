@@ -175,15 +175,15 @@ def fill(
             names = keys[begun : begun + max(1, batch_tokens // length)]
             batch = teacher_batch(*map(list, zip(*(missing[key] for key in names), strict=True)))
             hidden = teacher.hidden(batch)
-            if not hidden.isfinite().all():
-                raise UserError(
-                    f"The teacher's hidden states are not finite (NaN or infinity): "
-                    f"{config.base_model} cannot teach so. Check its weights, or another "
-                    "dwakd.teacher.dtype."
-                )
             for key, states, count in zip(
                 names, hidden, batch["teacher_lengths"].tolist(), strict=True
             ):
+                if not states[:count].isfinite().all():
+                    raise UserError(
+                        "The teacher's hidden states are not finite (NaN or infinity), so "
+                        f"{config.base_model} cannot teach. Check its weights, or try another "
+                        "dwakd.teacher.dtype."
+                    )
                 pending[key] = states[:count].clone()
             begun += len(names)
             if sum(states.nbytes for states in pending.values()) >= SHARD_BYTES:

@@ -359,6 +359,10 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         return self._packs
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last checkpoint, and resumed: the loop would train one step more.
+            self.control.should_training_stop = True
+            return None
         # Both: what skips batches after resuming hides them from who would tell them the epoch.
         if self._packs is not None:
             self._packs.sampler.set_epoch(epoch)
