@@ -476,9 +476,10 @@ def _non_finite_parameter(student: nn.Module) -> str | None:
 
 def _non_finite_states(teacher: ResponseStates) -> str:
     """Says so where it is the teacher's side of a row that is not finite; else nothing."""
+    length = int(teacher.lengths[0])  # padding may hold anything
     names = {
-        "hidden states": teacher.hidden,
-        "embeddings": teacher.input_embeds,
+        "hidden states": teacher.hidden[0, :length],
+        "embeddings": teacher.input_embeds[0, :length],
         "head": teacher.head.weight,
     }
     bad = [name for name, tensor in names.items() if not tensor.isfinite().all()]
