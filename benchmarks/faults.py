@@ -409,7 +409,10 @@ def kill_runs(
             line = {"case": folder.name, "way": death[0], "moment": round(death[1], 3)}
             killed = code in (-signal.SIGKILL, -signal.SIGXFSZ)
             deaths += killed
-            problem = None if killed else _log(lab, folder)
+            # Its own children do not die by SIGXFSZ, and then it ends as on a disk that is full.
+            failed = not killed and death[0] == "write"
+            line["way"] = "failed write" if failed else death[0]
+            problem = None if killed or failed else _log(lab, folder)
             lines.append(line | {"problem": problem or _check(operation, folder, end=False)})
         if code != 0:
             code, _counted = start(name, folder, lab, None)
@@ -440,7 +443,7 @@ def _log(lab: Path, folder: Path) -> str:
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     deaths = Counter(line["way"] for line in lines if line["way"] is not None)
     return {
-        "kills": sum(deaths.values()),
+        "kills": sum(deaths[way] for way in WAYS),
         "by_way": dict(sorted(deaths.items())),
         "runs_to_their_end": sum(line["way"] is None for line in lines),
         "problems": [line for line in lines if line["problem"] is not None],

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import tempfile
 import zlib
@@ -75,15 +76,19 @@ def save_tensors(
     """
     from safetensors.torch import save_file
 
-    # One name: what a kill leaves is written over by the next, and one process writes at a time.
-    partial = file.with_name(f"{file.name}.partial")
+    # A folder of one name, as safetensors writes to a file of a name of its own first: what a kill
+    # leaves goes with the next writing. One process writes at a time.
+    folder = file.with_name(f"{file.name}.partial")
     try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        partial = folder / file.name
         save_file(tensors, partial, metadata)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def json_checksum(content: Any) -> int:

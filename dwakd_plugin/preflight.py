@@ -428,7 +428,12 @@ def read_run_file(file: Path) -> dict[str, Any] | None:
 
 
 def _set_incomplete_checkpoints_aside(folder: Path) -> None:
-    """Renames checkpoints whose last file was never written, so that none is resumed from."""
+    """Renames checkpoints whose last file was never written, so that none is resumed from.
+
+    Removes what a kill left of a student that was being written: safetensors' own partial file.
+    """
+    for left in folder.glob(".tmp??????"):
+        left.unlink()
     for checkpoint in folder.glob("checkpoint-*"):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

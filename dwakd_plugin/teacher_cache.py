@@ -27,6 +27,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 import zlib
 from collections.abc import Callable, Iterator
@@ -238,7 +239,7 @@ class TeacherCache:
         """Removes files that a killed writer left without naming them in the index."""
         for file in self.folder.glob("*.safetensors*"):
             if _is_ours(file.name) and file.name not in self._files:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _tensor(self, file: str, name: str) -> Tensor:
         """A tensor, read from its file, whose checksum is right."""
