@@ -392,7 +392,7 @@ def kill_runs(
     """
     chance = random.Random(f"{name}-{seed}")
     lines: list[dict[str, Any]] = []
-    deaths = case = 0
+    deaths = tries = case = 0
     while deaths < kills:
         case += 1
         folder = lab / f"{name}-{seed}-{case}"
@@ -402,14 +402,15 @@ def kill_runs(
         operation.prepare(folder)
         code = 0
         for _ in range(chance.randint(1, min(LONGEST, kills - deaths))):
-            death = moment(ways[deaths % len(ways)], operation, chance)
+            death = moment(ways[tries % len(ways)], operation, chance)
             code, _counted = start(name, folder, lab, death)
+            tries += 1
             if code == 0:
                 break  # it was faster
             line = {"case": folder.name, "way": death[0], "moment": round(death[1], 3)}
             killed = code in (-signal.SIGKILL, -signal.SIGXFSZ)
             deaths += killed
-            # Its own children do not die by SIGXFSZ, and then it ends as on a disk that is full.
+            # A single write, or one of a process that it started, may fail without a signal.
             failed = not killed and death[0] == "write"
             line["way"] = "failed write" if failed else death[0]
             problem = None if killed or failed else _log(lab, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def tiny_recipe(
             "dwakd": block,
         }
     return base | settings
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB of its own, unmounted whatever becomes of this process."""
+    if os.getuid() != 0:
+        pytest.skip("mounts a small disk, which takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("this system does not let us mount")
+    # It reads until we close the pipe, or are gone.
+    script = 'read -r _; umount -l "$1"'
+    guard = subprocess.Popen(
+        ["sh", "-c", script, "sh", str(disk)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    yield disk
+    guard.communicate()
+    assert not disk.is_mount()
 
 
 @pytest.fixture
