@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import is_full_disk
 from dwakd_plugin.model_card import model_card
 from dwakd_plugin.preflight import RUN_FILE, read_run_file
 from dwakd_plugin.projectors import PROJECTOR_FILE, read_projectors
@@ -443,7 +444,11 @@ def _writing_to(dest: Path) -> Iterator[None]:
     """Explains a disk that fills up, or files that cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises a bare one of a full disk
+        if not isinstance(error, OSError | SafetensorError) and not is_full_disk(error):
+            raise
         raise UserError(f"`{dest}` cannot be written: {error}. Nothing was left there.") from error
 
 

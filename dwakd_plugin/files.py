@@ -115,10 +115,12 @@ def explaining_writes(place: Path, remedy: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises a bare one of a full disk
         if is_full_disk(error):
             raise UserError(f"{place} cannot be written: the disk is full. {remedy}") from error
-        if isinstance(error, RuntimeError):
+        if not isinstance(error, OSError | SafetensorError):
             raise
         raise UserError(f"{place} cannot be written: {error}. {remedy}") from error
 
