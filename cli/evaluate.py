@@ -354,7 +354,7 @@ def _stores(models: list[Model], options: Options, *, force: bool) -> dict[str, 
     if "rouge_l" not in options.metrics:
         return {}
     from dwakd_plugin.evaluated_model import identity
-    from dwakd_plugin.generation import ResponseStore
+    from dwakd_plugin.generation import ResponseStore, discard
 
     stores = {}
     for one in models:
@@ -366,7 +366,7 @@ def _stores(models: list[Model], options: Options, *, force: bool) -> dict[str, 
             f"responses-{slug}-{hashlib.sha256(place.encode()).hexdigest()[:6]}.jsonl"
         )
         if force:
-            file.unlink(missing_ok=True)
+            discard(file)
         stores[one.name] = ResponseStore(
             file,
             identity(one.source, one.config, one.held)

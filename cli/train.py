@@ -323,8 +323,8 @@ def execute(
 ) -> tuple[int, int | None]:
     """Runs a command to its end; returns its exit code and the signal that stopped it, if one did.
 
-    SIGINT, SIGTERM and SIGHUP reach the command as SIGINT, on which axolotl saves and stops, or as
-    SIGTERM as long as it cannot save anything yet; a second one kills it. Where the command starts
+    SIGINT, SIGTERM and SIGHUP reach the command as SIGTERM, on which it saves a checkpoint first,
+    as soon as there is anything to save; a second one kills it. Where the command starts
     several processes, `signals` is the folder for `dwakd_plugin.run_signals`: they are asked there
     to stop, and killed when one of them has left its message or as long as none can save.
     """
@@ -339,7 +339,8 @@ def execute(
             (signals / STOP).touch() if saves else _kill(group)
             return
         with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
-            os.killpg(group, signal.SIGINT if saves else signal.SIGTERM)
+            # What loads its rows must live until it has saved.
+            (os.kill if saves else os.killpg)(group, signal.SIGTERM)
 
     def pass_on(number: int, frame: Any = None) -> None:
         received.append(number)

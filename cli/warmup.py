@@ -19,6 +19,7 @@ from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import release_lock, take_lock
 from dwakd_plugin.preflight import output_folder
 
 HELD_OUT_SHARE = 0.05
@@ -159,7 +160,7 @@ def _train(
     """Opens the run, trains on states that are computed once, and writes the file."""
     work = _work_folder(output, inputs)
     started = time.monotonic()
-    with _words_when_stopped(work, console):
+    with _alone(work, output), _words_when_stopped(work, console):
         if config.teacher.cache is None:
             # The teacher reads each row once and is let go; the next epochs read what it wrote.
             block = recipe["dwakd"]
@@ -172,11 +173,11 @@ def _train(
 
         with open_run(recipe) as opened:
             report, tensors, pair = _train_opened(opened, work, settings, console)
-    report["seconds"] = round(time.monotonic() - started, 1)
-    from dwakd_plugin.projectors import save_projectors
+        report["seconds"] = round(time.monotonic() - started, 1)
+        from dwakd_plugin.projectors import save_projectors
 
-    save_projectors(tensors, output, pair | {"inputs": inputs, "warmup": json.dumps(report)})
-    shutil.rmtree(work)
+        save_projectors(tensors, output, pair | {"inputs": inputs, "warmup": json.dumps(report)})
+        shutil.rmtree(work)
     return report
 
 
@@ -271,12 +272,31 @@ def _work_folder(output: Path, inputs: str) -> Path:
     work = output.parent / f".{output.name}.work-{inputs[:12]}"
     for other in output.parent.glob(f".{output.name}.work-*"):
         if other != work:
-            shutil.rmtree(other)
+            with _alone(other, output):
+                shutil.rmtree(other)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error}. --output names a place.") from error
     return work
+
+
+@contextmanager
+def _alone(work: Path, output: Path) -> Iterator[None]:
+    """Keeps a work folder for this process. Raises UserError where another has it."""
+    try:
+        lock = take_lock(work / "lock")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}. --output names a place.") from error
+    if isinstance(lock, str):
+        raise UserError(
+            f"{output} is being made by {lock}. Let it finish, or stop it and run this again: what "
+            "it has done is kept."
+        )
+    try:
+        yield
+    finally:
+        release_lock(lock)
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.exact_alignment import TokenAligner, token_map
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.files import explaining_writes, json_checksum, replace_file
 from dwakd_plugin.packing import check_packing
 from dwakd_plugin.pair_findings import ENOUGH_SHARED_TOKENS
-from dwakd_plugin.preflight import RUN_FILE, run_facts, run_identity
+from dwakd_plugin.preflight import CHECKSUM, RUN_FILE, run_facts, run_identity
 from dwakd_plugin.projectors import (
     T2S_SCALE,
     HeadFollower,
@@ -275,12 +275,14 @@ def _progress(title: str, unit: str, *, shown: bool = True) -> Any:
 
 def _sign(file: Path, cfg: Any, config: DWAKDConfig) -> None:
     """Says in the output folder whose run it holds, and with what settings."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: dict[str, Any] = {
         "identity": run_identity(cfg, config),
         "version": dwakd_plugin.__version__,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": config.model_dump(),
         **run_facts(cfg),
     }
-    replace_file(file, json.dumps(content, indent=1))
+    with explaining_writes(file, "Free some space, and run it again."):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content[CHECKSUM] = json_checksum(json.loads(json.dumps(content)))
+        replace_file(file, json.dumps(content, indent=1))

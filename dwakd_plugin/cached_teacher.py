@@ -178,6 +178,12 @@ def fill(
             for key, states, count in zip(
                 names, hidden, batch["teacher_lengths"].tolist(), strict=True
             ):
+                if not states[:count].isfinite().all():
+                    raise UserError(
+                        "The teacher's hidden states are not finite (NaN or infinity), so "
+                        f"{config.base_model} cannot teach. Check its weights, or try another "
+                        "dwakd.teacher.dtype."
+                    )
                 pending[key] = states[:count].clone()
             begun += len(names)
             if sum(states.nbytes for states in pending.values()) >= SHARD_BYTES:

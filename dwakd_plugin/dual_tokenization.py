@@ -15,6 +15,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,9 +26,11 @@ import axolotl.utils.data.sft as axolotl_sft
 import axolotl.utils.data.wrappers as axolotl_wrappers
 from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
 from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.data.lock import LOCK_FILE_NAME
 from axolotl.utils.data.shared import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dwakd_plugin.config import TeacherConfig
@@ -140,6 +143,7 @@ def dual_tokenization(cfg: DictDefault, teacher: TeacherConfig) -> Iterator[RowR
     folder = Path(prepared_path or DEFAULT_DATASET_PREPARED_PATH) / (
         f"dwakd-{fingerprint(cfg, teacher, teacher_tokenizer)}"
     )
+    _remove_half_written(folder)
     report = RowReport()
     original = axolotl_sft.get_dataset_wrapper
 
@@ -330,15 +334,34 @@ def _has_response(labels: list[int]) -> bool:
     return any(label != -100 for label in labels[1:])
 
 
+def _remove_half_written(folder: Path) -> None:
+    """Removes prepared rows that a killed run has not finished: axolotl would try to read them."""
+    if not folder.is_dir():
+        return
+    # axolotl's own lock: another rank or run may be writing them.
+    with FileLock(str(folder / LOCK_FILE_NAME)):
+        for prepared in [path for path in folder.iterdir() if path.is_dir()]:
+            try:
+                json.loads((prepared / "dataset_info.json").read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError):  # it is written last
+                shutil.rmtree(prepared)
+
+
 def _keep_report(report: RowReport, folder: Path) -> None:
     """Saves the report beside the prepared rows, or reads it back when those were reused."""
     file = folder / "rows.json"
     if report.sources and folder.is_dir():
         replace_file(file, json.dumps(asdict(report), indent=1))
     elif not report.sources and file.is_file():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        report.counts.update(saved["counts"])
-        report.sources.extend((path, start) for path, start in saved["sources"])
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            report.counts.update({str(status): int(n) for status, n in saved["counts"].items()})
+            report.sources.extend((str(path), int(start)) for path, start in saved["sources"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is damaged ({error}). Remove the folder {folder}: its rows are prepared "
+                "again."
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from dwakd_plugin.causal_lm import causal_lm, short_dtype, weights_dtype
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fit_vocabulary
-from dwakd_plugin.preflight import RUN_FILE, model_remedy
+from dwakd_plugin.preflight import RUN_FILE, model_remedy, read_run_file
 from dwakd_plugin.teacher_cache import fingerprint_of_folder
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -96,12 +96,9 @@ def _run_folders(folder: Path) -> list[Path]:
 def run_record(source: Source) -> dict[str, Any]:
     """What the run says that wrote a model; {} where none did."""
     for folder in _run_folders(Path(source.name).expanduser()):
-        file = folder / RUN_FILE
-        if file.is_file():
-            try:
-                return dict(json.loads(file.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise UserError(f"{file} is damaged ({error}).") from error
+        record = read_run_file(folder / RUN_FILE)
+        if record is not None:
+            return record
     return {}
 
 

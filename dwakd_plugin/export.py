@@ -29,9 +29,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import is_full_disk
 from dwakd_plugin.model_card import model_card
-from dwakd_plugin.preflight import RUN_FILE
-from dwakd_plugin.projectors import PROJECTOR_FILE
+from dwakd_plugin.preflight import RUN_FILE, read_run_file
+from dwakd_plugin.projectors import PROJECTOR_FILE, read_projectors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
@@ -194,18 +195,11 @@ def find_student(run: Path) -> Student:
 def _record(run: Path) -> dict[str, Any] | None:
     """What the run says of itself; at least both models' names, from the projectors."""
     for folder in (run, run.absolute().parent):
-        file = folder / RUN_FILE
-        if file.is_file():
-            try:
-                return dict(json.loads(file.read_text(encoding="utf-8")))
-            except (json.JSONDecodeError, TypeError, ValueError) as error:
-                raise UserError(f"{file} is damaged ({error}).") from error
+        record = read_run_file(folder / RUN_FILE)
+        if record is not None:
+            return record
     if (run / PROJECTOR_FILE).is_file():
-        try:
-            with safe_open(run / PROJECTOR_FILE, framework="pt") as stored:
-                return {"identity": stored.metadata() or {}}
-        except SafetensorError as error:
-            raise UserError(f"{run / PROJECTOR_FILE} is damaged ({error}).") from error
+        return {"identity": read_projectors(run / PROJECTOR_FILE)[1]}
     return None
 
 
@@ -373,6 +367,8 @@ def _new_folder(run: Path, dest: Path, *, force: bool) -> Iterator[Path]:
     What a killed export left there is removed first. Raises UserError where `dest` is in use.
     """
     target = dest.absolute()
+    if _old(target).exists() and not target.exists():
+        _old(target).rename(target)  # killed between the two renames that replace a model
     _check_destination(run, dest, force=force)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -417,7 +413,7 @@ def _check_destination(run: Path, dest: Path, *, force: bool) -> None:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
+    old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -428,6 +424,11 @@ def _put_in_place(partial: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    """Where a model is put while another takes its place."""
+    return target.with_name(f".{target.name}.old")
 
 
 def _sync(path: Path) -> None:
@@ -443,7 +444,11 @@ def _writing_to(dest: Path) -> Iterator[None]:
     """Explains a disk that fills up, or files that cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises a bare one of a full disk
+        if not isinstance(error, OSError | SafetensorError) and not is_full_disk(error):
+            raise
         raise UserError(f"`{dest}` cannot be written: {error}. Nothing was left there.") from error
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import append_lines, whole_lines
+from dwakd_plugin.files import append_lines, json_checksum, whole_lines
 
 FORMAT = 1
 
@@ -227,7 +227,7 @@ class ResponseStore:
         for seed, row, prompt, response in made:
             line = {"seed": seed, "row": row, "prompt": _prompt_checksum(prompt)}
             line |= response._asdict()
-            lines.append(line | {"crc32": _checksum(line)})
+            lines.append(line | {"crc32": json_checksum(line)})
         try:
             append_lines(self.file, self.head, lines)
         except OSError as error:
@@ -239,22 +239,9 @@ class ResponseStore:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Holds the file for this process. Raises UserError where another one has it."""
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be written: {error}") from error
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another evaluation is writing {self.file}. Let it finish, or stop it."
-                ) from None
+        with _alone(self.file):
             self._read_file()  # what another process wrote meanwhile
             yield
-        finally:
-            os.close(handle)
 
     def _read_file(self) -> None:
         try:
@@ -300,7 +287,7 @@ class ResponseStore:
             prompt = content["prompt"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(self._damaged(number)) from error
-        if checksum != _checksum(content):
+        if checksum != json_checksum(content):
             raise UserError(self._damaged(number))
         self._responses[key], self._prompts[key] = response, prompt
 
@@ -311,8 +298,29 @@ class ResponseStore:
         )
 
 
-def _checksum(line: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(line, sort_keys=True).encode())
+@contextmanager
+def _alone(file: Path) -> Iterator[int]:
+    """Holds a file of responses; yields its handle. Raises UserError where another one has it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        raise UserError(
+            f"Another evaluation is writing {file}. Let it finish, or stop it."
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def discard(file: Path) -> None:
+    """Forgets the responses in a file. Raises UserError where another evaluation writes it."""
+    with _alone(file) as handle:
+        os.ftruncate(handle, 0)
 
 
 def _prompt_checksum(prompt: Sequence[int]) -> int:

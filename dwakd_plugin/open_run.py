@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from dwakd_plugin import run_lock
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.preflight import ENGINE_KEYS, check_all
@@ -196,5 +197,6 @@ def _close() -> None:
     tee = sys.modules.get("axolotl.utils.tee")
     if base is not None:
         base.PluginManager.get_instance().plugins.clear()
+    run_lock.release()
     if tee is not None:
         tee.close_debug_log()

@@ -17,9 +17,15 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from transformers import set_seed
 
+from dwakd_plugin import run_lock
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import check_output_folder, check_recipe, loads_body
+from dwakd_plugin.preflight import (
+    check_output_folder,
+    check_recipe,
+    loads_body,
+    output_folder,
+)
 from dwakd_plugin.run_report import describe_run, final_words, standing_warnings
 from dwakd_plugin.run_signals import end_run
 
@@ -79,8 +85,10 @@ class DWAKDPlugin(BasePlugin):
         if config.loss.needs_teacher and loads_body(config.teacher):
             check_teacher(config.teacher, _student_device())
         if not preprocess:
-            # One rank sets incomplete checkpoints aside.
+            # One rank sets incomplete checkpoints aside, and speaks for the run.
             only_look = os.environ.get("RANK", "0") != "0"
+            if not only_look:
+                run_lock.hold(output_folder(cfg))
             check_output_folder(cfg, config, only_look=only_look)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
@@ -126,6 +134,7 @@ class DWAKDPlugin(BasePlugin):
         self._trainer = trainer
         LOG.info("%s", describe_run(cfg, trainer, initialisation))
 
+    @_without_traceback
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         # Called before and after the final save: the first time the projectors leave the student.
         if self._trainer is not None and self._trainer.end_distillation():
@@ -139,6 +148,7 @@ class DWAKDPlugin(BasePlugin):
                 warnings = standing_warnings(self._trainer.health.standing)
                 LOG.warning("%s", warnings, main_process_only=False)
         self._trainer = None
+        run_lock.release()
 
 
 def _student_device() -> str:

@@ -10,9 +10,12 @@ from typing import Any
 
 from dwakd_plugin.config import DWAKDConfig, TeacherConfig, parse_recipe
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import json_checksum
+from dwakd_plugin.run_lock import check_free
 from dwakd_plugin.teacher_quantisation import check_packages, own_quantisation
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
+CHECKSUM = "crc32"  # of all else in that file
 
 # Settings of axolotl that distillation does not go with: key, and what to do about it.
 _CONFLICTS = {
@@ -184,6 +187,7 @@ def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
         check(lambda: check_teacher_recipe(config))
     # What is whose run can be said of a recipe that names both models.
     if config is not None and isinstance(recipe.get("base_model"), str):
+        check(lambda: check_free(output_folder(recipe)))
         check(lambda: check_output_folder(recipe, config, only_look=True))
     if findings or config is None:
         raise UserError("\n".join(findings))
@@ -361,7 +365,8 @@ def check_output_folder(recipe: Any, config: DWAKDConfig, *, only_look: bool = F
         recipe.get("resume_from_checkpoint") or recipe.get("auto_resume_from_checkpoints")
     )
     own = run_identity(recipe, config)
-    found = _read_identity(folder / RUN_FILE)
+    record = read_run_file(folder / RUN_FILE)
+    found = None if record is None else record.get("identity")
     if resumes:
         if found is not None and found != own:
             differing = "\n".join(
@@ -405,17 +410,30 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"output_dir {folder}: {nearest} is not writable. Give another output_dir.")
 
 
-def _read_identity(file: Path) -> dict[str, str] | None:
+def read_run_file(file: Path) -> dict[str, Any] | None:
+    """What a run says of itself; None where there is none. Raises UserError where it is damaged."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["identity"])
+        record = dict(json.loads(file.read_text(encoding="utf-8")))
+        expected = record.pop(CHECKSUM, None)
+        if expected is not None and expected != json_checksum(record):
+            raise ValueError("its checksum does not match")
+        return record
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}). Give another output_dir.") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}). Give another output_dir; or remove the file, if the "
+            "folder is the run that you mean."
+        ) from error
 
 
 def _set_incomplete_checkpoints_aside(folder: Path) -> None:
-    """Renames checkpoints whose last file was never written, so that none is resumed from."""
+    """Renames checkpoints whose last file was never written, so that none is resumed from.
+
+    Removes what a kill left of a student that was being written: safetensors' own partial file.
+    """
+    for left in folder.glob(".tmp??????"):
+        left.unlink()
     for checkpoint in folder.glob("checkpoint-*"):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import explaining_writes, json_checksum, save_tensors
 
 PROJECTOR_FILE = Path("dwakd") / "projectors.safetensors"  # within a checkpoint or output folder
+
+CHECKSUM = "crc32"  # of tensors and metadata, among the metadata
 
 # The states that `t2s` reads are N(g) + N(f_tgt), of unit scale each, where the solution is for the
 # raw g; on the measured pair a smaller map starts better calibrated and learns as fast.
@@ -155,15 +158,23 @@ def _set_linear(layer: nn.Linear, weight: Tensor) -> None:
 
 
 def save_projectors(projectors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Writes the projectors' tensors as safetensors, complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in projectors.items()},
-        partial,
-        metadata=metadata,
-    )
-    partial.replace(file)
+    """Writes the projectors' tensors as safetensors with a checksum, complete or not at all.
+
+    Raises UserError where they cannot be written.
+    """
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in projectors.items()}
+    with explaining_writes(file, "Free some space, and run it again."):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, file, metadata | {CHECKSUM: _checksum(tensors, metadata)})
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """CRC-32 of all that a file of projectors holds; safetensors has none."""
+    value = json_checksum(metadata)
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def load_projectors(projectors: Projectors, file: Path, metadata: dict[str, str]) -> None:
@@ -203,13 +214,24 @@ def _set_whole(projectors: Projectors, tensors: dict[str, Tensor]) -> None:
 
 
 def read_projectors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of `save_projectors`. Raises UserError where it is none."""
+    """Tensors and metadata of a file of `save_projectors`.
+
+    Raises UserError where it is none, or its checksum differs. Files of before there were checksums
+    have none to compare.
+    """
     try:
         with safe_open(file, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return tensors, stored.metadata() or {}
+            metadata = dict(stored.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"The projectors {file} cannot be read: {error}") from error
+    expected = metadata.pop(CHECKSUM, None)
+    if expected is not None and expected != _checksum(tensors, metadata):
+        raise UserError(
+            f"The projectors {file} are damaged: their checksum does not match. Take another file "
+            "(of a run: another checkpoint's), or remove it and have it written again."
+        )
+    return tensors, metadata
 
 
 def head_signature(head: Tensor) -> str:

@@ -8,12 +8,18 @@ ended:
     message     why the run must end, from the first process to fail
     stop        the command asks for training to end
     stop-after  the optimizer step after which it ends, by the first rank
+
+A process that is alone needs no folder: SIGTERM asks it.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +41,24 @@ def end_run(message: str) -> NoReturn:
     raise SystemExit(1)
 
 
+_terminated = threading.Event()
+
+
+@contextmanager
+def stopping_on_sigterm(processes: int) -> Iterator[None]:
+    """While open, SIGTERM asks a run of one process to end after its step, with a checkpoint."""
+    alone = processes == 1 and threading.current_thread() is threading.main_thread()
+    if not alone:
+        yield
+        return
+    _terminated.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def is_last_step(step: int, *, first_rank: bool) -> bool:
     """Whether training ends after this optimizer step, because the command asked for it.
 
@@ -43,7 +67,7 @@ def is_last_step(step: int, *, first_rank: bool) -> bool:
     """
     folder = os.environ.get(FOLDER)
     if folder is None:
-        return False
+        return _terminated.is_set()
     chosen = Path(folder) / STOP_AFTER
     if first_rank and (Path(folder) / STOP).exists():
         _write_first(chosen, str(step + 2))

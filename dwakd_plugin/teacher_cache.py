@@ -23,11 +23,11 @@ the process's own, more with every row, until an epoch holds the whole cache.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,11 +39,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import append_lines, whole_lines
+from dwakd_plugin.files import append_lines, is_full_disk, save_tensors, whole_lines
 
 FORMAT = 2
 INDEX = "index.jsonl"
@@ -52,7 +51,7 @@ LOCK = "lock"
 # Rows per shard are bounded by bytes: a kill loses at most this much of the model's work.
 SHARD_BYTES = 64 * 2**20
 FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-
+KEPT_DTYPES = ("auto", "float16", "bfloat16", "float8_e4m3")  # as `encode` takes them
 
 # The dtypes that a cache's files have, by their names in a safetensors header.
 _DTYPES = {
@@ -240,7 +239,7 @@ class TeacherCache:
         """Removes files that a killed writer left without naming them in the index."""
         for file in self.folder.glob("*.safetensors*"):
             if _is_ours(file.name) and file.name not in self._files:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _tensor(self, file: str, name: str) -> Tensor:
         """A tensor, read from its file, whose checksum is right."""
@@ -276,6 +275,8 @@ class TeacherCache:
             entries = {Path(entry["file"]).name: entry for entry in map(json.loads, lines)}
             for entry in entries.values():
                 entry["bytes"] + 0, dict(entry["crc32"])
+            if dtype not in KEPT_DTYPES:
+                raise ValueError(f"{dtype!r} is no dtype of states")
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise UserError(_damaged(index, f"{type(error).__name__}: {error}")) from error
         if version != FORMAT:
@@ -322,7 +323,7 @@ class TeacherCache:
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         with self._explaining_a_full_disk():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _save_atomically(tensors, self.folder / name)
+            save_tensors(tensors, self.folder / name)
             entry = {
                 "file": name,
                 "bytes": (self.folder / name).stat().st_size,
@@ -338,8 +339,7 @@ class TeacherCache:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if not full and "No space left" not in str(error) and "quota" not in str(error):
+            if not is_full_disk(error):
                 raise UserError(
                     f"The teacher cache {self.folder} cannot be written: {error}"
                 ) from error
@@ -415,17 +415,6 @@ def _fill(stream: RawIOBase, buffer: Any) -> None:
         if not count:
             raise ValueError(f"it ends {len(rest)} bytes too early")
         rest = rest[count:]
-
-
-def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    try:
-        save_file(tensors, partial)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _damaged(file: Path, why: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,6 +28,7 @@ from dwakd_plugin.collator import DISTILLATION_KEYS
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.files import explaining_writes
 from dwakd_plugin.health import Health, shares, write_report
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.out_of_memory import explain_out_of_memory
@@ -38,7 +40,7 @@ from dwakd_plugin.projectors import (
     load_projectors,
     save_projectors,
 )
-from dwakd_plugin.run_signals import end_run, is_last_step
+from dwakd_plugin.run_signals import end_run, is_last_step, stopping_on_sigterm
 from dwakd_plugin.sharding import check_gathered, gathered, is_sharded, prepare_for_engine
 from dwakd_plugin.student import student_states
 from dwakd_plugin.teacher import Teacher
@@ -195,7 +197,23 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             return False
         delattr(self.model, PROJECTORS)
         self.model.forward = self._student_forward
+        self._explain_a_failing_save()
         return True
+
+    def _explain_a_failing_save(self) -> None:
+        """Has axolotl's saving of the student end with a message where the disk is full."""
+        save = self.model.save_pretrained
+
+        @wraps(save)
+        def explaining(folder: Any, *args: Any, **kwargs: Any) -> Any:
+            remedy = "Free some space, and resume: the last checkpoint has all that was trained."
+            try:
+                with explaining_writes(Path(folder), remedy):
+                    return save(folder, *args, **kwargs)
+            except UserError as error:
+                end_run(str(error))
+
+        self.model.save_pretrained = explaining
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -285,7 +303,10 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            with explain_out_of_memory("the student's step"):
+            with (
+                explain_out_of_memory("the student's step"),
+                stopping_on_sigterm(self.args.world_size),
+            ):
                 return super().train(*args, **kwargs)
         except (NonFiniteLoss, UserError) as error:
             end_run(str(error))
@@ -301,10 +322,15 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             found = "one of " + ", ".join(map(self.distillation.rows.locate, sources))
         else:
             found = self._non_finite_row(inputs)
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
-        kept = f"Checkpoints are kept in {self.args.output_dir}." if checkpoints else ""
         return (
             f"The loss is not finite at step {self.state.global_step + 1}: {found}\n"
+            f"{self._how_to_go_on()}"
+        )
+
+    def _how_to_go_on(self) -> str:
+        checkpoints = any(Path(self.args.output_dir).glob("checkpoint-*"))
+        kept = f"Checkpoints are kept in {self.args.output_dir}." if checkpoints else ""
+        return (
             f"Training stops here. {kept} Lower learning_rate or dwakd.projectors.learning_rate, "
             "set max_grad_norm, or remove the row; then resume from the last checkpoint."
         )
@@ -313,6 +339,8 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
     def _non_finite_row(self, inputs: dict[str, Any]) -> str:
         """Term, place and text of the first row whose loss, by itself, is not finite."""
         assert self.distillation is not None
+        if (parameter := _non_finite_parameter(self.model)) is not None:
+            return f"{parameter} is not finite (before the first step: as it was loaded)"
         inputs = dict(inputs)
         batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
         student = student_states(self.model, batch, **inputs)
@@ -332,8 +360,9 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
                 assert student.labels is not None
                 labels = student.labels[index]
                 text = self.processing_class.decode(labels[labels != -100][:200])
-                return f"{', '.join(bad)} in {place}: {text!r}"
-        return "no single row by itself; the parameters may have become non-finite"
+                whose = "" if teacher is None else _non_finite_states(teacher.sample(index))
+                return f"{', '.join(bad)} in {place}: {text!r}{whose}"
+        return "no single row by itself"
 
     # -- metrics ----------------------------------------------------------------------------------
 
@@ -412,6 +441,10 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         return self._packs
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last checkpoint, and resumed: the loop would train one step more.
+            self.control.should_training_stop = True
+            return None
         # Both: what skips batches after resuming hides them from who would tell them the epoch.
         if self._packs is not None:
             self._packs.sampler.set_epoch(epoch)
@@ -434,11 +467,20 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
-        # Before the rest: a checkpoint counts as whole once its last file, the state, is there.
-        if self.distillation is not None:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.save_projectors(Path(self._get_output_dir(trial=trial)) / name)
-        super()._save_checkpoint(model, trial, **kwargs)
+        if self.distillation is None:
+            super()._save_checkpoint(model, trial, **kwargs)
+            return
+        if (parameter := _non_finite_parameter(self.model)) is not None:
+            raise NonFiniteLoss(
+                f"{parameter} is not finite after step {self.state.global_step}, and a checkpoint "
+                f"of it would be of no use.\n{self._how_to_go_on()}"
+            )
+        folder = Path(self._get_output_dir(trial=trial))
+        folder /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with explaining_writes(folder, "Training stops here: free some space, and resume."):
+            # Before the rest: a checkpoint counts as whole once its last file, the state, is there.
+            self.save_projectors(folder)
+            super()._save_checkpoint(model, trial, **kwargs)
 
     def save_projectors(self, folder: Path) -> None:
         """Writes the projectors below `folder`. All ranks must take part, and the first writes."""
@@ -503,6 +545,31 @@ def _give_projectors_their_rate(
         optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
     # DeepSpeed cannot flatten a group of none.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _non_finite_parameter(student: nn.Module) -> str | None:
+    """The name of the first weight, projectors included, that has NaN or infinity on this rank."""
+    for name, parameter in student.named_parameters():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # Other dtypes are those of quantised weights, which do not train.
+        if own.dtype.itemsize > 1 and own.is_floating_point() and not own.isfinite().all():
+            whose = "The projectors'" if f"{PROJECTORS}." in name else "The student's"
+            return f"{whose} {name.removeprefix(f'{PROJECTORS}.')}"
+    return None
+
+
+def _non_finite_states(teacher: ResponseStates) -> str:
+    """Says so where it is the teacher's side of a row that is not finite; else nothing."""
+    length = int(teacher.lengths[0])  # padding may hold anything
+    names = {
+        "hidden states": teacher.hidden[0, :length],
+        "embeddings": teacher.input_embeds[0, :length],
+        "head": teacher.head.weight,
+    }
+    bad = [name for name, tensor in names.items() if not tensor.isfinite().all()]
+    if not bad:
+        return ""
+    return f"\nThe teacher's {' and '.join(bad)} are not finite there: check its weights."
 
 
 def _mean_cross_entropy(terms: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,16 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny teacher, a tinier student with another tokenizer, and rows."""
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+def make_lab(folder: Path) -> Path:
+    """Fills the folder as `lab` has it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dwakd_cli.embedded import create_student, train_tokenizer
 
-    folder = tmp_path_factory.mktemp("lab")
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in ROWS]
     student_tokenizer = train_tokenizer(texts, 400)
     create_student(
@@ -96,40 +101,67 @@ def recipe(lab: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Builds a recipe for the tiny pair; `dwakd` is its block, other arguments override keys."""
 
     def build(dwakd: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-        base: dict[str, Any] = {
-            "base_model": str(lab / "student"),
-            "datasets": [{"path": str(lab / "rows.jsonl"), "type": "alpaca"}],
-            "dataset_prepared_path": str(tmp_path / "prepared"),
-            "output_dir": str(tmp_path / "out"),
-            "sequence_len": 256,
-            "micro_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "optimizer": "adamw_torch",
-            "lr_scheduler": "cosine",
-            "bf16": False,
-            "fp16": False,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "seed": 3,
-            "dataloader_num_workers": 0,
-            "dataset_num_proc": 1,
-            "pad_to_sequence_len": False,
-        }
-        if dwakd is not None:
-            block = {
-                **dwakd,
-                "teacher": {"base_model": str(lab / "teacher")} | (dwakd.get("teacher") or {}),
-            }
-            base |= {
-                "plugins": ["dwakd_plugin.DWAKDPlugin"],
-                "distillation": "dwakd",
-                "dwakd": block,
-            }
-        return base | settings
+        return tiny_recipe(lab, tmp_path, dwakd, **settings)
 
     return build
+
+
+def tiny_recipe(
+    lab: Path, folder: Path, dwakd: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """A recipe for the pair in `lab` that writes into `folder`."""
+    base: dict[str, Any] = {
+        "base_model": str(lab / "student"),
+        "datasets": [{"path": str(lab / "rows.jsonl"), "type": "alpaca"}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "sequence_len": 256,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "cosine",
+        "bf16": False,
+        "fp16": False,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "seed": 3,
+        "dataloader_num_workers": 0,
+        "dataset_num_proc": 1,
+        "pad_to_sequence_len": False,
+    }
+    if dwakd is not None:
+        block = {
+            **dwakd,
+            "teacher": {"base_model": str(lab / "teacher")} | (dwakd.get("teacher") or {}),
+        }
+        base |= {
+            "plugins": ["dwakd_plugin.DWAKDPlugin"],
+            "distillation": "dwakd",
+            "dwakd": block,
+        }
+    return base | settings
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB of its own, unmounted whatever becomes of this process."""
+    if os.getuid() != 0:
+        pytest.skip("mounts a small disk, which takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("this system does not let us mount")
+    # It reads until we close the pipe, or are gone.
+    script = 'read -r _; umount -l "$1"'
+    guard = subprocess.Popen(
+        ["sh", "-c", script, "sh", str(disk)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    yield disk
+    guard.communicate()
+    assert not disk.is_mount()
 
 
 @pytest.fixture

@@ -280,7 +280,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_much_is_missing(
     assert not cache.folder.exists()
     monkeypatch.undo()
 
-    save, saved = teacher_cache.save_file, []
+    save, saved = teacher_cache.save_tensors, []
 
     def full_after_two(tensors: dict[str, torch.Tensor], file: Path) -> None:
         saved.append(file)
@@ -288,7 +288,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_much_is_missing(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, file)
 
-    monkeypatch.setattr(teacher_cache, "save_file", full_after_two)
+    monkeypatch.setattr(teacher_cache, "save_tensors", full_after_two)
     monkeypatch.setattr(cached_teacher_module, "SHARD_BYTES", 1)
     with pytest.raises(UserError, match=r"is full\. \d+ of 12 rows .* the same command goes on"):
         fill(config, "cpu", cache, missing, batch_tokens=30)
@@ -300,23 +300,14 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_much_is_missing(
     again.verify()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small disk, which takes root")
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("this system does not let us mount")
-    try:
-        cache = TeacherCache(disk / "states", IDENTITY)
-        cache.append({"first": torch.ones(1000, 4)})
-        with pytest.raises(DiskFull, match="is full"):
-            cache.append({"second": torch.ones(90_000, 4)})
-        again = TeacherCache(disk / "states", IDENTITY)
-        assert len(again) == 1
-        again.verify()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    cache = TeacherCache(small_disk / "states", IDENTITY)
+    cache.append({"first": torch.ones(1000, 4)})
+    with pytest.raises(DiskFull, match="is full"):
+        cache.append({"second": torch.ones(90_000, 4)})
+    again = TeacherCache(small_disk / "states", IDENTITY)
+    assert len(again) == 1
+    again.verify()
 
 
 # The command -------------------------------------------------------------------------------------
