@@ -146,12 +146,12 @@ def prepare(
 
 def read_recipe(file: Path) -> dict[str, Any]:
     """A recipe as axolotl reads it. Raises UserError where it is none."""
-    if file.is_dir():
-        recipes = sorted(path.name for path in file.glob("*.y*ml"))
-        hint = f" It has: {', '.join(recipes)}." if recipes else ""
-        raise UserError(f"The recipe `{file}` is a folder; give a YAML file.{hint}")
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        recipes = sorted(path.name for path in file.glob("*.y*ml"))
+        hint = f" It has: {', '.join(recipes)}." if recipes else ""
+        raise UserError(f"The recipe `{file}` is a folder; give a YAML file.{hint}") from None
     except FileNotFoundError:
         raise UserError(
             f"The recipe `{file}` does not exist. Give an axolotl recipe (YAML); "
@@ -161,6 +161,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise UserError(f"The recipe `{file}` cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"The recipe `{file}` is no valid YAML: {error}") from error
+    # What PyYAML lets through where a value does not fit its tag (2024-99-99, !!int x, !!bool x).
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"The recipe `{file}` has a value that YAML cannot read: {type(error).__name__}: "
+            f"{error}. Look at its dates, its `!!` tags and how deep its brackets go."
+        ) from error
     if not isinstance(recipe, dict):
         raise UserError(f"The recipe `{file}` holds no keys; give an axolotl recipe (YAML).")
     return recipe

@@ -8,10 +8,20 @@ as they are.
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from typing import Any, Literal, get_args, get_origin
+import reprlib
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dwakd_plugin.errors import UserError
 
@@ -69,19 +79,44 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 class _Block(BaseModel):
     """A block of the recipe. Unknown keys are refused; `parse_recipe` names the nearest known."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False
+    )
+
+
+def name_problem(name: str) -> str | None:
+    """Why a text can be no file's, folder's or model's name; None where it can."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return "holds a lone surrogate, which no name has"
+    if b"\0" in encoded:
+        return "holds a NUL character, which no name has"
+    if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
+        return "is longer than a name can be"
+    return None
+
+
+def _check_name(name: str) -> str:
+    problem = name_problem(name)
+    if problem is not None:
+        raise ValueError(f"it {problem}")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class TeacherConfig(_Block):
     """Where the teacher comes from and how it is held."""
 
-    base_model: str = Field(min_length=1, description="Hub id or folder of the teacher.")
-    tokenizer: str | None = Field(None, description="Hub id or folder; default: `base_model`.")
-    adapter: str | None = Field(
+    base_model: _Name = Field(min_length=1, description="Hub id or folder of the teacher.")
+    tokenizer: _Name | None = Field(None, description="Hub id or folder; default: `base_model`.")
+    adapter: _Name | None = Field(
         None,
         description="A LoRA of the teacher: merged at load, or attached where it is quantised.",
     )
-    revision: str | None = Field(None, description="Revision of the teacher on the hub.")
+    revision: _Name | None = Field(None, description="Revision of the teacher on the hub.")
     trust_remote_code: bool = Field(
         False, description="Let the teacher's repository run code of its own."
     )
@@ -111,7 +146,7 @@ class TeacherConfig(_Block):
     chat_template: str | None = Field(
         None, description="A Jinja chat template; default: the teacher tokenizer's own."
     )
-    cache: str | None = Field(
+    cache: _Name | None = Field(
         None,
         description="Folder for the teacher's hidden states, filled by `dwakd cache`. Rows that it "
         "lacks are computed before training; when it holds every row, only the teacher's head and "
@@ -245,7 +280,7 @@ class ProjectorConfig(_Block):
     warmup_learning_rate: float = Field(
         3.0e-3, gt=0, description="Learning rate of the projectors while they warm up."
     )
-    path: str | None = Field(None, description="A projector file of an earlier run to start from.")
+    path: _Name | None = Field(None, description="A projector file of an earlier run to start from.")
 
 
 class DWAKDConfig(_Block):
@@ -270,7 +305,8 @@ class DWAKDConfig(_Block):
     def _apply_variant(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        presets = VARIANTS.get(values.get("variant", "full"), {})
+        variant = values.get("variant")
+        presets = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         values = dict(values)
         for block, settings in presets.items():
             given = values.get(block) or {}
@@ -279,7 +315,7 @@ class DWAKDConfig(_Block):
             for key, value in settings.items():
                 if key in given and given[key] != value:
                     raise ValueError(
-                        f"variant `{values['variant']}` stands for {block}.{key}: {value}, and the "
+                        f"variant `{variant}` stands for {block}.{key}: {value}, and the "
                         f"recipe says {given[key]}; drop one of the two"
                     )
             values[block] = {**given, **settings}
@@ -331,13 +367,40 @@ def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
 
 def _explain(problem: Any) -> str:
     """One of pydantic's findings in a line: where, what, the value found, and what was meant."""
-    path = [part for part in problem["loc"] if isinstance(part, str)]
-    place = ".".join(["dwakd", *path])
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(path)
+    path = _place(problem["loc"])
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_key([*path, str(problem["loc"][-1])])
     message = problem["msg"].removeprefix("Value error, ")
-    found = problem.get("input")
-    return f"{place}: {message}" + ("" if isinstance(found, dict) else f" (found: {found!r})")
+    value = problem.get("input")
+    ending = "" if isinstance(value, dict) else f" ({as_found(value)})"
+    return f"{'.'.join(['dwakd', *path])}: {message}{ending}"
+
+
+def _place(location: tuple[Any, ...]) -> list[str]:
+    """The keys of a place in the schema: pydantic's also says which part of a union it tried."""
+    block: Any = DWAKDConfig
+    path = []
+    for part in location:
+        fields = getattr(block, "model_fields", {})
+        if part not in fields:
+            break
+        path.append(part)
+        block = fields[part].annotation
+    return path
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel = 2
+
+
+def as_found(value: Any) -> str:
+    """A value of the recipe in a message; a long or deep one is cut.
+
+    >>> as_found(3)
+    'found: 3'
+    """
+    return f"found: {_SHORT.repr(value)}"
 
 
 def _unknown_key(path: list[str]) -> str:
