@@ -141,7 +141,7 @@ class TeacherConfig(_Block):
         "memory, then the CPU's, then disk; limits of your own as in {cuda:0: 20GiB, cpu: 60GiB}.",
     )
     sequence_len: int | None = Field(
-        None, ge=2, description="Longest teacher sequence in tokens; default: the student's."
+        None, ge=2, le=2**31, description="Longest teacher sequence in tokens; default: the student's."
     )
     chat_template: str | None = Field(
         None, description="A Jinja chat template; default: the teacher tokenizer's own."
@@ -188,9 +188,9 @@ class TeacherConfig(_Block):
 class LossConfig(_Block):
     """Weights and forms of the terms at token level, and the weight of the sequence level."""
 
-    ce_weight: float = Field(0.5, ge=0, description="Weight of the labels' cross-entropy.")
-    kd_weight: float = Field(0.5, ge=0, description="Weight of the distillation terms.")
-    dtw_weight: float = Field(0.2, ge=0, description="Weight of the soft-DTW terms.")
+    ce_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the labels' cross-entropy.")
+    kd_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the distillation terms.")
+    dtw_weight: float = Field(0.2, ge=0, le=1000, description="Weight of the soft-DTW terms.")
     matching: Matching = Field(
         "attention",
         description="What of the teacher a token learns from. attention: all positions, by "
@@ -198,7 +198,7 @@ class LossConfig(_Block):
         "position of the same number, by sorted probabilities (ULD).",
     )
     temperature: float = Field(
-        2.0, gt=0, description="Softens both sides of both distillation terms; no τ² factor."
+        2.0, ge=0.01, le=100, description="Softens both sides of both distillation terms; no τ² factor."
     )
     divergence: Divergence = Field(
         "forward_kl", description="Divergence in the student's space; the teacher's is forward KL."
@@ -212,7 +212,7 @@ class LossConfig(_Block):
         "confidence", description="Token weights in the teacher's space: its certainty, or none."
     )
     kd_warmup_steps: int = Field(
-        0, ge=0, description="Optimizer steps over which the student-space term ramps up."
+        0, ge=0, le=10**9, description="Optimizer steps over which the student-space term ramps up."
     )
     chunk_size: int | Literal["auto"] = Field(
         "auto",
@@ -221,8 +221,10 @@ class LossConfig(_Block):
 
     @model_validator(mode="after")
     def _positive_chunk(self) -> LossConfig:
-        if isinstance(self.chunk_size, int) and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; give `auto` or at least 1 token")
+        if isinstance(self.chunk_size, int) and not 1 <= self.chunk_size <= 2**31:
+            raise ValueError(
+                f"chunk_size is {self.chunk_size:.4g}; give `auto` or from 1 to 2147483648 tokens"
+            )
         return self
 
     @model_validator(mode="after")
@@ -252,33 +254,43 @@ class LossConfig(_Block):
 class SoftDTWConfig(_Block):
     """The sequence level: soft-DTW's smoothing and the attention-entropy band."""
 
-    gamma_start: float = Field(2.0, gt=0, description="Smoothing γ at the first step.")
-    gamma_end: float = Field(0.8, gt=0, description="Smoothing γ at the last step; linear between.")
+    gamma_start: float = Field(
+        2.0, ge=0.001, le=1000, description="Smoothing γ at the first step."
+    )
+    gamma_end: float = Field(
+        0.8, ge=0.001, le=1000, description="Smoothing γ at the last step; linear between."
+    )
     band: bool = Field(True, description="Penalise cells far from where the attention looks.")
-    band_width: float = Field(5.0, ge=0, description="Half width b of the band, in tokens.")
+    band_width: float = Field(
+        5.0, ge=0, le=10**6, description="Half width b of the band, in tokens."
+    )
     band_entropy_coef: float = Field(
-        2.0, ge=0, description="β: tokens of half width per nat of attention entropy."
+        2.0, ge=0, le=10**6, description="β: tokens of half width per nat of attention entropy."
     )
     band_center_blend: float = Field(
         0.7, ge=0, le=1, description="α: 1 centres on the attention's mean, 0 on the diagonal."
     )
-    band_penalty: float = Field(1.0, ge=0, description="Added to the cost of cells outside.")
+    band_penalty: float = Field(
+        1.0, ge=0, le=1000, description="Added to the cost of cells outside."
+    )
 
 
 class ProjectorConfig(_Block):
     """The trainable maps between the two models' spaces."""
 
-    learning_rate: float = Field(1.0e-3, gt=0, description="Learning rate of the projectors.")
+    learning_rate: float = Field(
+        1.0e-3, gt=0, le=10, description="Learning rate of the projectors."
+    )
     init: Literal["auto", "shared_vocab", "random"] = Field(
         "auto",
         description="shared_vocab: least squares on the head rows of the tokens that both "
         "vocabularies share; auto: that, where enough are shared.",
     )
     warmup_steps: int = Field(
-        0, ge=0, description="Steps before training in which the projectors learn alone."
+        0, ge=0, le=10**9, description="Steps before training in which the projectors learn alone."
     )
     warmup_learning_rate: float = Field(
-        3.0e-3, gt=0, description="Learning rate of the projectors while they warm up."
+        3.0e-3, gt=0, le=10, description="Learning rate of the projectors while they warm up."
     )
     path: _Name | None = Field(None, description="A projector file of an earlier run to start from.")
 
@@ -400,7 +412,10 @@ def as_found(value: Any) -> str:
     >>> as_found(3)
     'found: 3'
     """
-    return f"found: {_SHORT.repr(value)}"
+    try:
+        return f"found: {_SHORT.repr(value)}"
+    except ValueError:  # a number of thousands of digits, which Python does not write out
+        return "found: a number beyond all bounds"
 
 
 def _unknown_key(path: list[str]) -> str:
@@ -431,7 +446,7 @@ def configuration_table() -> str:
     ):
         lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
         for name, field in block.model_fields.items():
-            values = _values(field.annotation)
+            values = _values(field.annotation) + _bounds(field.metadata)
             default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
             if values == "block":
                 default = "see below"
@@ -446,6 +461,8 @@ def _values(annotation: Any) -> str:
         return "block"
     words = []
     for part in get_args(annotation) or (annotation,):
+        if get_origin(part) is Annotated:
+            part = get_args(part)[0]
         if get_origin(part) is Literal:
             words += [f"`{value}`" for value in get_args(part)]
         elif get_origin(part) is dict:
@@ -456,6 +473,18 @@ def _values(annotation: Any) -> str:
         else:
             words.append(f"`{part}`")
     return ", ".join(words)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    """A number's bounds in a reader's words; none for texts."""
+    least, above, most = (
+        next((getattr(each, name) for each in metadata if hasattr(each, name)), None)
+        for name in ("ge", "gt", "le")
+    )
+    if most is None:
+        return ""
+    lower = f" {least:g}" if least is not None else f" above {above:g}"
+    return f",{lower} to {most if isinstance(most, int) else f'{most:g}'}"
 
 
 def _yaml(value: Any) -> str:
