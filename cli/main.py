@@ -686,11 +686,10 @@ def error_boundary() -> Iterator[None]:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        from rich.console import Console
-        from rich.text import Text
+        from dwakd_cli.console import PlainConsole
 
         # Unbroken lines: a command in a message can be copied.
-        Console(stderr=True).print(Text(f"Error: {error}", style="red"), soft_wrap=True)
+        PlainConsole(stderr=True).print(f"Error: {error}", style="red", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from dwakd_cli.console import PlainConsole
 from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
@@ -65,7 +65,7 @@ def run(
     `teacher` holds what the command line says of it; `further` goes to axolotl, and after a `--`
     of its own to the launcher. Raises UserError.
     """
-    console = Console(stderr=json_output)
+    console = PlainConsole(stderr=json_output)
     launch = prepare(
         recipe_file,
         further,
@@ -82,7 +82,7 @@ def run(
             console.print("Nothing was started or written: leave out --dry-run to train.")
         return 0
     for change in launch.changes:
-        console.print(f"[yellow]{change}[/yellow]", highlight=False)
+        console.print(change, style="yellow")
     signed_before = _signature(launch)
     _write_recipe(launch, recipe_file)
     with _signals(launch) as signals:
@@ -97,7 +97,7 @@ def run(
         if signals is not None and (signals / MESSAGE).exists():
             raise UserError((signals / MESSAGE).read_text(encoding="utf-8"))
     if stopped_by is not None:
-        console.print(_how_to_go_on(launch, stopped_by), highlight=False)
+        console.print(_how_to_go_on(launch, stopped_by))
         code = 128 + stopped_by
     elif code != 0:
         console.print(f"axolotl ended with exit code {code}; its log is above.", style="red")

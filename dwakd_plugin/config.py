@@ -141,7 +141,10 @@ class TeacherConfig(_Block):
         "memory, then the CPU's, then disk; limits of your own as in {cuda:0: 20GiB, cpu: 60GiB}.",
     )
     sequence_len: int | None = Field(
-        None, ge=2, le=2**31, description="Longest teacher sequence in tokens; default: the student's."
+        None,
+        ge=2,
+        le=2**31,
+        description="Longest teacher sequence in tokens; default: the student's.",
     )
     chat_template: str | None = Field(
         None, description="A Jinja chat template; default: the teacher tokenizer's own."
@@ -198,7 +201,10 @@ class LossConfig(_Block):
         "position of the same number, by sorted probabilities (ULD).",
     )
     temperature: float = Field(
-        2.0, ge=0.01, le=100, description="Softens both sides of both distillation terms; no τ² factor."
+        2.0,
+        ge=0.01,
+        le=100,
+        description="Softens both sides of both distillation terms; no τ² factor.",
     )
     divergence: Divergence = Field(
         "forward_kl", description="Divergence in the student's space; the teacher's is forward KL."
@@ -254,9 +260,7 @@ class LossConfig(_Block):
 class SoftDTWConfig(_Block):
     """The sequence level: soft-DTW's smoothing and the attention-entropy band."""
 
-    gamma_start: float = Field(
-        2.0, ge=0.001, le=1000, description="Smoothing γ at the first step."
-    )
+    gamma_start: float = Field(2.0, ge=0.001, le=1000, description="Smoothing γ at the first step.")
     gamma_end: float = Field(
         0.8, ge=0.001, le=1000, description="Smoothing γ at the last step; linear between."
     )
@@ -292,7 +296,9 @@ class ProjectorConfig(_Block):
     warmup_learning_rate: float = Field(
         3.0e-3, gt=0, le=10, description="Learning rate of the projectors while they warm up."
     )
-    path: _Name | None = Field(None, description="A projector file of an earlier run to start from.")
+    path: _Name | None = Field(
+        None, description="A projector file of an earlier run to start from."
+    )
 
 
 class DWAKDConfig(_Block):

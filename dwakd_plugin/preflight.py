@@ -81,7 +81,8 @@ def check_kinds(recipe: Any) -> None:
         for index, dataset in enumerate(_list(recipe.get(key))):
             if not isinstance(dataset, dict):
                 problems.append(
-                    f"  {key}[{index}]: must be a mapping with `path` and `type` ({as_found(dataset)})"
+                    f"  {key}[{index}]: must be a mapping with `path` and `type` "
+                    f"({as_found(dataset)})"
                 )
             elif isinstance(path := dataset.get("path"), str) and name_problem(path) is not None:
                 problems.append(f"  {key}[{index}].path: {name_problem(path)} ({as_found(path)})")

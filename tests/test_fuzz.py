@@ -7,7 +7,6 @@ down how many (`benchmarks/fuzz.py`). What was found once stays as an example.
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 import math
 from collections import Counter
@@ -241,7 +240,13 @@ YAML = st.one_of(
     st.lists(
         st.sampled_from(
             ["dwakd:", "teacher:", "&a ", "*a", "!!int x", "!!float y", "!!bool z", "!!timestamp t"]
-            + ["!!binary =", "!!set {a}", "!!omap [a: 1]", "!!python/object:os.system {}", "? [1]: 2"]
+            + [
+                "!!binary =",
+                "!!set {a}",
+                "!!omap [a: 1]",
+                "!!python/object:os.system {}",
+                "? [1]: 2",
+            ]
             + ["2024-99-99", "0x", "0b2", "1:99", "<<: 3", "[", "]", "{", "}", "- ", "\n", "\n  "]
             + [": ", "'", '"', "\t", "|", ">", "%YAML 9.9", "---", "...", "\0", "\ud800", "#", ","]
             + ["base_model: x", "1" * 5000, "!<tag:yaml.org,2002:null> x", "!!str", "!!map a"]
@@ -381,9 +386,7 @@ def _loss_and_gradients(
 ) -> tuple[LossTerms, float, list[torch.Tensor]]:
     leaves = [student.hidden, student.target_embeds, student.head.weight]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    student = replace(
-        student, hidden=leaves[0], target_embeds=leaves[1], head=Head(leaves[2])
-    )
+    student = replace(student, hidden=leaves[0], target_embeds=leaves[1], head=Head(leaves[2]))
     projectors.zero_grad(set_to_none=True)
     terms = dwakd_loss(
         student, teacher, projectors, loss=config.loss, soft_dtw=config.soft_dtw, gamma=gamma
@@ -501,7 +504,18 @@ def test_the_loss_is_finite_and_of_each_sample_alone(
 # What tokenizers, terminals and encodings trip over.
 PIECES = [
     *("\0", "\x1b[2J", "\r", "\r\n", "\n\n\n", "\t", " ", "   ", "\u00a0", "\u2028", "\ufeff"),
-    *("👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇫🇷🇩🇪", "\u200d", "\u200b", "\ufe0f", "e\u0301", "\u0301\u0302", "ﬃ"),
+    *(
+        "👩‍👩‍👧‍👦",
+        "🏳️‍🌈",
+        "👍🏽",
+        "🇫🇷🇩🇪",
+        "\u200d",
+        "\u200b",
+        "\ufe0f",
+        "e\u0301",
+        "\u0301\u0302",
+        "ﬃ",
+    ),
     *("שלום", "مرحبا", "\u202eabc\u202c", "각", "각", "数学", "ฺกำ", "𝒳", "\U0010ffff", "ﷺ"),
     *("▁", "▁▁", "Ġ", "Ċ", "<0x0A>", "<0xFF>", "<unk>", "##ing", "</w>", "\\u0041", "\\"),
     *("</s>", "<s>", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<eos>", "<pad>"),
@@ -702,7 +716,9 @@ SEGMENTS = st.lists(
     st.one_of(st.fixed_dictionaries({"label": st.booleans(), "text": VALUES}), VALUES), max_size=4
 )
 ROW = st.one_of(
-    st.fixed_dictionaries({"instruction": ANY_TEXT, "output": ANY_TEXT}, optional={"input": VALUES}),
+    st.fixed_dictionaries(
+        {"instruction": ANY_TEXT, "output": ANY_TEXT}, optional={"input": VALUES}
+    ),
     st.fixed_dictionaries({}, optional={"instruction": VALUES, "input": VALUES, "output": VALUES}),
     st.fixed_dictionaries({"messages": MESSAGES}),
     st.fixed_dictionaries({"segments": SEGMENTS}),
@@ -806,7 +822,9 @@ def test_a_row_is_tokenised_twice_or_left_out(
         return
     assert responses[1]
     student, teacher = (
-        side.tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        side.tokenizer.decode(
+            response, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         for side, response in zip((strategy.student, strategy.teacher), responses, strict=True)
     )
     wild = any(mark in repr(row) for mark in ("<|", "</s>", "<s>", "<unk>", "<pad>", "<eos>"))
@@ -819,7 +837,9 @@ LINES = st.one_of(
     ROW.map(lambda row: json.dumps(row, ensure_ascii=False)),
     VALUES.map(lambda value: json.dumps(value)),
     st.text(max_size=30),
-    st.sampled_from(["", " ", "[", "{}", "[]", "null", "NaN", '{"a":', "[" * 3000, "1" * 5000, "\ufeff"]),
+    st.sampled_from(
+        ["", " ", "[", "{}", "[]", "null", "NaN", '{"a":', "[" * 3000, "1" * 5000, "\ufeff"]
+    ),
     st.sampled_from(["[1, 2]", '[{"instruction": "a", "output": "b"}]', '{"messages": []}']),
 )
 
