@@ -239,17 +239,14 @@ YAML = st.one_of(
     st.binary(max_size=60),
     st.lists(
         st.sampled_from(
-            ["dwakd:", "teacher:", "&a ", "*a", "!!int x", "!!float y", "!!bool z", "!!timestamp t"]
-            + [
-                "!!binary =",
-                "!!set {a}",
-                "!!omap [a: 1]",
-                "!!python/object:os.system {}",
-                "? [1]: 2",
+            [
+                *("dwakd:", "teacher:", "&a ", "*a", "!!int x", "!!float y", "!!bool z", "!!str"),
+                *("!!timestamp t", "!!binary =", "!!set {a}", "!!omap [a: 1]", "!!map a"),
+                *("!!python/object:os.system {}", "!<tag:yaml.org,2002:null> x", "? [1]: 2"),
+                *("2024-99-99", "0x", "0b2", "1:99", "<<: 3", "[", "]", "{", "}", "- ", "\n"),
+                *("\n  ", ": ", "'", '"', "\t", "|", ">", "%YAML 9.9", "---", "...", "\0", "#"),
+                *("\ud800", ",", "base_model: x", "1" * 5000),
             ]
-            + ["2024-99-99", "0x", "0b2", "1:99", "<<: 3", "[", "]", "{", "}", "- ", "\n", "\n  "]
-            + [": ", "'", '"', "\t", "|", ">", "%YAML 9.9", "---", "...", "\0", "\ud800", "#", ","]
-            + ["base_model: x", "1" * 5000, "!<tag:yaml.org,2002:null> x", "!!str", "!!map a"]
         ),
         max_size=8,
     ).map("".join),
@@ -504,18 +501,8 @@ def test_the_loss_is_finite_and_of_each_sample_alone(
 # What tokenizers, terminals and encodings trip over.
 PIECES = [
     *("\0", "\x1b[2J", "\r", "\r\n", "\n\n\n", "\t", " ", "   ", "\u00a0", "\u2028", "\ufeff"),
-    *(
-        "👩‍👩‍👧‍👦",
-        "🏳️‍🌈",
-        "👍🏽",
-        "🇫🇷🇩🇪",
-        "\u200d",
-        "\u200b",
-        "\ufe0f",
-        "e\u0301",
-        "\u0301\u0302",
-        "ﬃ",
-    ),
+    *("👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇫🇷🇩🇪", "\u200d", "\u200b", "\ufe0f"),
+    *("e\u0301", "\u0301\u0302", "ﬃ"),
     *("שלום", "مرحبا", "\u202eabc\u202c", "각", "각", "数学", "ฺกำ", "𝒳", "\U0010ffff", "ﷺ"),
     *("▁", "▁▁", "Ġ", "Ċ", "<0x0A>", "<0xFF>", "<unk>", "##ing", "</w>", "\\u0041", "\\"),
     *("</s>", "<s>", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<eos>", "<pad>"),
