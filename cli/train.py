@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dwakd_cli.console import PlainConsole
 from dwakd_plugin.config import DWAKDConfig
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
 from dwakd_plugin.run_signals import FOLDER, MESSAGE, STOP
@@ -29,6 +29,15 @@ RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axo
 
 # What belongs to the teacher that a recipe names, and not to the one on the command line.
 TEACHERS_OWN = ("tokenizer", "adapter", "revision", "chat_template")
+
+# Keys that hold a secret, and the variables of the environment that serve as well: the recipe that
+# axolotl gets lies in the output folder, which may be published.
+SECRETS = {
+    "hub_token": "HF_TOKEN",
+    "hf_token": "HF_TOKEN",
+    "wandb_api_key": "WANDB_API_KEY",
+    "comet_api_key": "COMET_API_KEY",
+}
 
 
 @dataclass
@@ -130,6 +139,10 @@ def prepare(
     arguments, launcher_arguments = _split(further)
     seen = recipe | _overrides(arguments, recipe, recipe_file, launcher)
     config = check_all(seen)
+    secrets = {key: recipe.pop(key) for key in SECRETS if isinstance(recipe.get(key), str)}
+    for key, value in secrets.items():
+        environment[SECRETS[key]] = value
+        changes.append(f"{key} goes to axolotl as {SECRETS[key]}, and into no file")
     output = output_folder(seen)
     if processes > 1:
         option = {"accelerate": "--num_processes", "torchrun": "--nproc_per_node"}[launcher]
@@ -439,7 +452,9 @@ def _facts(launch: Launch) -> dict[str, Any]:
         if teacher.load_in_4bit
         else teacher.dtype,
         "teacher_cache": teacher.cache,
-        "datasets": [f"{data.get('path')} ({data.get('type')})" for data in datasets],
+        "datasets": [
+            without_credentials(f"{data.get('path')} ({data.get('type')})") for data in datasets
+        ],
         "output_dir": str(launch.output),
         "recipe": str(launch.file),
         "changes": launch.changes,

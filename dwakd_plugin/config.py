@@ -225,13 +225,13 @@ class LossConfig(_Block):
         description="Tokens that go through an output head at once; auto: by the device's memory.",
     )
 
-    @model_validator(mode="after")
-    def _positive_chunk(self) -> LossConfig:
-        if isinstance(self.chunk_size, int) and not 1 <= self.chunk_size <= 2**31:
-            raise ValueError(
-                f"chunk_size is {self.chunk_size:.4g}; give `auto` or from 1 to 2147483648 tokens"
-            )
-        return self
+    @field_validator("chunk_size", mode="before")
+    @classmethod
+    def _some_tokens(cls, value: Any) -> Any:
+        number = isinstance(value, int | float)
+        if value != "auto" and not (number and 1 <= value <= 2**31 and value is not True):
+            raise ValueError("give `auto` or a number of tokens from 1 to 2147483648")
+        return value
 
     @model_validator(mode="after")
     def _no_projectors_in_order(self) -> LossConfig:

@@ -322,10 +322,11 @@ class _DualStrategy:
                 f"A row of {self.name} does not fit its type: {type(error).__name__}: "
                 f"{_first_line(error)}\nThe row: {_preview(row)}"
             ) from error
-        if len(ids) != len(labels) or (ids and not isinstance(ids[0], int)):
+        if len(ids) != len(labels) or not all(isinstance(each, int) for each in ids):
             raise UserError(
-                f"{self.name} does not give one sequence a row, so its two sides cannot be paired. "
-                "Use `type: alpaca`, `type: chat_template` or `type: input_output`."
+                f"A row of {self.name} does not become one sequence of tokens, so its two sides "
+                "cannot be paired. Give each field as one text, and use `type: alpaca`, "
+                f"`type: chat_template` or `type: input_output`.\nThe row: {_preview(row)}"
             )
         return tokens
 

@@ -100,7 +100,7 @@ def run_record(source: Source) -> dict[str, Any]:
         if file.is_file():
             try:
                 return dict(json.loads(file.read_text(encoding="utf-8")))
-            except ValueError as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{file} is damaged ({error}).") from error
     return {}
 
@@ -206,7 +206,9 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
             model = PeftModel.from_pretrained(model, source.adapter)
             if not held.load_in_8bit:
                 model = model.merge_and_unload()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file each library raises what it likes
         raise UserError(
             f"The model `{source.name}` cannot be loaded: {_first_line(error)}"
         ) from error

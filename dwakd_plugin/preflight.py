@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.config import DWAKDConfig, TeacherConfig, as_found, name_problem, parse_recipe
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.teacher_quantisation import check_packages, own_quantisation
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
@@ -386,7 +386,7 @@ def run_facts(recipe: Any) -> dict[str, Any]:
     for dataset in recipe.get("datasets") or []:
         path = str(dataset.get("path"))
         name = Path(path).name if Path(path).exists() or _is_a_path(path) else path
-        data.append(f"{name} ({dataset.get('type')})")
+        data.append(f"{without_credentials(name)} ({dataset.get('type')})")
     return {
         "data": data,
         "training": {
@@ -456,7 +456,7 @@ def _read_identity(file: Path) -> dict[str, str] | None:
         return dict(json.loads(file.read_text(encoding="utf-8"))["identity"])
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}). Give another output_dir.") from error
 
 

@@ -226,7 +226,10 @@ def head_signature(head: Tensor) -> str:
 def _agree(key: str, found: dict[str, str], given: dict[str, str]) -> bool:
     """Whether an entry of two files' metadata stands for the same model."""
     if key.endswith("_head"):
-        theirs, ours = json.loads(found[key]), json.loads(given[key])
+        try:
+            theirs, ours = [list(map(float, json.loads(each[key]))) for each in (found, given)]
+        except (TypeError, ValueError, RecursionError):  # not as `head_signature` writes it
+            return False
         return len(theirs) == len(ours) and all(
             math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE)
             for a, b in zip(theirs, ours, strict=True)

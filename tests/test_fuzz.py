@@ -132,6 +132,9 @@ def _located(message: str, *places: str) -> None:
 @example(("soft_dtw", "gamma_end"), 1e300)
 @example(("variant",), ["dskd"])
 @example(("teacher", "chat_template"), 3)
+@example(("loss", "chunk_size"), False)
+@example(("loss", "chunk_size"), 1.5)
+@example(("teacher", "sequence_len"), 16**5000)
 def test_one_wrong_value_is_located(path: tuple[str, ...], value: Any) -> None:
     block = _put({"teacher": {"base_model": "big"}}, path, value)
     try:
@@ -774,6 +777,7 @@ def strategies(lab: Path) -> dict[str, Any]:
 @example(row={"messages": [{"role": "user", "content": None}]}, name="chat_template")
 @example(row={"segments": [{"label": True, "text": "x"}, 3]}, name="input_output")
 @example(row={"instruction": "x", "output": "a" * 1_000_000}, name="alpaca")
+@example(row={"instruction": "", "output": [""]}, name="alpaca")
 def test_a_row_is_tokenised_twice_or_left_out(
     row: dict[str, Any], name: str, strategies: dict[str, Any]
 ) -> None:
