@@ -18,7 +18,7 @@ from rich.text import Text
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.files import replace_file, user_path
 
 if TYPE_CHECKING:
     from dwakd_plugin.pair_findings import Side
@@ -92,7 +92,7 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
 
     Raises UserError where there is no tokenizer, or none that can be compared.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
             raise UserError(

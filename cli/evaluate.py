@@ -20,7 +20,7 @@ from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.files import replace_file, user_path
 
 if TYPE_CHECKING:
     from dwakd_plugin.evaluated_model import Held, Source
@@ -232,7 +232,7 @@ def open_models(
 
 
 def _place(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     return str(folder.resolve()) if folder.is_dir() else name
 
 

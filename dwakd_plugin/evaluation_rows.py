@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluated_model import Source, run_record
+from dwakd_plugin.files import user_path
 from dwakd_plugin.json_rows import json_rows
 from dwakd_plugin.tokenizer_pair import is_byte_level, token_bytes
 
@@ -164,7 +165,7 @@ def _data_of(source: Source) -> list[Any]:
 def _template(option: str) -> str:
     template = option
     if "{instruction}" not in option:
-        file = Path(option).expanduser()
+        file = user_path(option)
         try:
             template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
