@@ -432,7 +432,7 @@ BANDS = st.fixed_dictionaries(
     soft_dtw=BANDS,
     gamma=st.sampled_from(GAMMAS),
 )
-@cases(60, 2500)
+@cases(40, 1500)
 def test_the_loss_is_finite_and_of_each_sample_alone(
     seed: int,
     kinds: tuple[str, str],
@@ -625,7 +625,7 @@ def _check_pairs(
 
 
 @given(text=TEXTS, student=st.sampled_from(FAMILY_NAMES), teacher=st.sampled_from(FAMILY_NAMES))
-@cases(60, 5000)
+@cases(40, 5000)
 @example(text="▁a ▁", student="llama", teacher="gpt2")
 @example(text="</s> x </s>", student="llama", teacher="opt")
 @example(text=" </s>", student="gemma", teacher="llama")
