@@ -394,7 +394,7 @@ def _loss_and_gradients(
     total = terms.total(config.loss)
     total.backward()
     gradients = [leaf.grad for leaf in [*leaves, *projectors.parameters()]]
-    return terms, float(total), [each for each in gradients if each is not None]
+    return terms, float(total.detach()), [each for each in gradients if each is not None]
 
 
 KINDS = ["usual", "large", "tiny", "zero", "same", "holes", "flat", "outlier"]
