@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo test test-slow lint bench bench-plan bench-teacher constraints
+.PHONY: setup demo test test-slow fuzz lint bench bench-plan bench-teacher constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -26,6 +26,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+# What no one would write, tens of thousands of times: recipes, rows, texts, logits.
+fuzz: setup
+	$(BIN)/python -m benchmarks.fuzz
 
 lint: setup
 	$(BIN)/ruff check .

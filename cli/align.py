@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.text import Text
 
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
@@ -39,7 +40,7 @@ def run(
     """
     # The libraries' own words, in none of which a user could put anything right.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    console = Console(stderr=json_output, highlight=False)
+    console = PlainConsole(stderr=json_output)
     given = {} if teacher is None else {"base_model": teacher}
     recipe, changes = with_distillation(read_recipe(recipe_file), given)
     recipe = without_an_empty_cache(recipe)
@@ -55,7 +56,7 @@ def run(
     except OSError as error:
         raise UserError(f"The folder {output} cannot be made: {error.strerror}") from error
     for change in changes:
-        console.print(change, style="yellow", markup=False)
+        console.print(change, style="yellow")
     states: dict[str, Path | None] = {}
     if before or checkpoint is None:
         states[BEFORE] = None
@@ -65,7 +66,7 @@ def run(
     facts: dict[str, Any] = {}
     aligned: list[AlignedSample] = []
     for state, folder in states.items():
-        with console.status(f"Loading both models: {state}"):
+        with console.status(Text(f"Loading both models: {state}")):
             facts, found = align(recipe, folder, numbers, state)
         aligned = [
             replace(sample, states=earlier.states | sample.states)
@@ -220,7 +221,7 @@ def write(
 
 
 def show(
-    report: dict[str, Any], samples: Sequence[AlignedSample], tokens: int, console: Console
+    report: dict[str, Any], samples: Sequence[AlignedSample], tokens: int, console: PlainConsole
 ) -> None:
     from dwakd_cli.alignment_picture import terminal_table, what_is_drawn
 
@@ -234,7 +235,7 @@ def show(
                     f"; the band has {figures['band_share']:.0%} of the cells and "
                     f"{figures['hidden_path_in_band']:.0%} of the hidden states' path"
                 )
-            console.print(words, markup=False)
+            console.print(words)
         console.print()
-    console.print("Pictures", *(sample["png"] for sample in report["samples"]), markup=False)
-    console.print(f"Page {report['html']}", markup=False)
+    console.print("Pictures", *(sample["png"] for sample in report["samples"]))
+    console.print(f"Page {report['html']}")

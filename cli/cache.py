@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import TeacherConfig, parse_recipe
@@ -31,10 +30,10 @@ def run(
     `teacher` holds what the command line says of it. Without a folder there or in the recipe, the
     cache goes beside the output folder.
     """
-    console = Console(stderr=json_output, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=json_output, soft_wrap=True)
     recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
     for change in changes:
-        console.print(f"[yellow]{change}[/yellow]")
+        console.print(change, style="yellow")
     config = parse_recipe(recipe)
     assert config is not None  # with_distillation turned it on
     if config.teacher.cache is None:
@@ -57,7 +56,7 @@ def _cache(
     datasets: list[Any],
     batch_tokens: int | None,
     verify: bool,
-    console: Console,
+    console: PlainConsole,
 ) -> dict[str, Any]:
     """Fills or verifies; returns the report."""
     import torch
@@ -124,14 +123,14 @@ def _cache(
 
 
 @contextmanager
-def _progress(console: Console, title: str) -> Iterator[Any]:
+def _progress(console: PlainConsole, title: str) -> Iterator[Any]:
     with progress_bar(console, count="{task.completed:,.0f}/{task.total:,.0f}") as progress:
         task = progress.add_task(title, total=1)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
-def _words_when_stopped(cache: Any, console: Console) -> Iterator[None]:
+def _words_when_stopped(cache: Any, console: PlainConsole) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -141,7 +140,7 @@ def _words_when_stopped(cache: Any, console: Console) -> Iterator[None]:
         raise
 
 
-def _show(report: dict[str, Any], teacher: dict[str, Any], console: Console) -> None:
+def _show(report: dict[str, Any], teacher: dict[str, Any], console: PlainConsole) -> None:
     from dwakd_plugin.cached_teacher import readable_size
 
     size = readable_size(report["bytes"])
@@ -157,8 +156,9 @@ def _show(report: dict[str, Any], teacher: dict[str, Any], console: Console) -> 
         console.print("Checksums  all match")
         if report["rows_missing"]:
             console.print(
-                f"[yellow]{report['rows_missing']:,} rows of the recipe are missing; the command "
-                "without --verify adds them.[/yellow]"
+                f"{report['rows_missing']:,} rows of the recipe are missing; the command "
+                "without --verify adds them.",
+                style="yellow",
             )
         return
     console.print(
@@ -170,4 +170,4 @@ def _show(report: dict[str, Any], teacher: dict[str, Any], console: Console) -> 
     lines = {"cache": report["folder"]} | teacher
     console.print("Put this into the recipe, and the teacher's body is not loaded in training:")
     block = "".join(f"    {key}: {json.dumps(value)}\n" for key, value in lines.items())
-    console.print(f"dwakd:\n  teacher:\n{block}", markup=False, end="")
+    console.print(f"dwakd:\n  teacher:\n{block}", end="")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.files import replace_file, user_path
 
 if TYPE_CHECKING:
     from dwakd_plugin.pair_findings import Side
@@ -58,7 +58,7 @@ def run(
         _refuse_surrogates(drawn_text, "The text of --show")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     # Without Rich's colours for any number: colour means something here.
-    console = Console(stderr=json_output, highlight=False)
+    console = PlainConsole(stderr=json_output)
     with console.status("Loading both tokenizers"):
         teacher = load_side("teacher", teacher_name, trust_remote_code)
         student = load_side("student", student_name, trust_remote_code)
@@ -92,7 +92,7 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
 
     Raises UserError where there is no tokenizer, or none that can be compared.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
             raise UserError(
@@ -350,7 +350,7 @@ def figure_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def show(report: dict[str, Any], drawn: PairCut | None, console: Console) -> None:
+def show(report: dict[str, Any], drawn: PairCut | None, console: PlainConsole) -> None:
     """Figures, languages, a picture, findings, and the verdict last, where the eye is."""
     from dwakd_cli.token_picture import terminal_rows
 
@@ -398,6 +398,6 @@ def show(report: dict[str, Any], drawn: PairCut | None, console: Console) -> Non
     verdict = report["verdict"]
     console.print(Text(f"\nVerdict: {verdict}", style=f"bold {_STYLES[verdict]}"))
     for reason in report["verdict_reasons"]:
-        console.print(f"  {reason}", markup=False)
+        console.print(f"  {reason}")
     if report["texts_from"] == "built-in sample":
         console.print("  The sample has many languages: --texts FILE measures your own data.")

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.files import replace_file, user_path
 
 if TYPE_CHECKING:
     from dwakd_plugin.evaluated_model import Held, Source
@@ -108,7 +108,7 @@ def run(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder.")
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    console = Console(stderr=json_output, highlight=False)
+    console = PlainConsole(stderr=json_output)
     with console.status("Looking at models and data"):
         from transformers.utils import logging
 
@@ -232,7 +232,7 @@ def open_models(
 
 
 def _place(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     return str(folder.resolve()) if folder.is_dir() else name
 
 
@@ -328,7 +328,7 @@ def keep_what_fits(
     return [references[row] for row in kept], len(references) - len(kept)
 
 
-def _show_prompt(model: Model, facts: dict[str, Any], console: Console) -> None:
+def _show_prompt(model: Model, facts: dict[str, Any], console: PlainConsole) -> None:
     """The first prompt, as the model reads it: a wrong format is the commonest mistake."""
     prompt = model.tokenizer.decode(model.rows[0].prompt)
     facts["first_prompt"] = prompt
@@ -336,7 +336,11 @@ def _show_prompt(model: Model, facts: dict[str, Any], console: Console) -> None:
         prompt = f"{prompt[:_SHOWN_PROMPT]} ..."
     form = facts["prompt_template"]
     console.print(
-        Panel(Text(prompt), title=f"First prompt ({form['kind']}: {form['why']})", expand=False)
+        Panel(
+            Text(prompt),
+            title=Text(f"First prompt ({form['kind']}: {form['why']})"),
+            expand=False,
+        )
     )
     if facts["rows_left_out"]:
         console.print(
@@ -637,7 +641,7 @@ def _spread(values: Any) -> dict[str, float]:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Begin]:
+def _progress(console: PlainConsole) -> Iterator[Begin]:
     """Yields a function that begins a stage and returns what hears (done, total) of it."""
     with progress_bar(console, "{task.description:<28}") as progress:
         current: list[Any] = []
@@ -655,7 +659,7 @@ def _progress(console: Console) -> Iterator[Begin]:
 
 
 @contextmanager
-def _words_when_stopped(options: Options, console: Console) -> Iterator[None]:
+def _words_when_stopped(options: Options, console: PlainConsole) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from dwakd_cli.console import PlainConsole
 
 _TITLES = {"rouge_l": "ROUGE-L", "bits_per_byte": "bits per byte"}
 _UNFINISHED = 0.2
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(report: dict[str, Any], console: PlainConsole) -> None:
     """Figures of all models, the first against the others, and what to know of them."""
     models = report["models"]
     seeds = len(report["seeds"])

@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from dwakd_cli.console import PlainConsole
 
 
 def run(
@@ -27,7 +28,7 @@ def run(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # peft warns of merges into tied embeddings; whether one went well is measured here.
     warnings.filterwarnings("ignore", module="peft")
-    console = Console(stderr=json_output, highlight=False)
+    console = PlainConsole(stderr=json_output)
     with console.status("Starting") as status:
         from transformers.utils.logging import disable_progress_bar
 

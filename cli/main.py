@@ -683,14 +683,16 @@ def error_boundary() -> Iterator[None]:
     """Ends the process with a message and an exit code where a user can put the error right."""
     try:
         yield
-    except UserError as error:
-        if "--debug" in sys.argv:
+    except (UserError, OSError) as error:
+        # Of the file system's own errors those that name a file: too long a name, no permission.
+        if "--debug" in sys.argv or (isinstance(error, OSError) and error.filename is None):
             raise
-        from rich.console import Console
-        from rich.text import Text
+        if isinstance(error, OSError):
+            error = UserError(f"{error.filename}: {error.strerror}.")
+        from dwakd_cli.console import PlainConsole
 
         # Unbroken lines: a command in a message can be copied.
-        Console(stderr=True).print(Text(f"Error: {error}", style="red"), soft_wrap=True)
+        PlainConsole(stderr=True).print(f"Error: {error}", style="red", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

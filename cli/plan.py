@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
@@ -39,7 +39,7 @@ def run(
 
     `teacher` holds what the command line says of it.
     """
-    console = Console(stderr=json_output, highlight=False)
+    console = PlainConsole(stderr=json_output)
     recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
     check_recipe(recipe)
     recipe, assumed = as_planned(recipe)
@@ -209,11 +209,14 @@ def _size(size: float) -> str:
     return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
 
 
-def _show(report: dict[str, Any], now: Plan, helps: list[Suggestion], console: Console) -> None:
-    verdict = "[green]fits[/green]" if now.fits else "[bold red]does not fit[/bold red]"
+def _show(
+    report: dict[str, Any], now: Plan, helps: list[Suggestion], console: PlainConsole
+) -> None:
+    verdict = Text("fits", "green") if now.fits else Text("does not fit", "bold red")
     console.print(
-        f"{_size(now.total)} for a micro-batch of {now.micro_batch}: {verdict} in "
-        f"{_size(now.card.usable)} usable of {now.card.name} ({_size(now.card.capacity)})."
+        Text(f"{_size(now.total)} for a micro-batch of {now.micro_batch}: ")
+        + verdict
+        + f" in {_size(now.card.usable)} usable of {now.card.name} ({_size(now.card.capacity)})."
     )
     console.print(_bar(now, max(20, min(console.width, 100) - 2)))
     table = Table(box=None, pad_edge=False)
@@ -242,7 +245,7 @@ def _show(report: dict[str, Any], now: Plan, helps: list[Suggestion], console: C
     console.print("Assumed: " + "; ".join(report["assumptions"]) + ".", style="dim")
 
 
-def _show_facts(report: dict[str, Any], now: Plan, console: Console) -> None:
+def _show_facts(report: dict[str, Any], now: Plan, console: PlainConsole) -> None:
     step = f"{now.seconds_per_step:.2g} s an optimizer step"
     if report["steps"] is not None:
         step += f", {report['steps']:,} steps, about {_hours(report['hours'])} in all"

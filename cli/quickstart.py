@@ -19,12 +19,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli import embedded
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
@@ -47,7 +47,7 @@ def run(folder: Path, *, json_output: bool) -> None:
     """Prepares, trains, measures and reports; what is there already is kept."""
     # One progress display: the libraries' own bars are for the trainings' logs.
     os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    console = Console(stderr=json_output)
+    console = PlainConsole(stderr=json_output)
     console.print(
         Panel(
             "Teacher  SmolLM2-135M-Instruct, with its own tokenizer\n"
@@ -189,7 +189,7 @@ def measure(
     return report
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(report: dict[str, Any], console: PlainConsole) -> None:
     """The report as tables, whichever way the figures fall."""
     bits = report["bits_per_byte"]
     table = Table(title=f"Held-out loss, {HELD_OUT_ROWS} questions")

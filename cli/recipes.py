@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from dwakd_cli.console import PlainConsole
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
 
@@ -35,7 +35,7 @@ def list_recipes(*, json_output: bool) -> None:
     if json_output:
         print(json.dumps(recipes, indent=1))
         return
-    console = Console(highlight=False)
+    console = PlainConsole()
     for group, title in GROUPS.items():
         console.print(Text(title, style="bold cyan"))
         for recipe in recipes:

@@ -81,7 +81,7 @@ def progress_bar(
     from rich import progress
 
     return progress.Progress(
-        progress.TextColumn(description),
+        progress.TextColumn(description, markup=False),
         progress.BarColumn(bar_width=width),
         progress.TextColumn(count),
         progress.TimeElapsedColumn(),

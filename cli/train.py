@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dwakd_cli.console import PlainConsole
 from dwakd_plugin.config import DWAKDConfig
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.files import replace_file
 from dwakd_plugin.health import standing_in
 from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
@@ -31,6 +31,15 @@ RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axo
 
 # What belongs to the teacher that a recipe names, and not to the one on the command line.
 TEACHERS_OWN = ("tokenizer", "adapter", "revision", "chat_template")
+
+# Keys that hold a secret, and the variables of the environment that serve as well: the recipe that
+# axolotl gets lies in the output folder, which may be published.
+SECRETS = {
+    "hub_token": "HF_TOKEN",
+    "hf_token": "HF_TOKEN",
+    "wandb_api_key": "WANDB_API_KEY",
+    "comet_api_key": "COMET_API_KEY",
+}
 
 
 @dataclass
@@ -67,7 +76,7 @@ def run(
     `teacher` holds what the command line says of it; `further` goes to axolotl, and after a `--`
     of its own to the launcher. Raises UserError.
     """
-    console = Console(stderr=json_output)
+    console = PlainConsole(stderr=json_output)
     launch = prepare(
         recipe_file,
         further,
@@ -84,7 +93,7 @@ def run(
             console.print("Nothing was started or written: leave out --dry-run to train.")
         return 0
     for change in launch.changes:
-        console.print(f"[yellow]{change}[/yellow]", highlight=False)
+        console.print(change, style="yellow")
     signed_before = _signature(launch)
     _write_recipe(launch, recipe_file)
     with _signals(launch) as signals:
@@ -101,7 +110,7 @@ def run(
     trained = _signature(launch) != signed_before  # else the report is of another run
     warnings = standing_in(launch.output) if trained else []
     if stopped_by is not None:
-        console.print(_how_to_go_on(launch, stopped_by), highlight=False)
+        console.print(_how_to_go_on(launch, stopped_by))
         for warning in warnings:  # of a run that ends by itself they are the last words
             console.print(Text(f"Until then: {warning}", style="yellow"))
         code = 128 + stopped_by
@@ -137,6 +146,10 @@ def prepare(
     arguments, launcher_arguments = _split(further)
     seen = recipe | _overrides(arguments, recipe, recipe_file, launcher)
     config = check_all(seen)
+    secrets = {key: recipe.pop(key) for key in SECRETS if isinstance(recipe.get(key), str)}
+    for key, value in secrets.items():
+        environment[SECRETS[key]] = value
+        changes.append(f"{key} goes to axolotl as {SECRETS[key]}, and into no file")
     output = output_folder(seen)
     if processes > 1:
         option = {"accelerate": "--num_processes", "torchrun": "--nproc_per_node"}[launcher]
@@ -153,12 +166,12 @@ def prepare(
 
 def read_recipe(file: Path) -> dict[str, Any]:
     """A recipe as axolotl reads it. Raises UserError where it is none."""
-    if file.is_dir():
-        recipes = sorted(path.name for path in file.glob("*.y*ml"))
-        hint = f" It has: {', '.join(recipes)}." if recipes else ""
-        raise UserError(f"The recipe `{file}` is a folder; give a YAML file.{hint}")
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        recipes = sorted(path.name for path in file.glob("*.y*ml"))
+        hint = f" It has: {', '.join(recipes)}." if recipes else ""
+        raise UserError(f"The recipe `{file}` is a folder; give a YAML file.{hint}") from None
     except FileNotFoundError:
         raise UserError(
             f"The recipe `{file}` does not exist. Give an axolotl recipe (YAML); "
@@ -168,6 +181,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise UserError(f"The recipe `{file}` cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"The recipe `{file}` is no valid YAML: {error}") from error
+    # What PyYAML lets through where a value does not fit its tag (2024-99-99, !!int x, !!bool x).
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"The recipe `{file}` has a value that YAML cannot read: {type(error).__name__}: "
+            f"{error}. Look at its dates, its `!!` tags and how deep its brackets go."
+        ) from error
     if not isinstance(recipe, dict):
         raise UserError(f"The recipe `{file}` holds no keys; give an axolotl recipe (YAML).")
     return recipe
@@ -441,7 +460,9 @@ def _facts(launch: Launch) -> dict[str, Any]:
         if teacher.load_in_4bit
         else teacher.dtype,
         "teacher_cache": teacher.cache,
-        "datasets": [f"{data.get('path')} ({data.get('type')})" for data in datasets],
+        "datasets": [
+            without_credentials(f"{data.get('path')} ({data.get('type')})") for data in datasets
+        ],
         "output_dir": str(launch.output),
         "recipe": str(launch.file),
         "changes": launch.changes,

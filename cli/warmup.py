@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.config import DWAKDConfig, parse_recipe
@@ -50,7 +50,7 @@ def run(
     json_output: bool,
 ) -> None:
     """Trains, unless a file for the same inputs is there, and reports. Raises UserError."""
-    console = Console(stderr=json_output)
+    console = PlainConsole(stderr=json_output)
     recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
     config = parse_recipe(recipe)
     assert config is not None  # with_distillation turned it on
@@ -75,7 +75,7 @@ def run(
     unchanged = report is not None
     if report is None:
         for change in changes:
-            console.print(f"[yellow]{change}[/yellow]", highlight=False)
+            console.print(change, style="yellow")
         report = _train(recipe, config, output, inputs, settings, console)
     report = {**report, "output": str(output), "unchanged": unchanged}
     if plot is not None:
@@ -155,7 +155,7 @@ def _train(
     output: Path,
     inputs: str,
     settings: dict[str, Any],
-    console: Console,
+    console: PlainConsole,
 ) -> dict[str, Any]:
     """Opens the run, trains on states that are computed once, and writes the file."""
     work = _work_folder(output, inputs)
@@ -182,7 +182,7 @@ def _train(
 
 
 def _train_opened(
-    opened: Any, work: Path, settings: dict[str, Any], console: Console
+    opened: Any, work: Path, settings: dict[str, Any], console: PlainConsole
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """The report, the projectors' tensors, and the pair that they belong to."""
     from dwakd_plugin.causal_lm import embedding_table
@@ -211,7 +211,6 @@ def _train_opened(
             console.print(
                 f"epoch {course.epoch}: held-out t2s cross-entropy {line['t2s_ce']:.3f}, "
                 f"accuracy {line['t2s_accuracy']:.1%}{best}",
-                highlight=False,
             )
 
         course = train_projectors(
@@ -300,14 +299,13 @@ def _alone(work: Path, output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _words_when_stopped(work: Path, console: Console) -> Iterator[None]:
+def _words_when_stopped(work: Path, console: PlainConsole) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         kept = "epochs" if (work / "state.safetensors").is_file() else "states"
         console.print(
             f"Stopped. The same command goes on: the {kept} so far are kept in {work}.",
-            highlight=False,
         )
         raise
 
@@ -315,13 +313,12 @@ def _words_when_stopped(work: Path, console: Console) -> Iterator[None]:
 # The report ----------------------------------------------------------------------------------
 
 
-def _show(report: dict[str, Any], console: Console, plot: Path | None) -> None:
+def _show(report: dict[str, Any], console: PlainConsole, plot: Path | None) -> None:
     rows, history = report["rows"], report["history"]
     if report["unchanged"]:
         console.print(
             f"Nothing to do: {report['output']} was made from the same models, rows and settings. "
             "--force repeats it.",
-            highlight=False,
         )
     table = Table(
         title=f"Projectors on {rows['held_out']:,} held-out rows",
@@ -337,19 +334,19 @@ def _show(report: dict[str, Any], console: Console, plot: Path | None) -> None:
     best = report["best_epoch"]
     if best == 0:
         console.print(
-            "[yellow]No epoch was better than the start: the file holds the projectors as they "
-            "were. A lower dwakd.projectors.warmup_learning_rate may help.[/yellow]"
+            "No epoch was better than the start: the file holds the projectors as they "
+            "were. A lower dwakd.projectors.warmup_learning_rate may help.",
+            style="yellow",
         )
     elif best == report["settings"]["epochs"]:
         console.print(f"The last of {best} epochs was the best: more may help (--epochs).")
     else:
         console.print(f"Epoch {best} of {len(history)} was the best, and is what was kept.")
     if plot is not None:
-        console.print(f"The course of training is drawn in {plot}.", highlight=False)
+        console.print(f"The course of training is drawn in {plot}.")
     console.print(
         "To start from them, put this into the recipe, and leave warmup_steps out:\n"
         f"  dwakd:\n    projectors:\n      path: {report['output']}",
-        highlight=False,
         soft_wrap=True,
     )
 

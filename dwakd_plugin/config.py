@@ -8,10 +8,20 @@ as they are.
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from typing import Any, Literal, get_args, get_origin
+import reprlib
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dwakd_plugin.errors import UserError
 
@@ -69,19 +79,44 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 class _Block(BaseModel):
     """A block of the recipe. Unknown keys are refused; `parse_recipe` names the nearest known."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False
+    )
+
+
+def name_problem(name: str) -> str | None:
+    """Why a text can be no file's, folder's or model's name; None where it can."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return "holds a lone surrogate, which no name has"
+    if b"\0" in encoded:
+        return "holds a NUL character, which no name has"
+    if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
+        return "is longer than a name can be"
+    return None
+
+
+def _check_name(name: str) -> str:
+    problem = name_problem(name)
+    if problem is not None:
+        raise ValueError(f"it {problem}")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class TeacherConfig(_Block):
     """Where the teacher comes from and how it is held."""
 
-    base_model: str = Field(min_length=1, description="Hub id or folder of the teacher.")
-    tokenizer: str | None = Field(None, description="Hub id or folder; default: `base_model`.")
-    adapter: str | None = Field(
+    base_model: _Name = Field(min_length=1, description="Hub id or folder of the teacher.")
+    tokenizer: _Name | None = Field(None, description="Hub id or folder; default: `base_model`.")
+    adapter: _Name | None = Field(
         None,
         description="A LoRA of the teacher: merged at load, or attached where it is quantised.",
     )
-    revision: str | None = Field(None, description="Revision of the teacher on the hub.")
+    revision: _Name | None = Field(None, description="Revision of the teacher on the hub.")
     trust_remote_code: bool = Field(
         False, description="Let the teacher's repository run code of its own."
     )
@@ -106,12 +141,15 @@ class TeacherConfig(_Block):
         "memory, then the CPU's, then disk; limits of your own as in {cuda:0: 20GiB, cpu: 60GiB}.",
     )
     sequence_len: int | None = Field(
-        None, ge=2, description="Longest teacher sequence in tokens; default: the student's."
+        None,
+        ge=2,
+        le=2**31,
+        description="Longest teacher sequence in tokens; default: the student's.",
     )
     chat_template: str | None = Field(
         None, description="A Jinja chat template; default: the teacher tokenizer's own."
     )
-    cache: str | None = Field(
+    cache: _Name | None = Field(
         None,
         description="Folder for the teacher's hidden states, filled by `dwakd cache`. Rows that it "
         "lacks are computed before training; when it holds every row, only the teacher's head and "
@@ -153,9 +191,9 @@ class TeacherConfig(_Block):
 class LossConfig(_Block):
     """Weights and forms of the terms at token level, and the weight of the sequence level."""
 
-    ce_weight: float = Field(0.5, ge=0, description="Weight of the labels' cross-entropy.")
-    kd_weight: float = Field(0.5, ge=0, description="Weight of the distillation terms.")
-    dtw_weight: float = Field(0.2, ge=0, description="Weight of the soft-DTW terms.")
+    ce_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the labels' cross-entropy.")
+    kd_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the distillation terms.")
+    dtw_weight: float = Field(0.2, ge=0, le=1000, description="Weight of the soft-DTW terms.")
     matching: Matching = Field(
         "attention",
         description="What of the teacher a token learns from. attention: all positions, by "
@@ -163,7 +201,10 @@ class LossConfig(_Block):
         "position of the same number, by sorted probabilities (ULD).",
     )
     temperature: float = Field(
-        2.0, gt=0, description="Softens both sides of both distillation terms; no τ² factor."
+        2.0,
+        ge=0.01,
+        le=100,
+        description="Softens both sides of both distillation terms; no τ² factor.",
     )
     divergence: Divergence = Field(
         "forward_kl", description="Divergence in the student's space; the teacher's is forward KL."
@@ -177,18 +218,20 @@ class LossConfig(_Block):
         "confidence", description="Token weights in the teacher's space: its certainty, or none."
     )
     kd_warmup_steps: int = Field(
-        0, ge=0, description="Optimizer steps over which the student-space term ramps up."
+        0, ge=0, le=10**9, description="Optimizer steps over which the student-space term ramps up."
     )
     chunk_size: int | Literal["auto"] = Field(
         "auto",
         description="Tokens that go through an output head at once; auto: by the device's memory.",
     )
 
-    @model_validator(mode="after")
-    def _positive_chunk(self) -> LossConfig:
-        if isinstance(self.chunk_size, int) and self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; give `auto` or at least 1 token")
-        return self
+    @field_validator("chunk_size", mode="before")
+    @classmethod
+    def _some_tokens(cls, value: Any) -> Any:
+        number = isinstance(value, int | float)
+        if value != "auto" and not (number and 1 <= value <= 2**31 and value is not True):
+            raise ValueError("give `auto` or a number of tokens from 1 to 2147483648")
+        return value
 
     @model_validator(mode="after")
     def _no_projectors_in_order(self) -> LossConfig:
@@ -217,35 +260,45 @@ class LossConfig(_Block):
 class SoftDTWConfig(_Block):
     """The sequence level: soft-DTW's smoothing and the attention-entropy band."""
 
-    gamma_start: float = Field(2.0, gt=0, description="Smoothing γ at the first step.")
-    gamma_end: float = Field(0.8, gt=0, description="Smoothing γ at the last step; linear between.")
+    gamma_start: float = Field(2.0, ge=0.001, le=1000, description="Smoothing γ at the first step.")
+    gamma_end: float = Field(
+        0.8, ge=0.001, le=1000, description="Smoothing γ at the last step; linear between."
+    )
     band: bool = Field(True, description="Penalise cells far from where the attention looks.")
-    band_width: float = Field(5.0, ge=0, description="Half width b of the band, in tokens.")
+    band_width: float = Field(
+        5.0, ge=0, le=10**6, description="Half width b of the band, in tokens."
+    )
     band_entropy_coef: float = Field(
-        2.0, ge=0, description="β: tokens of half width per nat of attention entropy."
+        2.0, ge=0, le=10**6, description="β: tokens of half width per nat of attention entropy."
     )
     band_center_blend: float = Field(
         0.7, ge=0, le=1, description="α: 1 centres on the attention's mean, 0 on the diagonal."
     )
-    band_penalty: float = Field(1.0, ge=0, description="Added to the cost of cells outside.")
+    band_penalty: float = Field(
+        1.0, ge=0, le=1000, description="Added to the cost of cells outside."
+    )
 
 
 class ProjectorConfig(_Block):
     """The trainable maps between the two models' spaces."""
 
-    learning_rate: float = Field(1.0e-3, gt=0, description="Learning rate of the projectors.")
+    learning_rate: float = Field(
+        1.0e-3, gt=0, le=10, description="Learning rate of the projectors."
+    )
     init: Literal["auto", "shared_vocab", "random"] = Field(
         "auto",
         description="shared_vocab: least squares on the head rows of the tokens that both "
         "vocabularies share; auto: that, where enough are shared.",
     )
     warmup_steps: int = Field(
-        0, ge=0, description="Steps before training in which the projectors learn alone."
+        0, ge=0, le=10**9, description="Steps before training in which the projectors learn alone."
     )
     warmup_learning_rate: float = Field(
-        3.0e-3, gt=0, description="Learning rate of the projectors while they warm up."
+        3.0e-3, gt=0, le=10, description="Learning rate of the projectors while they warm up."
     )
-    path: str | None = Field(None, description="A projector file of an earlier run to start from.")
+    path: _Name | None = Field(
+        None, description="A projector file of an earlier run to start from."
+    )
 
 
 class DWAKDConfig(_Block):
@@ -270,7 +323,8 @@ class DWAKDConfig(_Block):
     def _apply_variant(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        presets = VARIANTS.get(values.get("variant", "full"), {})
+        variant = values.get("variant")
+        presets = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         values = dict(values)
         for block, settings in presets.items():
             given = values.get(block) or {}
@@ -279,7 +333,7 @@ class DWAKDConfig(_Block):
             for key, value in settings.items():
                 if key in given and given[key] != value:
                     raise ValueError(
-                        f"variant `{values['variant']}` stands for {block}.{key}: {value}, and the "
+                        f"variant `{variant}` stands for {block}.{key}: {value}, and the "
                         f"recipe says {given[key]}; drop one of the two"
                     )
             values[block] = {**given, **settings}
@@ -331,13 +385,43 @@ def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
 
 def _explain(problem: Any) -> str:
     """One of pydantic's findings in a line: where, what, the value found, and what was meant."""
-    path = [part for part in problem["loc"] if isinstance(part, str)]
-    place = ".".join(["dwakd", *path])
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(path)
+    path = _place(problem["loc"])
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_key([*path, str(problem["loc"][-1])])
     message = problem["msg"].removeprefix("Value error, ")
-    found = problem.get("input")
-    return f"{place}: {message}" + ("" if isinstance(found, dict) else f" (found: {found!r})")
+    value = problem.get("input")
+    ending = "" if isinstance(value, dict) else f" ({as_found(value)})"
+    return f"{'.'.join(['dwakd', *path])}: {message}{ending}"
+
+
+def _place(location: tuple[Any, ...]) -> list[str]:
+    """The keys of a place in the schema: pydantic's also says which part of a union it tried."""
+    block: Any = DWAKDConfig
+    path = []
+    for part in location:
+        fields = getattr(block, "model_fields", {})
+        if part not in fields:
+            break
+        path.append(part)
+        block = fields[part].annotation
+    return path
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel = 2
+
+
+def as_found(value: Any) -> str:
+    """A value of the recipe in a message; a long or deep one is cut.
+
+    >>> as_found(3)
+    'found: 3'
+    """
+    try:
+        return f"found: {_SHORT.repr(value)}"
+    except ValueError:  # a number of thousands of digits, which Python does not write out
+        return "found: a number beyond all bounds"
 
 
 def _unknown_key(path: list[str]) -> str:
@@ -368,7 +452,7 @@ def configuration_table() -> str:
     ):
         lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
         for name, field in block.model_fields.items():
-            values = _values(field.annotation)
+            values = _values(field.annotation) + _bounds(field.metadata)
             default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
             if values == "block":
                 default = "see below"
@@ -383,6 +467,8 @@ def _values(annotation: Any) -> str:
         return "block"
     words = []
     for part in get_args(annotation) or (annotation,):
+        if get_origin(part) is Annotated:
+            part = get_args(part)[0]
         if get_origin(part) is Literal:
             words += [f"`{value}`" for value in get_args(part)]
         elif get_origin(part) is dict:
@@ -393,6 +479,18 @@ def _values(annotation: Any) -> str:
         else:
             words.append(f"`{part}`")
     return ", ".join(words)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    """A number's bounds in a reader's words; none for texts."""
+    least, above, most = (
+        next((getattr(each, name) for each in metadata if hasattr(each, name)), None)
+        for name in ("ge", "gt", "le")
+    )
+    if most is None:
+        return ""
+    lower = f" {least:g}" if least is not None else f" above {above:g}"
+    return f",{lower} to {most if isinstance(most, int) else f'{most:g}'}"
 
 
 def _yaml(value: Any) -> str:

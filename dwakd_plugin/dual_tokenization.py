@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.files import replace_file
+from dwakd_plugin.json_rows import json_rows
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
@@ -156,6 +157,11 @@ def dual_tokenization(cfg: DictDefault, teacher: TeacherConfig) -> Iterator[RowR
     cfg.dataset_prepared_path = str(folder)
     try:
         yield report
+    except UserError:
+        raise
+    except Exception as error:  # the data libraries raise whatever they like, and name no row
+        _find_what_is_wrong(cfg, error)
+        raise
     finally:
         axolotl_sft.get_dataset_wrapper = original
         cfg.dataset_prepared_path = prepared_path
@@ -163,6 +169,20 @@ def dual_tokenization(cfg: DictDefault, teacher: TeacherConfig) -> Iterator[RowR
     if not report.kept and report.total:
         reasons = "\n".join(f"  {count} rows {status}" for status, count in report.counts.items())
         raise UserError(f"No row of the data is left to train on:\n{reasons}")
+
+
+def _find_what_is_wrong(cfg: DictDefault, error: Exception) -> None:
+    """Raises UserError where a local file of the recipe has a row that is none."""
+    for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
+        named = dataset.data_files or dataset.path
+        places = [Path(str(name)) for name in (named if isinstance(named, list) else [named])]
+        files = [file for place in places for file in [place, *sorted(place.glob("*"))]]
+        for file in files:
+            if file.suffix not in (".json", ".jsonl", ".ndjson") or not file.is_file():
+                continue
+            for where, row in json_rows(file):
+                if not isinstance(row, dict):
+                    raise UserError(f"{where} is no JSON object, and so no row.") from error
 
 
 def _wrap_both_sides(
@@ -283,6 +303,7 @@ class _DualStrategy:
         self.filter_rows = getattr(student, "filter_rows", None)
 
     def tokenize_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = dict(row)  # which decodes it
         # Strategies may edit the row in place, and both must see what the user wrote.
         student = dict(self._tokenize(self.student, copy.deepcopy(row)))
         teacher = dict(self._tokenize(self.teacher, copy.deepcopy(row)))
@@ -300,15 +321,16 @@ class _DualStrategy:
         try:
             tokens = strategy.tokenize_prompt(row)
             ids, labels = tokens["input_ids"], tokens["labels"]
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except Exception as error:  # strategies and templates raise whatever they like
             raise UserError(
                 f"A row of {self.name} does not fit its type: {type(error).__name__}: "
                 f"{_first_line(error)}\nThe row: {_preview(row)}"
             ) from error
-        if len(ids) != len(labels) or (ids and not isinstance(ids[0], int)):
+        if len(ids) != len(labels) or not all(isinstance(each, int) for each in ids):
             raise UserError(
-                f"{self.name} does not give one sequence a row, so its two sides cannot be paired. "
-                "Use `type: alpaca`, `type: chat_template` or `type: input_output`."
+                f"A row of {self.name} does not become one sequence of tokens, so its two sides "
+                "cannot be paired. Give each field as one text, and use `type: alpaca`, "
+                f"`type: chat_template` or `type: input_output`.\nThe row: {_preview(row)}"
             )
         return tokens
 

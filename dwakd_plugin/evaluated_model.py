@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from dwakd_plugin.causal_lm import causal_lm, short_dtype, weights_dtype
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fit_vocabulary
+from dwakd_plugin.files import user_path
 from dwakd_plugin.preflight import RUN_FILE, model_remedy, read_run_file
 from dwakd_plugin.teacher_cache import fingerprint_of_folder
 
@@ -45,7 +46,7 @@ def find_model(name: str) -> Source:
 
     Raises UserError where there is no whole model, or no tokenizer beside it.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         if (remedy := model_remedy(str(folder), is_adapter=False)) is not None:
             raise UserError(f"The model `{name}` cannot be evaluated: {remedy}.")
@@ -95,7 +96,7 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def run_record(source: Source) -> dict[str, Any]:
     """What the run says that wrote a model; {} where none did."""
-    for folder in _run_folders(Path(source.name).expanduser()):
+    for folder in _run_folders(user_path(source.name)):
         record = read_run_file(folder / RUN_FILE)
         if record is not None:
             return record
@@ -143,7 +144,7 @@ def identity(source: Source, config: Any, held: Held) -> dict[str, Any]:
     """
 
     def content(place: str) -> str:
-        folder = Path(place).expanduser()
+        folder = user_path(place)
         if folder.is_dir():
             return fingerprint_of_folder(folder)
         return f"{place}@{getattr(config, '_commit_hash', None)}"
@@ -203,7 +204,9 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
             model = PeftModel.from_pretrained(model, source.adapter)
             if not held.load_in_8bit:
                 model = model.merge_and_unload()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file each library raises what it likes
         raise UserError(
             f"The model `{source.name}` cannot be loaded: {_first_line(error)}"
         ) from error

@@ -7,7 +7,6 @@ template of the user's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluated_model import Source, run_record
+from dwakd_plugin.files import user_path
+from dwakd_plugin.json_rows import json_rows
 from dwakd_plugin.tokenizer_pair import is_byte_level, token_bytes
 
 _WANTED = (
@@ -57,30 +58,7 @@ class Format:
 
 def read_rows(file: Path) -> list[Row]:
     """Rows of a JSONL file, or of a JSON list. Raises UserError with the place of what is wrong."""
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"The data `{file}` does not exist. {_WANTED}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The data `{file}` cannot be read: {error}") from error
-    if content.lstrip().startswith("["):
-        try:
-            numbered = list(enumerate(json.loads(content), 1))
-        except ValueError as error:
-            raise UserError(f"The data `{file}` is no JSON list: {error}") from error
-    else:
-        numbered = []
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except ValueError as error:
-                    raise UserError(
-                        f"Row {number} of `{file}` is not JSON: {error}. {_WANTED}"
-                    ) from error
-    if not numbered:
-        raise UserError(f"The data `{file}` is empty. {_WANTED}")
-    return [_row(f"Row {number} of `{file}`", row) for number, row in numbered]
+    return [_row(where, row) for where, row in json_rows(file, _WANTED)]
 
 
 def _row(where: str, row: Any) -> Row:
@@ -187,7 +165,7 @@ def _data_of(source: Source) -> list[Any]:
 def _template(option: str) -> str:
     template = option
     if "{instruction}" not in option:
-        file = Path(option).expanduser()
+        file = user_path(option)
         try:
             template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

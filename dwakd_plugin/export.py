@@ -210,8 +210,11 @@ def _check_weights(run: Path, is_adapter: bool, index: Path) -> None:
     elif index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, KeyError) as error:
+            strangers = sorted(name for name in names if Path(name).name != name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _incomplete(run, f"{index.name} cannot be read") from error
+        if strangers:
+            raise _incomplete(run, f"{index.name} names {strangers[0]}, outside of the folder")
     else:
         names = {MODEL_WEIGHTS}
     for name in sorted(names):
@@ -279,8 +282,11 @@ def _load(
 
 
 def _base_name(student: Student) -> str:
-    config = json.loads((student.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return str(config["base_model_name_or_path"])
+    file = student.folder / ADAPTER_CONFIG
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}).") from error
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def user_path(name: str) -> Path:
+    """A path as it was typed, with `~` for a home; of a user that there is not, as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def replace_file(file: Path, content: str | bytes) -> None:
     """Writes `content` beside `file` and renames it: a reader sees the old content or the new.
 

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dwakd_plugin.errors import printable
+
 PACKAGES = ("axolotl", "transformers", "peft", "torch")
 LOSSES = {
     "loss": "the whole objective, as trained",
@@ -41,8 +43,8 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
         header.append(f"base_model: {student}")
     header += ["tags:", "- knowledge-distillation", "- dwakd", "---", ""]
     names = {
-        "student": public_name(student) if student else "not recorded",
-        "teacher": public_name(teacher) if teacher else "not recorded",
+        "student": _cell(public_name(student) if student else "not recorded"),
+        "teacher": _cell(public_name(teacher) if teacher else "not recorded"),
         "data": ", ".join(record.get("data", [])) or "not recorded",
         "contents": f"{KINDS[report['kind']]}; {report['parameters']:,} parameters, "
         f"{report['dtype']}; no projector and no teacher",
@@ -152,5 +154,11 @@ def _table(titles: tuple[str, str], rows: dict[str, Any]) -> list[str]:
     return [
         f"| {titles[0]} | {titles[1]} |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in rows.items()),
+        *(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
     ]
+
+
+def _cell(value: Any) -> str:
+    """A value within a line of a table: what a run says of itself ends neither."""
+    text = printable(" ".join(str(value).split()))
+    return re.sub(r"(?<!\\)\|", r"\|", text).replace("<", "&lt;")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dwakd_plugin.config import DWAKDConfig, TeacherConfig, parse_recipe
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.config import DWAKDConfig, TeacherConfig, as_found, name_problem, parse_recipe
+from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.files import json_checksum
 from dwakd_plugin.run_lock import check_free
 from dwakd_plugin.teacher_quantisation import check_packages, own_quantisation
@@ -36,6 +36,7 @@ _CONFLICTS = {
 }
 # What shards the student over several processes.
 ENGINE_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "deepspeed")
+PARALLEL_KEYS = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 # Sections of a DeepSpeed config that take away from the recipe what the projectors need.
 _DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
 
@@ -55,14 +56,52 @@ _TRAINING_KEYS = (
 )
 
 
+# What kind of value the keys have that are looked at here, before axolotl's own schema sees them.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("base_model", "tokenizer_config", "lora_model_dir", "output_dir"), (str,)),
+    **dict.fromkeys(("datasets", "test_datasets", "plugins"), (list,)),
+    **dict.fromkeys(PARALLEL_KEYS, (int,)),
+    "resume_from_checkpoint": (str, bool),
+    "fsdp_config": (dict,),
+    "deepspeed": (str, dict),
+}
+_IN_WORDS = {str: "text", list: "a list", int: "a whole number", bool: "true", dict: "a mapping"}
+
+
+def check_kinds(recipe: Any) -> None:
+    """Raises UserError that names every key whose value is of another kind than it must be."""
+    problems = []
+    for key, kinds in _KINDS.items():
+        value = recipe.get(key)
+        if value is None or value is False:
+            continue
+        if not isinstance(value, kinds):
+            wanted = " or ".join(_IN_WORDS[kind] for kind in kinds)
+            problems.append(f"  {key}: must be {wanted} ({as_found(value)})")
+        elif isinstance(value, str) and (problem := name_problem(value)) is not None:
+            problems.append(f"  {key}: {problem} ({as_found(value)})")
+    for key in ("datasets", "test_datasets"):
+        for index, dataset in enumerate(_list(recipe.get(key))):
+            if not isinstance(dataset, dict):
+                problems.append(
+                    f"  {key}[{index}]: must be a mapping with `path` and `type` "
+                    f"({as_found(dataset)})"
+                )
+            elif isinstance(path := dataset.get("path"), str) and name_problem(path) is not None:
+                problems.append(f"  {key}[{index}].path: {name_problem(path)} ({as_found(path)})")
+    if problems:
+        raise UserError("The recipe cannot be read:\n" + "\n".join(problems))
+
+
 def check_recipe(recipe: Any) -> None:
     """Raises UserError that names every setting distillation does not go with."""
+    check_kinds(recipe)
     problems = [
         f"  {key}: {recipe.get(key)} — {remedy}"
         for key, remedy in _CONFLICTS.items()
         if recipe.get(key)
     ]
-    for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
+    for key in PARALLEL_KEYS:
         if (recipe.get(key) or 1) > 1:
             problems.append(f"  {key}: {recipe.get(key)} — sequences must be whole; set it to 1")
     problems += _engine_problems(recipe)
@@ -78,7 +117,7 @@ def check_recipe(recipe: Any) -> None:
 def _engine_problems(recipe: Any) -> Iterator[str]:
     """What distillation cannot do under FSDP and DeepSpeed, with what to do about it."""
     fsdp = recipe.get("fsdp_config") or {}
-    stage = 0
+    stage: Any = 0
     if fsdp or recipe.get("fsdp"):
         version = recipe.get("fsdp_version") or _fsdp(fsdp, "version") or 1
         if str(version) != "2":
@@ -102,33 +141,37 @@ def _engine_problems(recipe: Any) -> Iterator[str]:
                 "such as `axolotl fetch deepspeed_configs` brings"
             )
             return
-        stage = int((config.get("zero_optimization") or {}).get("stage") or 0)
+        stage = _section(config, "zero_optimization").get("stage")
         for section in _DEEPSPEED_SECTIONS:
             if config.get(section):
                 yield (
                     f"  deepspeed: its `{section}` section — it has one learning rate for student "
                     f"and projectors; remove it: axolotl's own {section} is used then"
                 )
-        if ((config.get("tensor_parallel") or {}).get("autotp_size") or 1) > 1:
+        if _section(config, "tensor_parallel").get("autotp_size") not in (None, 0, 1):
             yield "  deepspeed: tensor_parallel.autotp_size — heads must be whole; remove it"
     block = recipe.get("dwakd")
     block = block if isinstance(block, dict) else {}
     sharded = fsdp or recipe.get("fsdp") or stage == 3
-    loss = block.get("loss") or {}
-    exact = isinstance(loss, dict) and loss.get("matching") == "exact"
+    exact = _section(block, "loss").get("matching") == "exact"
     if sharded and (exact or block.get("variant") in ("dskdv2", "dwakdv2")):
         yield (
             "  dwakd.loss.matching: exact — its map between the heads follows the whole student, "
             "which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
         )
-    projectors = block.get("projectors")
-    steps = projectors.get("warmup_steps") if isinstance(projectors, dict) else None
+    steps = _section(block, "projectors").get("warmup_steps")
     if steps and sharded:
         yield (
             f"  dwakd.projectors.warmup_steps: {steps} — no process holds the whole student under "
             "FSDP and ZeRO-3; run `dwakd warmup RECIPE` before, and give its file as "
             "dwakd.projectors.path"
         )
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    """A mapping within a mapping; empty where it is not there, or no mapping."""
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _fsdp(config: Any, key: str) -> Any:
@@ -180,6 +223,9 @@ def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
         except UserError as error:
             findings.append(str(error))
 
+    check(lambda: check_kinds(recipe))
+    if len(findings) > (config is None):  # the rest reads these values
+        raise UserError("\n".join(findings))
     check(lambda: check_recipe(recipe))
     check(lambda: check_data_types(recipe))
     check(lambda: check_files(recipe))
@@ -265,7 +311,7 @@ def _missing(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
             for key in ("base_model", "tokenizer", "adapter")
         }
     for place, model in models.items():
-        if isinstance(model, str):
+        if isinstance(model, str) and name_problem(model) is None:
             yield place, model, model_remedy(model, is_adapter="model_dir" in place)
     projectors = block.get("projectors") if isinstance(block, dict) else None
     files = {
@@ -273,7 +319,7 @@ def _missing(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
         "resume_from_checkpoint": recipe.get("resume_from_checkpoint"),
     }
     for place, file in files.items():
-        if isinstance(file, str) and not Path(file).exists():
+        if isinstance(file, str) and name_problem(file) is None and not Path(file).exists():
             yield place, file, "no such file or folder"
     for key in ("datasets", "test_datasets"):
         for index, dataset in enumerate(_list(recipe.get(key))):
@@ -344,7 +390,7 @@ def run_facts(recipe: Any) -> dict[str, Any]:
     for dataset in recipe.get("datasets") or []:
         path = str(dataset.get("path"))
         name = Path(path).name if Path(path).exists() or _is_a_path(path) else path
-        data.append(f"{name} ({dataset.get('type')})")
+        data.append(f"{without_credentials(name)} ({dataset.get('type')})")
     return {
         "data": data,
         "training": {
@@ -420,7 +466,7 @@ def read_run_file(file: Path) -> dict[str, Any] | None:
         return record
     except FileNotFoundError:
         return None
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is damaged ({error}). Give another output_dir; or remove the file, if the "
             "folder is the run that you mean."

@@ -173,7 +173,7 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     value = json_checksum(metadata)
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 
@@ -248,7 +248,10 @@ def head_signature(head: Tensor) -> str:
 def _agree(key: str, found: dict[str, str], given: dict[str, str]) -> bool:
     """Whether an entry of two files' metadata stands for the same model."""
     if key.endswith("_head"):
-        theirs, ours = json.loads(found[key]), json.loads(given[key])
+        try:
+            theirs, ours = [list(map(float, json.loads(each[key]))) for each in (found, given)]
+        except (TypeError, ValueError, RecursionError):  # not as `head_signature` writes it
+            return False
         return len(theirs) == len(ours) and all(
             math.isclose(a, b, rel_tol=SIGNATURE_TOLERANCE)
             for a, b in zip(theirs, ours, strict=True)

@@ -145,7 +145,9 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
                 model = PeftModel.from_pretrained(model, config.adapter)
                 if not quantised:
                     model = model.merge_and_unload()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file each library raises what it likes
         raise UserError(
             f"The teacher {config.base_model} cannot be loaded: {str(error).partition(chr(10))[0]}"
         ) from error

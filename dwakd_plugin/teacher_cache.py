@@ -206,7 +206,7 @@ class TeacherCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UserError(
                 f"The teacher cache {self.folder} cannot be written: {error}"
@@ -257,6 +257,8 @@ class TeacherCache:
 
     def _read_index(self) -> None:
         index = self.folder / INDEX
+        if index.is_symlink():  # lines would be added to whatever it points to
+            raise UserError(_damaged(index, "it is a link"))
         if not index.is_file():
             files = self.folder.iterdir() if self.folder.is_dir() else []
             foreign = any(not _is_ours(file.name) for file in files)
@@ -272,12 +274,13 @@ class TeacherCache:
                 return
             content = json.loads(head)
             found, version, dtype = content["identity"], content["format"], content["dtype"]
-            entries = {Path(entry["file"]).name: entry for entry in map(json.loads, lines)}
+            entries = {str(entry["file"]): entry for entry in map(json.loads, lines)}
             for entry in entries.values():
                 entry["bytes"] + 0, dict(entry["crc32"])
+            found.get, len(dtype)
             if dtype not in KEPT_DTYPES:
                 raise ValueError(f"{dtype!r} is no dtype of states")
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(_damaged(index, f"{type(error).__name__}: {error}")) from error
         if version != FORMAT:
             raise UserError(
@@ -303,10 +306,12 @@ class TeacherCache:
                 "give another folder."
             )
         for name, entry in entries.items():
-            file = self.folder / name  # the name alone: an index cannot point elsewhere
+            if Path(name).name != name or not _is_ours(name) or (self.folder / name).is_symlink():
+                raise UserError(_damaged(index, f"it names {name}, which is no file of the cache"))
+            file = self.folder / name
             try:
                 size = file.stat().st_size
-            except FileNotFoundError:
+            except (FileNotFoundError, ValueError):
                 raise UserError(_damaged(file, "it is missing")) from None
             if size != entry["bytes"]:
                 raise UserError(_damaged(file, f"it has {size} bytes, the index {entry['bytes']}"))

@@ -432,12 +432,16 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     # -- order of packed rows ---------------------------------------------------------------------
 
-    def _create_multipack_sampler(self, base_sampler: Any, dataset: Any) -> Any:
-        """axolotl's, with an order that a resumed run finds again: its own is drawn anew."""
+    def _create_multipack_sampler(self, base_sampler: Any, dataset: Any, **kwargs: Any) -> Any:
+        """axolotl's, with an order that a resumed run finds again: its own is drawn anew.
+
+        Since 0.21 it is told whether the data set is one to train on.
+        """
+        create = super()._create_multipack_sampler
         if self.distillation is None or not isinstance(base_sampler, RandomSampler):
-            return super()._create_multipack_sampler(base_sampler, dataset)
+            return create(base_sampler, dataset, **kwargs)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._packs = super()._create_multipack_sampler(SeededOrder(len(dataset), seed), dataset)
+        self._packs = create(SeededOrder(len(dataset), seed), dataset, **kwargs)
         return self._packs
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:

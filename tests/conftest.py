@@ -22,6 +22,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import yaml
+from hypothesis import settings
+
+settings.register_profile("fuzz")  # many cases: tests/test_fuzz.py, benchmarks/fuzz.py
 
 ROWS = [
     {

@@ -60,7 +60,7 @@ TEACHER = {"teacher": {"base_model": "big"}}
         ),
         (
             {"distillation": "dwakd", "dwakd": {**TEACHER, "loss": {"chunk_size": 0}}},
-            ["chunk_size is 0"],
+            ["dwakd.loss.chunk_size: give `auto` or a number of tokens from 1", "(found: 0)"],
         ),
         (
             {

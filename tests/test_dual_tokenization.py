@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
 from dwakd_plugin.config import parse_recipe
@@ -20,6 +21,7 @@ from dwakd_plugin.dual_tokenization import (
     STUDENT_TRUNCATED,
     TEACHER_TOO_LONG,
     RowReport,
+    _find_what_is_wrong,
     dual_tokenization,
 )
 from dwakd_plugin.errors import UserError
@@ -266,6 +268,46 @@ def test_what_cannot_be_tokenised_twice_is_refused(
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
     with pytest.raises(UserError, match=message):
         prepare(recipe({}, datasets=[{"path": path, **entry}]))
+
+
+GOOD = b'{"instruction": "a", "input": "", "output": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + b'{"instruction": "a", "output": \n' + GOOD, "Row 2 of .* is not JSON"),
+        (GOOD + b'{"instruction": "a", "output": "\\ud800"}\n', "Row 2 of .* lone surrogate"),
+        (GOOD + b"\n" + GOOD[:30] + b"\xf6" + GOOD[30:], "not UTF-8: byte 0xf6 in line 3"),
+        (GOOD + b"[" * 9999, "Row 2 of .* is not JSON"),
+        (GOOD + b"3\n", "Row 2 of .* is no JSON object"),
+        (b"[1, 2", "is no JSON list"),
+        (b" \n\n", "is empty"),
+    ],
+)
+def test_what_is_no_row_in_a_data_file_is_named(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "data" / "rows.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    for place in ({"path": str(file)}, {"path": "json", "data_files": [str(file)]}):
+        cfg = DictDefault({"datasets": [place]})
+        with pytest.raises(UserError, match=message):
+            _find_what_is_wrong(cfg, ValueError())
+    with pytest.raises(UserError, match=message):
+        _find_what_is_wrong(DictDefault({"test_datasets": [{"path": str(file.parent)}]}), OSError())
+    file.write_bytes(GOOD)
+    _find_what_is_wrong(DictDefault({"datasets": [{"path": str(file)}]}), ValueError())
+
+
+def test_a_line_that_is_no_row_ends_in_a_message(
+    recipe: Recipe, prepare: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(GOOD + b'{"instruction": "a", "output": \n')
+    with pytest.raises(UserError, match=r"Row 2 of .* is not JSON"):
+        prepare(recipe({}, datasets=[{"path": str(file), "type": "alpaca"}]))
 
 
 def test_no_row_left_is_an_error(recipe: Recipe, prepare: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -123,6 +123,7 @@ def test_loss_and_gradients_are_those_of_unpacked_rows(
     st.lists(st.integers(1, 50), max_size=40),
     st.integers(10, 60),
 )
+@settings(deadline=None)
 def test_packing_keeps_each_row_once_within_the_sequence(lengths: list[int], capacity: int) -> None:
     sequences = pack(lengths, capacity)
     assert sorted(place for places in sequences for place in places) == list(range(len(lengths)))
@@ -137,6 +138,7 @@ def test_packing_keeps_each_row_once_within_the_sequence(lengths: list[int], cap
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(1, 48)), min_size=1, max_size=30),
 )
+@settings(deadline=None)
 def test_pairs_that_fit_the_students_sequence_fit_the_teachers(
     sizes: list[tuple[int, int]],
 ) -> None:

@@ -90,7 +90,7 @@ def test_an_index_cannot_point_out_of_its_folder(cache: TeacherCache, tmp_path: 
     shard.rename(tmp_path / shard.name)
     index = cache.folder / "index.jsonl"
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="no file of the cache"):
         TeacherCache(cache.folder, IDENTITY)
 
 

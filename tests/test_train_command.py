@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
 from typer.testing import CliRunner
 
 import dwakd_plugin
@@ -167,8 +169,9 @@ def test_further_arguments_reach_axolotl_and_the_checks(
 def test_a_plugin_that_cannot_be_imported_stops_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of an ImportError axolotl would only take note, and train without a teacher.
     monkeypatch.setitem(dwakd_plugin._HOMES, "DWAKDPlugin", "dwakd_plugin.not_there")
+    PluginManager.get_instance().plugins.clear()
     with pytest.raises(RuntimeError, match="cannot be used in this environment"):
-        PluginManager.get_instance().register("dwakd_plugin.DWAKDPlugin")
+        prepare_plugins(DictDefault(plugins=["dwakd_plugin.DWAKDPlugin"]))
 
 
 def test_a_run_without_the_plugin_is_an_error(

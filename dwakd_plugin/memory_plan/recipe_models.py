@@ -95,7 +95,10 @@ def shared_tokens(student: str, teacher: str) -> int | None:
     from dwakd_plugin.tokenizer_pair import shared_vocabulary
 
     try:
-        tokenizers = [AutoTokenizer.from_pretrained(name) for name in (teacher, student)]
+        tokenizers = [
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            for name in (teacher, student)
+        ]
     except (OSError, ValueError):
         return None
     return len(shared_vocabulary(*tokenizers))
