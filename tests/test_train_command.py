@@ -192,10 +192,10 @@ def test_exit_codes_are_passed_through() -> None:
 
 
 def test_a_second_signal_kills_what_does_not_stop(tmp_path: Path) -> None:
-    # A child in a session of its own, as torchrun's workers are, and both deaf to SIGINT.
+    # A child in a session of its own, as torchrun's workers are, and the first deaf to SIGTERM.
     deaf = (
         "import signal, subprocess, sys, time, pathlib; "
-        "signal.signal(signal.SIGINT, lambda *_: pathlib.Path('heard').touch()); "
+        "signal.signal(signal.SIGTERM, lambda *_: pathlib.Path('heard').touch()); "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
         "start_new_session=True); "
         "pathlib.Path('child').write_text(str(child.pid)); time.sleep(60); time.sleep(60)"
