@@ -25,7 +25,10 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("quality-benchmark"))
     parser.add_argument("--seeds", type=int, default=5, help="training seeds of the headline")
-    parser.add_argument("--ablation-seeds", type=int, default=3)
+    parser.add_argument("--uld-seeds", type=int, help="of ULD alone, which takes twice as long")
+    parser.add_argument("--few-seeds", type=int, default=2, help="of four epochs on few rows")
+    parser.add_argument("--ablation-seeds", type=int, default=3, help="and of DSKDv2 and DWA-KDv2")
+    parser.add_argument("--skip-ablations", action="store_true")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--without", nargs="*", default=[], choices=methods.METHODS[1:])
@@ -49,17 +52,23 @@ def main() -> None:
     groups: dict[str, list[Run]] = {}
     for method, best in tuned.items():
         seeds = chosen.seeds if method in methods.HEADLINE else chosen.ablation_seeds
+        if method == "uld" and chosen.uld_seeds is not None:
+            seeds = chosen.uld_seeds
         groups[method] = methods.with_seeds(method, best, seeds)
     # Seed by seed, the slowest method last: what is stopped early has whole comparisons.
     order = {run.name: (name == "uld", run.seed) for name, runs in groups.items() for run in runs}
     train(
         sorted((run for runs in groups.values() for run in runs), key=lambda run: order[run.name])
     )
-    if "dwakd" in tuned and chosen.ablation_seeds > 0:
+    if "dwakd" in tuned and not chosen.skip_ablations:
         ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
         train([run for runs in ablated.values() for run in runs])
         groups |= {f"ablation: {name}": runs for name, runs in ablated.items()}
     pairs = {"main": (base.student, groups)}
+    if chosen.few_seeds > 0:
+        few = methods.few_rows(base, tuned, chosen.few_seeds)
+        train([run for runs in few.values() for run in runs])
+        pairs["few"] = (base.student, few)
     if chosen.second_student is not None:
         second = chosen.second_student.resolve()
         pairs["second"] = (
@@ -70,14 +79,14 @@ def main() -> None:
     results: dict[str, Any] = {
         "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev", *TEST_SETS)},
         "trials": trials(base),
-        "pairs": {name: report.evaluate(base, *pair) for name, pair in pairs.items()},
+        "pairs": {name: report.evaluate(base, name, *pair) for name, pair in pairs.items()},
     }
     write_report("quality", begun, results, [], chosen.out)
     for name, found in results["pairs"].items():
         report.plot(
             found, chosen.out / ("quality.png" if name == "main" else f"quality_{name}.png")
         )
-        print(f"{name} pair\n\n{report.tables(found)}")
+        print(f"{name}\n\n{report.tables(found)}")
 
 
 def trials(base: materials.Materials) -> list[dict[str, Any]]:

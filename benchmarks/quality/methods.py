@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.runs import Run
+from benchmarks.quality.materials import Materials
+from benchmarks.quality.runs import EPOCHS, Run, dataset
+from dwakd_plugin.files import replace_file
 
 Settings = dict[str, Any]
 
@@ -20,6 +22,8 @@ HEADLINE = ("sft", "uld", "dskd", "dwakd")
 METHODS = (*HEADLINE, "dskdv2", "dwakdv2")
 SECOND_LEARNING_RATES = (1e-3, 3e-3, 6e-3, 1e-2)  # of a student that is twenty times smaller
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others start from its best
+
+FEWER = 4
 
 _WARMED = {"projectors": {"warmup_steps": 100}}
 # As in the quickstart's recipe: labels lead, and the ramp leaves little of the student-space term.
@@ -89,6 +93,20 @@ def with_seeds(name: str, tuned: Run, seeds: int) -> list[Run]:
         for seed in range(1, seeds + 1)
     ]
     return [tuned, *runs[1:]] if tuned.name else runs  # which was trained under the first seed
+
+
+def few_rows(base: Materials, tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
+    """As many steps on a quarter of the rows: four epochs, in which fine-tuning alone overfits."""
+    few = base.rows("few")
+    if not few.is_file():
+        lines = base.rows("train").read_text(encoding="utf-8").splitlines(keepends=True)
+        replace_file(few, "".join(lines[: len(lines) // FEWER]))
+    recipe = {"datasets": [dataset(few)], "num_epochs": FEWER * EPOCHS}
+    return {
+        method: with_seeds(f"few-{method}", replace(best, name="", recipe=recipe), seeds)
+        for method, best in tuned.items()
+        if method in ("sft", "dskd", "dwakd")
+    }
 
 
 def second_pair(

@@ -23,12 +23,12 @@ LONGEST_ANSWER = 64  # tokens
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
 
 
-def evaluate(base: Materials, student: Path, groups: dict[str, list[Run]]) -> Results:
+def evaluate(base: Materials, pair: str, student: Path, groups: dict[str, list[Run]]) -> Results:
     """Figures of every run on every test set, by group; and of what no method changes."""
     names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
-    figures = {name: _evaluated(base, student, name, names) for name in TEST_SETS}
+    figures = {name: _evaluated(base, pair, name, names) for name in TEST_SETS}
     results: Results = {
-        "reference": {name: _references(base, student, name) for name in TEST_SETS},
+        "reference": {name: _references(base, pair, student, name) for name in TEST_SETS},
         "settings": {
             group: {"dwakd": runs[0].dwakd, "learning_rate": runs[0].learning_rate}
             for group, runs in groups.items()
@@ -55,21 +55,21 @@ def _means(values: list[list[float]]) -> list[float]:
 
 
 def _evaluated(
-    base: Materials, student: Path, place: str, names: Sequence[str]
+    base: Materials, pair: str, place: str, names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """ROUGE-L and bits per byte by run, from one `dwakd evaluate`."""
     folders = [str(base.folder / "runs" / name) for name in names]
-    report = _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte", student.name)
+    report = _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte", pair)
     return {
         name: {"bits_per_byte": one["bits_per_byte"]["value"], "rouge_l": one["rouge_l"]["mean"]}
         for name, one in zip(names, report["models"], strict=True)
     }
 
 
-def _references(base: Materials, student: Path, place: str) -> dict[str, float]:
+def _references(base: Materials, pair: str, student: Path, place: str) -> dict[str, float]:
     """Bits per byte of the student as it starts, and of the whole teacher."""
     folders = [str(student), str(base.folder / "untrimmed")]
-    models = _dwakd_evaluate(base, place, folders, "bits_per_byte", student.name)["models"]
+    models = _dwakd_evaluate(base, place, folders, "bits_per_byte", pair)["models"]
     values = [one["bits_per_byte"]["value"] for one in models]
     return dict(zip(("student_before", "teacher"), values, strict=True))
 
