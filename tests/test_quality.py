@@ -64,6 +64,18 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
         assert settings.loss.needs_teacher == (method != "sft")
 
 
+def test_few_rows_are_read_as_often_as_there_are_fewer(tmp_path: Path) -> None:
+    base = Materials(tmp_path)
+    base.rows("train").parent.mkdir()
+    base.rows("train").write_text("{}\n" * 40, encoding="utf-8")
+    tuned = Run("tune-dwakd-paper", {"variant": "full"}, 1e-3)
+    ((group, runs),) = methods.few_rows(base, {"dwakd": tuned, "uld": tuned}, 2).items()
+    settings = recipe(base, runs[0])
+    assert group == "dwakd" and [run.seed for run in runs] == [1, 2]
+    assert settings["num_epochs"] == 4 and settings["datasets"][0]["path"].endswith("few.jsonl")
+    assert base.rows("few").read_text(encoding="utf-8") == "{}\n" * 10
+
+
 def test_difference_is_students_interval_over_paired_seeds() -> None:
     mean, low, high = report.difference([1.0, 2.0, 4.0], [0.0, 2.0, 2.0])
     assert mean == pytest.approx(1.0)
