@@ -463,6 +463,8 @@ def read_run_file(file: Path) -> dict[str, Any] | None:
         expected = record.pop(CHECKSUM, None)
         if expected is not None and expected != json_checksum(record):
             raise ValueError("its checksum does not match")
+        if not isinstance(record.get("identity", {}), dict):
+            raise TypeError("its `identity` is no mapping")
         return record
     except FileNotFoundError:
         return None

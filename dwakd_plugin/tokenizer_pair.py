@@ -25,6 +25,14 @@ from dwakd_plugin.errors import UserError
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WHITE_RUN = re.compile(r"\s{2,}|[\n\t]")
 
+# What the tokenizers library strips: Unicode's White_Space, which U+001C to U+001F are not of,
+# though Python strips them too.
+_WHITE_SPACE = "".join(
+    character
+    for character in map(chr, range(0x3001))
+    if character.isspace() and not "\x1c" <= character <= "\x1f"
+)
+
 
 @cache
 def _byte_of_character() -> dict[str, int]:
@@ -236,7 +244,7 @@ class ByteCutter:
 def _spaces(data: bytes, begin: int) -> int:
     """How many bytes of white space there are at `begin`."""
     rest = data[begin:].decode(errors="ignore")
-    return len(rest.encode()) - len(rest.lstrip().encode())
+    return len(rest.encode()) - len(rest.lstrip(_WHITE_SPACE).encode())
 
 
 def _unfold(text: str, ends: list[int]) -> list[int]:

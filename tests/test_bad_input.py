@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,8 +197,10 @@ def test_out_of_memory_in_a_step_ends_with_remedies(
         raise error
 
     monkeypatch.setattr(AxolotlTrainer, "train", fail)
+    trainer = object.__new__(DWAKDTrainer)
+    trainer.args = SimpleNamespace(world_size=1)
     with pytest.raises(SystemExit) as stopped:
-        DWAKDTrainer.train(object.__new__(DWAKDTrainer))
+        DWAKDTrainer.train(trainer)
     assert stopped.value.code == 1
     assert "Out of memory in the student's step" in caplog.text
     assert "micro_batch_size" in caplog.text

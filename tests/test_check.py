@@ -143,6 +143,7 @@ def cutters() -> dict[str, ByteCutter]:
 @example(text="1 a")
 @example(text=" ▁a</s> b</s></s>▁ c ")
 @example(text="a <mask><turn> \u2003 b🎉")
+@example(text="<turn>\x1f")
 def test_every_byte_is_in_exactly_one_token(cutters: dict[str, ByteCutter], text: str) -> None:
     for name, cutter in cutters.items():
         (cut,) = cutter.cut([text])

@@ -131,7 +131,7 @@ def test_what_is_interrupted_goes_on_to_the_same_end(
 
 
 def test_early_stopping_keeps_the_best(recipe: Recipe, write: Write) -> None:
-    file = write(recipe({"projectors": {"warmup_learning_rate": 1e4}}))  # it can but get worse
+    file = write(recipe({"projectors": {"warmup_learning_rate": 10.0}}))  # it can but get worse
     report = warmup(file, "--patience", "1")
     assert len(report["history"]) == 1
     assert report["best_epoch"] == 0
