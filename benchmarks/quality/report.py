@@ -140,6 +140,8 @@ def _spread(values: Sequence[float], form: str) -> str:
 def _interval(ours: Sequence[float], theirs: Sequence[float], form: str) -> str:
     mean, low, high = difference(ours, theirs)
     signed = form.replace(":", ":+")
+    if low == float("-inf"):
+        return f"{signed.format(mean)} (one seed)"
     return f"{signed.format(mean)} ({signed.format(low)} to {signed.format(high)})"
 
 
