@@ -222,7 +222,8 @@ def start(threads: int, quick: bool, packages: list[str]) -> Report:
 
 
 def _module() -> str:
-    return f"benchmarks.{Path(sys.argv[0]).stem}"
+    file = Path(sys.argv[0])
+    return f"benchmarks.{file.parent.name if file.stem == '__main__' else file.stem}"
 
 
 def _cpu() -> str:
