@@ -1,6 +1,7 @@
 """`python -m benchmarks.quality`: trains all methods and ablations, evaluates, writes a report.
 
-Everything lies below --folder and what is done is kept: stopped and started again, it goes on.
+Everything lies below --folder, and trainings that are done are kept: stopped and started again, it
+goes on with the next.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, say, start, write_report
 from benchmarks.quality import materials, methods, report
-from benchmarks.quality.materials import TEST_SETS
 from benchmarks.quality.runs import Run, read_rows, result_of, train_all
 
 
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--skip-ablations", action="store_true")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
-    parser.add_argument("--without", nargs="*", default=[], choices=methods.METHODS[1:])
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=methods.METHODS[1:], help="methods to leave out"
+    )
     parser.add_argument("--second-student", type=Path, help="folder of a second, tiny student")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -64,25 +66,24 @@ def main() -> None:
         ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
         train([run for runs in ablated.values() for run in runs])
         groups |= {f"ablation: {name}": runs for name, runs in ablated.items()}
-    pairs = {"main": (base.student, groups)}
+    students, compared = {"student": base.student}, {"main": groups}
     if chosen.few_seeds > 0:
-        few = methods.few_rows(base, tuned, chosen.few_seeds)
-        train([run for runs in few.values() for run in runs])
-        pairs["few"] = (base.student, few)
+        compared["few"] = methods.few_rows(base, tuned, chosen.few_seeds)
+        train([run for runs in compared["few"].values() for run in runs])
     if chosen.second_student is not None:
-        second = chosen.second_student.resolve()
-        pairs["second"] = (
-            second,
-            methods.second_pair(second, tuned, train, chosen.ablation_seeds),
+        students["second"] = chosen.second_student.resolve()
+        compared["second"] = methods.second_pair(
+            students["second"], tuned, train, chosen.ablation_seeds
         )
-        train([run for runs in pairs["second"][1].values() for run in runs])
+        train([run for runs in compared["second"].values() for run in runs])
     results: dict[str, Any] = {
-        "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev", *TEST_SETS)},
+        "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev")},
+        "start": report.at_start(base, students),
         "trials": trials(base),
-        "pairs": {name: report.evaluate(base, name, *pair) for name, pair in pairs.items()},
+        "compared": {name: report.evaluate(base, name, own) for name, own in compared.items()},
     }
     write_report("quality", begun, results, [], chosen.out)
-    for name, found in results["pairs"].items():
+    for name, found in results["compared"].items():
         report.plot(
             found, chosen.out / ("quality.png" if name == "main" else f"quality_{name}.png")
         )

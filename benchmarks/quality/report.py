@@ -23,12 +23,23 @@ LONGEST_ANSWER = 64  # tokens
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
 
 
-def evaluate(base: Materials, pair: str, student: Path, groups: dict[str, list[Run]]) -> Results:
-    """Figures of every run on every test set, by group; and of what no method changes."""
+def evaluate(base: Materials, name: str, groups: dict[str, list[Run]]) -> Results:
+    """Figures of every run on every test set, by group, and how many rows they are of."""
     names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
-    figures = {name: _evaluated(base, pair, name, names) for name in TEST_SETS}
+    folders = [base.folder / "runs" / run for run in names]
+    reports = {
+        place: _dwakd_evaluate(base, name, place, folders, "rouge_l,bits_per_byte")
+        for place in TEST_SETS
+    }
+    figures = {
+        place: {
+            run: {"bits_per_byte": one["bits_per_byte"]["value"], "rouge_l": one["rouge_l"]["mean"]}
+            for run, one in zip(names, found["models"], strict=True)
+        }
+        for place, found in reports.items()
+    }
     results: Results = {
-        "reference": {name: _references(base, pair, student, name) for name in TEST_SETS},
+        "rows": {place: found["rows"] for place, found in reports.items()},
         "settings": {
             group: {"dwakd": runs[0].dwakd, "learning_rate": runs[0].learning_rate}
             for group, runs in groups.items()
@@ -54,29 +65,21 @@ def _means(values: list[list[float]]) -> list[float]:
     return [statistics.fmean(each) for each in values]
 
 
-def _evaluated(
-    base: Materials, pair: str, place: str, names: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """ROUGE-L and bits per byte by run, from one `dwakd evaluate`."""
-    folders = [str(base.folder / "runs" / name) for name in names]
-    report = _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte", pair)
-    return {
-        name: {"bits_per_byte": one["bits_per_byte"]["value"], "rouge_l": one["rouge_l"]["mean"]}
-        for name, one in zip(names, report["models"], strict=True)
-    }
-
-
-def _references(base: Materials, pair: str, student: Path, place: str) -> dict[str, float]:
-    """Bits per byte of the student as it starts, and of the whole teacher."""
-    folders = [str(student), str(base.folder / "untrimmed")]
-    models = _dwakd_evaluate(base, place, folders, "bits_per_byte", pair)["models"]
-    values = [one["bits_per_byte"]["value"] for one in models]
-    return dict(zip(("student_before", "teacher"), values, strict=True))
+def at_start(base: Materials, students: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Bits per byte on each test set of the students before any run, and of the whole teacher."""
+    models = students | {"teacher": base.folder / "untrimmed"}
+    figures = {}
+    for place in TEST_SETS:
+        found = _dwakd_evaluate(base, "start", place, [*models.values()], "bits_per_byte")
+        values = [one["bits_per_byte"]["value"] for one in found["models"]]
+        figures[place] = dict(zip(models, values, strict=True))
+    return figures
 
 
 def _dwakd_evaluate(
-    base: Materials, place: str, folders: list[str], metrics: str, pair: str
+    base: Materials, name: str, place: str, folders: Sequence[Path], metrics: str
 ) -> Results:
+    """The report of one `dwakd evaluate`."""
     rows = base.folder / "evaluation" / f"{place}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     # The prompts are written out: a template has one form, with an input or without.
@@ -85,9 +88,9 @@ def _dwakd_evaluate(
         for row in read_rows(base.rows(place))
     )
     replace_file(rows, "".join(lines))
-    output = base.folder / "evaluation" / f"{pair}-{place}-{metrics.replace(',', '-')}"
-    command = [sys.executable, "-m", "dwakd_cli", "evaluate", folders[0], str(rows), "--json"]
-    command += [part for folder in folders[1:] for part in ("--against", folder)]
+    output = base.folder / "evaluation" / f"{name}-{place}"
+    command = [sys.executable, "-m", "dwakd_cli", "evaluate", str(folders[0]), str(rows), "--json"]
+    command += [part for folder in folders[1:] for part in ("--against", str(folder))]
     command += ["--prompt-template", "{instruction}", "--metrics", metrics]
     command += ["--seeds", str(SAMPLING_SEED), "--max-new-tokens", str(LONGEST_ANSWER)]
     command += ["--batch-size", "32", "--output", str(output), "--force"]

@@ -6,10 +6,9 @@ import ast
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -165,9 +164,3 @@ def result_of(materials: Materials, run: Run) -> Settings | None:
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
     return result if {key: result.get(key) for key in asdict(run)} == asdict(run) else None
-
-
-def dev_mean(materials: Materials, runs: Iterable[Run]) -> float:
-    """Mean bits per byte on dev; all runs must have been trained."""
-    results = [result_of(materials, run) for run in runs]
-    return statistics.fmean(result["dev_bits_per_byte"] for result in results if result)
