@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwakd_plugin.config import VARIANTS, LossConfig, SoftDTWConfig
-from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss, objective
+from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss, sequence_level
 from dwakd_plugin.loss.alignment import (
     attention_band,
     attention_entropy,
@@ -919,8 +919,8 @@ def test_the_loss_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
             (collate(case.teacher, case.teacher_head), 7),
         )
     )
-    torch_only = partial(objective.soft_dtw_distance, backend="torch")
-    monkeypatch.setattr(objective, "soft_dtw_distance", torch_only)
+    torch_only = partial(sequence_level.soft_dtw_distance, backend="torch")
+    monkeypatch.setattr(sequence_level, "soft_dtw_distance", torch_only)
     # Lengths are checked where they lie on the CPU, and only there.
     checks = "dwakd_plugin.loss.soft_dtw._checked_lengths"
     monkeypatch.setattr(checks, lambda name, lengths, cost, dim: lengths)

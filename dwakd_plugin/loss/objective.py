@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dwakd_plugin.config import LossConfig, SoftDTWConfig
 from dwakd_plugin.loss.alignment import (
@@ -22,122 +19,32 @@ from dwakd_plugin.loss.alignment import (
     standardise_scale,
     valid_positions,
 )
-from dwakd_plugin.loss.divergence import (
-    StudentStatistics,
-    TeacherStatistics,
-    map_token_chunks,
-    most_likely,
-    sorted_distance,
-    student_space_statistics,
-    teacher_space_statistics,
-    tokens_per_chunk,
+from dwakd_plugin.loss.divergence import most_likely
+from dwakd_plugin.loss.sequence_level import (
+    cost_between,
+    normalised_soft_dtw,
+    soft_dtw_and_path,
+    unit_vectors,
 )
-from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
-from dwakd_plugin.loss.token_weights import (
-    normalise_per_sample,
-    student_token_weights,
-    teacher_token_weights,
+from dwakd_plugin.loss.states import (
+    Head,
+    ProjectorSet,
+    ResponseStates,
+    gathered,
+    required_labels,
+    response_index,
+)
+from dwakd_plugin.loss.token_level import (
+    Matched,
+    chunk_of,
+    cross_entropy,
+    in_order_sums,
+    student_space_sums,
+    teacher_space_sums,
 )
 
 DEFAULT_LOSS = LossConfig.model_validate({})
 DEFAULT_SOFT_DTW = SoftDTWConfig.model_validate({})
-
-
-class ProjectorSet(Protocol):
-    """Anything with the four projections (see `dwakd_plugin.projectors.Projectors`)."""
-
-    query: Callable[[Tensor], Tensor]  # 2d → 2D
-    t2s: Callable[[Tensor], Tensor]  # D → d
-    s2t: Callable[[Tensor], Tensor]  # d → D
-    embed_t2s: Callable[[Tensor], Tensor]  # D → d
-
-
-@dataclass(frozen=True)
-class Head:
-    """A model's output head: logits = softcap(scale · (hidden weightᵀ + bias)).
-
-    weight (V, d), bias (V,); `scale` and `softcap` for the families that have them (Cohere,
-    Granite; Gemma 2).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, d) → (N, V): the product in the weight's dtype, the rest in float32 at least (D3)."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
-        return logits
-
-    def detached(self) -> Head:
-        """The same head as a constant."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
-
-
-@dataclass(frozen=True)
-class ResponseStates:
-    """One model's view of a batch of responses: response positions only, gathered in order (D1).
-
-    input_embeds    (B, L, d)  embedding of the token read at a position (e_in, f_in)
-    target_embeds   (B, L, d)  embedding of the token predicted there (e_tgt, f_tgt)
-    hidden          (B, L, d)  the head's input, after the final norm (h, g)
-    lengths         (B,) long  response positions of each sample; the rest is padding on the right
-    head            the model's output head
-    labels          (B, L) long, −100 at padding; required of the student, and of the teacher for
-                    the figure `teacher_ce` alone
-    index           (N,) long, the response positions' places in the flattened (B · L), in order.
-                    Optional: counted from `lengths` where it is missing, for which a GPU is waited
-    pairs           (P,) long, places in the flattened (B · L) that have a counterpart in the other
-                    model's, in the same order on both sides. Required of both for exact matching
-    token_map       (V,) long, for each token the student's of the same bytes, −1 where there is
-                    none. Required of the teacher for exact matching
-
-    Padding may hold anything, NaN included.
-    """
-
-    input_embeds: Tensor
-    target_embeds: Tensor
-    hidden: Tensor
-    lengths: Tensor
-    head: Head
-    labels: Tensor | None = None
-    index: Tensor | None = None
-    pairs: Tensor | None = None
-    token_map: Tensor | None = None
-
-    def detached(self) -> ResponseStates:
-        """The same states as constants."""
-        return replace(
-            self,
-            input_embeds=self.input_embeds.detach(),
-            target_embeds=self.target_embeds.detach(),
-            hidden=self.hidden.detach(),
-            head=self.head.detached(),
-        )
-
-    def sample(self, index: int) -> ResponseStates:
-        """One sample of the batch, as a batch of one."""
-        one = slice(index, index + 1)
-        places = None if self.pairs is None else self.pairs - index * self.hidden.shape[1]
-        if places is not None:
-            places = places[(places >= 0) & (places < self.hidden.shape[1])]
-        return replace(
-            self,
-            input_embeds=self.input_embeds[one],
-            target_embeds=self.target_embeds[one],
-            hidden=self.hidden[one],
-            lengths=self.lengths[one],
-            labels=None if self.labels is None else self.labels[one],
-            index=None,  # of the whole batch
-            pairs=places,
-        )
 
 
 @dataclass(frozen=True)
@@ -331,22 +238,22 @@ def dwakd_loss(
                     student, teacher, student_side, teacher_side, projectors, predicted
                 )
             elif distill:
-                matched = _Matched(
+                matched = Matched(
                     attention @ _values(teacher_side, projectors),
                     reverse_attention @ _project(projectors.s2t, student_side.hidden),
-                    _labels(student),
+                    required_labels(student),
                     student_side.valid,
                     teacher_side.valid,
-                    _index(teacher),
+                    response_index(teacher),
                 )
     if distill and in_order:
-        sums |= _in_order(student, teacher, student_lengths, teacher_lengths, loss)
+        sums |= in_order_sums(student, teacher, student_lengths, teacher_lengths, loss)
     elif distill:
-        sums |= _student_space(student, matched, student_lengths, loss)
+        sums |= student_space_sums(student, matched, student_lengths, loss)
         if teacher_space:
-            sums |= _teacher_space(teacher, matched, teacher_lengths, loss)
+            sums |= teacher_space_sums(teacher, matched, teacher_lengths, loss)
     elif loss.ce_weight > 0:
-        sums["ce"] = _cross_entropy(student, loss)
+        sums["ce"] = cross_entropy(student, loss)
     # After the heads, and so before them in backward: what it keeps is not there while they work.
     if warp:
         assert projectors is not None
@@ -446,8 +353,8 @@ def alignment_of(
             penalty = band_penalty(inside, soft_dtw, attention.dtype)
         gamma = soft_dtw.gamma_start if gamma is None else gamma
         hidden_path, embed_path = (
-            _soft_dtw_and_path(
-                _cost_between(_unit(x)[0], _unit(y)[0], penalty),
+            soft_dtw_and_path(
+                cost_between(unit_vectors(x)[0], unit_vectors(y)[0], penalty),
                 student_lengths,
                 teacher_lengths,
                 gamma,
@@ -466,22 +373,6 @@ class _Side:
     hidden: Tensor
     lengths: Tensor  # (B,)
     valid: Tensor  # (B, L)
-
-
-@dataclass(frozen=True)
-class _Matched:
-    """What each position learns from, in the other model's space.
-
-    A position that is not compared holds anything finite.
-    """
-
-    t2s_hidden: Tensor  # (B, S, d)
-    s2t_hidden: Tensor  # (B, T, D)
-    targets: Tensor  # (B, S) long, of the projected teacher's cross-entropy
-    student_compared: Tensor  # (B, S) bool
-    teacher_compared: Tensor  # (B, T) bool
-    teacher_index: Tensor  # places to compare in the flattened (B · T), and maybe more
-    agreeing_only: bool = False  # D where the projected teacher's argmax is the target
 
 
 def _paired_lengths(student: ResponseStates, teacher: ResponseStates) -> tuple[Tensor, Tensor]:
@@ -618,8 +509,8 @@ def _predicted(student: ResponseStates, teacher: ResponseStates, loss: LossConfi
     if teacher.token_map is None:
         raise ValueError("exact matching needs the teacher's `token_map` (Vt,)")
     _, teacher_pairs = _pairs(student, teacher)
-    hidden = _gathered(teacher.hidden, teacher_pairs)
-    best = most_likely(hidden, teacher.head.logits, _chunk(loss, teacher.head))
+    hidden = gathered(teacher.hidden, teacher_pairs)
+    best = most_likely(hidden, teacher.head.logits, chunk_of(loss, teacher.head))
     return teacher.token_map[best]
 
 
@@ -630,7 +521,7 @@ def _match_exactly(
     teacher_side: _Side,
     projectors: ProjectorSet,
     predicted: Tensor,
-) -> _Matched:
+) -> Matched:
     """Each position of a pair learns from the other, where `predicted` (P,) is not −1."""
     student_pairs, teacher_pairs = _pairs(student, teacher)
     used = predicted >= 0
@@ -640,16 +531,16 @@ def _match_exactly(
         grid = values.new_zeros(side.valid.numel(), *values.shape[1:])
         return grid.index_copy(0, index, values).view(*side.valid.shape, *values.shape[1:])
 
-    labels = _labels(student).flatten()
+    labels = required_labels(student).flatten()
     targets = torch.where(used, predicted, labels[student_pairs])
-    return _Matched(
+    return Matched(
         placed(
-            _project(projectors.t2s, _gathered(teacher_side.hidden, teacher_pairs)),
+            _project(projectors.t2s, gathered(teacher_side.hidden, teacher_pairs)),
             student_pairs,
             student_side,
         ),
         placed(
-            _project(projectors.s2t, _gathered(student_side.hidden, student_pairs)),
+            _project(projectors.s2t, gathered(student_side.hidden, student_pairs)),
             teacher_pairs,
             teacher_side,
         ),
@@ -659,242 +550,6 @@ def _match_exactly(
         teacher_pairs,
         agreeing_only=True,
     )
-
-
-def _index(states: ResponseStates) -> Tensor:
-    """Places of all response positions in the flattened batch: (N,)."""
-    if states.index is not None:
-        return states.index
-    valid = valid_positions(states.lengths, states.hidden.shape[1])
-    return valid.flatten().nonzero().squeeze(1)
-
-
-def _gathered(states: Tensor, index: Tensor) -> Tensor:
-    """(B, L, ...) → (N, ...)."""
-    return states.flatten(0, 1).index_select(0, index)
-
-
-def _padded(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Put per-token values back in their places: (N,) → (B, L), 0 elsewhere."""
-    return values.new_zeros(valid.numel()).index_copy(0, index, values).view_as(valid)
-
-
-def _chunk(loss: LossConfig, head: Head) -> int:
-    return tokens_per_chunk(loss.chunk_size, head.weight.shape[0], head.weight.device)
-
-
-def _labels(student: ResponseStates) -> Tensor:
-    if student.labels is None:
-        raise ValueError(
-            "student.labels is None; give the student's labels (B, S), −100 at padding"
-        )
-    return student.labels
-
-
-def _cross_entropy(student: ResponseStates, loss: LossConfig) -> Tensor:
-    """Σ −log p_s(y), without a teacher."""
-    index = _index(student)
-
-    def statistics(hidden: Tensor, labels: Tensor) -> tuple[Tensor]:
-        return (F.cross_entropy(student.head.logits(hidden), labels, reduction="none"),)
-
-    (ce,) = map_token_chunks(
-        statistics,
-        _chunk(loss, student.head),
-        _gathered(student.hidden, index),
-        _gathered(_labels(student), index),
-    )
-    return ce.sum()
-
-
-def _in_order(
-    student: ResponseStates,
-    teacher: ResponseStates,
-    student_lengths: Tensor,
-    teacher_lengths: Tensor,
-    loss: LossConfig,
-) -> dict[str, Tensor]:
-    """The labels' CE and ULD's distance, of the same logits; the i-th positions are compared."""
-    index = _index(student)
-    S, T = student.hidden.shape[1], teacher.hidden.shape[1]
-    compared = valid_positions(torch.minimum(student_lengths, teacher_lengths), S)
-    partner = index // S * T + (index % S).clamp(max=T - 1)
-    partner_hidden = _gathered(teacher.hidden.detach(), partner)
-    partner_hidden = partner_hidden.where(_gathered(compared, index)[:, None], 0.0)
-    head = teacher.head.detached()
-
-    def statistics(hidden: Tensor, labels: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits = student.head.logits(hidden)
-        with torch.no_grad():
-            teacher_logits = head.logits(teacher_hidden)
-        return (
-            F.cross_entropy(logits, labels, reduction="none"),
-            sorted_distance(logits, teacher_logits, loss.temperature),
-        )
-
-    ce, distances = map_token_chunks(
-        statistics,
-        min(_chunk(loss, student.head), _chunk(loss, head)),
-        _gathered(student.hidden, index),
-        _gathered(_labels(student), index),
-        partner_hidden,
-    )
-    weights = normalise_per_sample(compared.to(distances.dtype), compared, student_lengths)
-    sums = {
-        "uld": (weights * _padded(distances, index, compared).where(compared, 0.0)).sum(),
-        "paired_tokens": compared.sum(),
-    }
-    if loss.ce_weight > 0:
-        sums["ce"] = ce.sum()
-    return sums
-
-
-def _student_space(
-    student: ResponseStates, matched: _Matched, lengths: Tensor, loss: LossConfig
-) -> dict[str, Tensor]:
-    """Sums in the student's space: CE of every position, the rest of compared ones (Eq. 11-16)."""
-    index = _index(student)
-    head, compared = student.head, matched.student_compared
-
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return replace(head, weight=weight, bias=bias).logits(hidden)
-
-    flat = student_space_statistics(
-        _gathered(student.hidden, index),
-        _gathered(matched.t2s_hidden, index),
-        _gathered(_labels(student), index),
-        _gathered(matched.targets, index),
-        (head.weight, head.bias),
-        logits,
-        loss.divergence,
-        loss.temperature,
-        _chunk(loss, head),
-    )
-    tokens = StudentStatistics(*(_padded(values, index, compared) for values in flat))
-    taught = compared & tokens.t2s_correct if matched.agreeing_only else compared
-    weights = student_token_weights(
-        tokens.entropy, tokens.gate, taught, loss.student_weighting, lengths
-    )
-    alike = normalise_per_sample(compared.to(weights.dtype), compared, lengths)
-    sums = {
-        "t2s_ce": (alike * tokens.t2s_ce.where(compared, 0.0)).sum(),
-        "student_kd": (weights * tokens.divergence.where(taught, 0.0)).sum(),
-        "paired_tokens": compared.sum(),
-        "t2s_correct": (tokens.t2s_correct & compared).sum(),
-        "gate": tokens.gate.where(compared, 0.0).sum(),
-        "paired_ce": tokens.ce.detach().where(compared, 0.0).sum(),
-    }
-    if loss.ce_weight > 0:
-        sums["ce"] = tokens.ce.sum()
-    return sums
-
-
-def _teacher_space(
-    teacher: ResponseStates, matched: _Matched, lengths: Tensor, loss: LossConfig
-) -> dict[str, Tensor]:
-    """Σ w_t KL(p_t ‖ p_s2t) of compared positions (Eq. 14, 15), and the teacher's own CE there."""
-    index, compared = matched.teacher_index, matched.teacher_compared
-    head = teacher.head.detached()
-    labels = torch.zeros_like(compared, dtype=torch.long)  # any, where there are none
-    if teacher.labels is not None:
-        labels = teacher.labels.where(compared, 0)
-
-    flat = teacher_space_statistics(
-        _gathered(teacher.hidden.detach(), index),
-        _gathered(matched.s2t_hidden, index),
-        _gathered(labels, index),
-        head.logits,
-        loss.temperature,
-        _chunk(loss, head),
-    )
-    tokens = TeacherStatistics(*(_padded(values, index, compared) for values in flat))
-    weights = teacher_token_weights(
-        tokens.entropy, head.weight.shape[0], compared, loss.teacher_weighting, lengths
-    )
-    sums = {"teacher_kd": (weights * tokens.divergence.where(compared, 0.0)).sum()}
-    if teacher.labels is not None:
-        sums["teacher_ce"] = tokens.ce.where(compared, 0.0).sum()
-    return sums
-
-
-def _unit(states: Tensor) -> tuple[Tensor, Tensor]:
-    """x / ‖x‖, and 1 / ‖x‖ (..., 1). The zero vector stays zero, and 0 stands for its inverse."""
-    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    inverse = torch.where(norm > 0, 1 / norm.where(norm > 0, 1.0), 0.0)
-    return states * inverse, inverse
-
-
-def _cost_between(x: Tensor, y: Tensor, penalty: Tensor | None) -> Tensor:
-    """1 − cos(x_i, y_j) of unit vectors x (B, S, F), y (B, T, F), and the band's penalty."""
-    cost = torch.baddbmm(x.new_ones(()), x, y.transpose(1, 2), alpha=-1)
-    return cost if penalty is None else cost.add_(penalty)
-
-
-def _soft_dtw_and_path(
-    cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Soft-DTW (B,) and its gradient, the expected alignment (B, S, T), of a constant cost."""
-    with torch.enable_grad():
-        values = soft_dtw_distance(cost.requires_grad_(), x_lengths, y_lengths, gamma)
-        (path,) = torch.autograd.grad(values, cost, torch.ones_like(values))
-    return values.detach(), path
-
-
-def normalised_soft_dtw(
-    x: Tensor,
-    y: Tensor,
-    x_lengths: Tensor,
-    y_lengths: Tensor,
-    penalty: Tensor | None,
-    gamma: float,
-) -> Tensor:
-    """nDTW(x, y) = sDTW(x, y) − ½ (sDTW(x, x) + sDTW(y, y)) on cosine costs (Eq. 17-20, 24).
-
-    cost_ij = 1 − cos(x_i, y_j), 1 where a vector is zero; `penalty` is added between x and y only.
-
-    Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
-    """
-    return _NormalisedSoftDTW.apply(  # type: ignore[no-untyped-call, no-any-return]
-        x, y, x_lengths, y_lengths, penalty, gamma
-    )
-
-
-class _NormalisedSoftDTW(torch.autograd.Function):
-    """With the gradients formed in forward, one cost matrix at a time.
-
-    A sample's distance depends on its own rows alone, so one gradient of the size of x and y each
-    is all that backward needs. Costs and alignments are gone before the heads want the memory.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        x_lengths: Tensor,
-        y_lengths: Tensor,
-        penalty: Tensor | None,
-        gamma: float,
-    ) -> Tensor:
-        (u, u_scale), (v, v_scale) = _unit(x), _unit(y)
-        values, path = _soft_dtw_and_path(_cost_between(u, v, penalty), x_lengths, y_lengths, gamma)
-        u_grad, v_grad = -(path @ v), -(path.transpose(1, 2) @ u)
-        for unit, grad, lengths in ((u, u_grad, x_lengths), (v, v_grad, y_lengths)):
-            own, path = _soft_dtw_and_path(_cost_between(unit, unit, None), lengths, lengths, gamma)
-            values -= own / 2
-            grad.baddbmm_(path, unit, alpha=0.5).baddbmm_(path.transpose(1, 2), unit, alpha=0.5)
-        # Through x / ‖x‖: what lies along the unit vector changes nothing.
-        for unit, grad, scale in ((u, u_grad, u_scale), (v, v_grad, v_scale)):
-            along = torch.linalg.vecdot(unit, grad)[..., None]
-            grad.addcmul_(unit, along, value=-1).mul_(scale)
-        ctx.save_for_backward(u_grad, v_grad)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seed = grad[:, None, None]
-        return *(seed * saved for saved in ctx.saved_tensors), None, None, None, None
 
 
 def _sequence_pairs(

@@ -1,0 +1,137 @@
+"""What the loss is told: each model's states of a batch of responses, its head, the projectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwakd_plugin.loss.alignment import valid_positions
+
+
+class ProjectorSet(Protocol):
+    """Anything with the four projections (see `dwakd_plugin.projectors.Projectors`)."""
+
+    query: Callable[[Tensor], Tensor]  # 2d → 2D
+    t2s: Callable[[Tensor], Tensor]  # D → d
+    s2t: Callable[[Tensor], Tensor]  # d → D
+    embed_t2s: Callable[[Tensor], Tensor]  # D → d
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output head: logits = softcap(scale · (hidden weightᵀ + bias)).
+
+    weight (V, d), bias (V,); `scale` and `softcap` for the families that have them (Cohere,
+    Granite; Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, d) → (N, V): the product in the weight's dtype, the rest in float32 at least (D3)."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return logits
+
+    def detached(self) -> Head:
+        """The same head as a constant."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
+
+@dataclass(frozen=True)
+class ResponseStates:
+    """One model's view of a batch of responses: response positions only, gathered in order (D1).
+
+    input_embeds    (B, L, d)  embedding of the token read at a position (e_in, f_in)
+    target_embeds   (B, L, d)  embedding of the token predicted there (e_tgt, f_tgt)
+    hidden          (B, L, d)  the head's input, after the final norm (h, g)
+    lengths         (B,) long  response positions of each sample; the rest is padding on the right
+    head            the model's output head
+    labels          (B, L) long, −100 at padding; required of the student, and of the teacher for
+                    the figure `teacher_ce` alone
+    index           (N,) long, the response positions' places in the flattened (B · L), in order.
+                    Optional: counted from `lengths` where it is missing, for which a GPU is waited
+    pairs           (P,) long, places in the flattened (B · L) that have a counterpart in the other
+                    model's, in the same order on both sides. Required of both for exact matching
+    token_map       (V,) long, for each token the student's of the same bytes, −1 where there is
+                    none. Required of the teacher for exact matching
+
+    Padding may hold anything, NaN included.
+    """
+
+    input_embeds: Tensor
+    target_embeds: Tensor
+    hidden: Tensor
+    lengths: Tensor
+    head: Head
+    labels: Tensor | None = None
+    index: Tensor | None = None
+    pairs: Tensor | None = None
+    token_map: Tensor | None = None
+
+    def detached(self) -> ResponseStates:
+        """The same states as constants."""
+        return replace(
+            self,
+            input_embeds=self.input_embeds.detach(),
+            target_embeds=self.target_embeds.detach(),
+            hidden=self.hidden.detach(),
+            head=self.head.detached(),
+        )
+
+    def sample(self, index: int) -> ResponseStates:
+        """One sample of the batch, as a batch of one."""
+        one = slice(index, index + 1)
+        places = None if self.pairs is None else self.pairs - index * self.hidden.shape[1]
+        if places is not None:
+            places = places[(places >= 0) & (places < self.hidden.shape[1])]
+        return replace(
+            self,
+            input_embeds=self.input_embeds[one],
+            target_embeds=self.target_embeds[one],
+            hidden=self.hidden[one],
+            lengths=self.lengths[one],
+            labels=None if self.labels is None else self.labels[one],
+            index=None,  # of the whole batch
+            pairs=places,
+        )
+
+
+def response_index(states: ResponseStates) -> Tensor:
+    """Places of all response positions in the flattened batch: (N,)."""
+    if states.index is not None:
+        return states.index
+    valid = valid_positions(states.lengths, states.hidden.shape[1])
+    return valid.flatten().nonzero().squeeze(1)
+
+
+def gathered(states: Tensor, index: Tensor) -> Tensor:
+    """(B, L, ...) → (N, ...)."""
+    return states.flatten(0, 1).index_select(0, index)
+
+
+def padded(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """Put per-token values back in their places: (N,) → (B, L), 0 elsewhere."""
+    return values.new_zeros(valid.numel()).index_copy(0, index, values).view_as(valid)
+
+
+def required_labels(student: ResponseStates) -> Tensor:
+    """The student's labels (B, S). Raises ValueError where there are none."""
+    if student.labels is None:
+        raise ValueError(
+            "student.labels is None; give the student's labels (B, S), −100 at padding"
+        )
+    return student.labels
