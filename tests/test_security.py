@@ -536,6 +536,22 @@ def test_a_secret_of_the_recipe_goes_into_no_file(
     assert SECRET not in json.dumps(run_facts(settings))
 
 
+def export_report(destination: str) -> dict[str, Any]:
+    """What an export says of itself, as the model card takes it."""
+    return {
+        "kind": "full",
+        "destination": destination,
+        "parameters": 1,
+        "dtype": "float32",
+        "verification": {
+            "relative_logit_difference": 0,
+            "tolerance": 0,
+            "tokens_compared": 1,
+            "tokens_generated": 1,
+        },
+    }
+
+
 @pytest.mark.slow
 def test_a_secret_of_the_environment_goes_into_no_file(
     secrets: None,
@@ -549,19 +565,7 @@ def test_a_secret_of_the_environment_goes_into_no_file(
     log = train(settings)
     out = Path(settings["output_dir"])
     record = json.loads((out / "dwakd" / "run.json").read_text(encoding="utf-8"))
-    report = {
-        "kind": "full",
-        "destination": str(out),
-        "parameters": 1,
-        "dtype": "float32",
-        "verification": {
-            "relative_logit_difference": 0,
-            "tolerance": 0,
-            "tokens_compared": 1,
-            "tokens_generated": 1,
-        },
-    }
-    card = model_card(record, log, report)
+    card = model_card(record, log, export_report(str(out)))
     assert SECRET not in card
     assert str(tmp_path) not in card
     assert not _told(out)
@@ -571,19 +575,7 @@ def test_a_secret_of_the_environment_goes_into_no_file(
 def test_a_run_file_cannot_write_into_the_card() -> None:
     evil = "x | y\n---\n<script>\n# Title"
     record = {"identity": {"student": evil, "teacher": evil}, "data": [evil], "version": "1"}
-    report = {
-        "kind": "full",
-        "destination": "out",
-        "parameters": 1,
-        "dtype": "float32",
-        "verification": {
-            "relative_logit_difference": 0,
-            "tolerance": 0,
-            "tokens_compared": 1,
-            "tokens_generated": 1,
-        },
-    }
-    card = model_card(record, [], report)
+    card = model_card(record, [], export_report("out"))
     assert "<script>" not in card
     assert "\n# Title" not in card
     assert card.count("\n---\n") == 1  # the header's end
