@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 HEADLINE = ("sft", "uld", "dskd", "dwakd")
 METHODS = (*HEADLINE, "dskdv2", "dwakdv2")
-SECOND_LEARNING_RATES = (1e-3, 3e-3, 6e-3, 1e-2)  # of a student that is twenty times smaller
+SECOND_LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of a student that is twenty times smaller
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others start from its best
 
 FEWER = 4
