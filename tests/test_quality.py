@@ -50,22 +50,49 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
         return [float(index) for index, _ in enumerate(runs)]
 
     if method == "sft":
-        best = methods.tune_sft(train, methods.LEARNING_RATES, "tune", {})
+        best = methods.tune_sft(train, methods.LEARNING_RATES)
     else:
         best = methods.tune([method], 1e-3, train)[method]
     assert len({run.name for run in seen}) == (4 if method == "sft" else 3)
     assert best.name == seen[0].name
     assert [run.seed for run in methods.with_seeds(method, best, 3)] == [1, 2, 3]
-    if method == "dwakd":
-        seen += [run for runs in methods.ablations(best, 2).values() for run in runs]
     for run in seen:
-        settings = parse_recipe(recipe(Materials(tmp_path), run))
+        settings = parse_recipe(recipe(materials_of(tmp_path), run))
         assert settings is not None
         assert settings.loss.needs_teacher == (method != "sft")
 
 
+def materials_of(folder: Path) -> Materials:
+    tokenizer = embedded.train_tokenizer(TEXTS, 300)
+    tokenizer.save_pretrained(folder / "student")
+    return Materials(folder, folder / "student")
+
+
+def test_ablations_and_levers_are_valid_and_share_the_runs_of_the_methods(tmp_path: Path) -> None:
+    base = materials_of(tmp_path)
+    tuned = {"sft": methods.tune_sft(lambda runs: [float(run.learning_rate) for run in runs], [1])}
+    tuned |= methods.tune(
+        ["dskd", "dwakd"], 1.0, lambda runs: [float("teacher" not in run.name) for run in runs]
+    )
+    ablations, levers = methods.ablations(tuned, 2), methods.levers(tuned, 2)
+    names = {
+        kind: {group: [run.name for run in runs] for group, runs in groups.items()}
+        for kind, groups in (("ablations", ablations), ("levers", levers))
+    }
+    dwakd = ["tune-dwakd-teacher_space", "dwakd-seed2"]
+    assert names["ablations"]["full"] == names["levers"]["all"] == dwakd
+    assert names["ablations"]["dskd"] == ["tune-dskd-teacher_space", "dskd-seed2"]
+    assert names["ablations"]["no_gate"] == ["ablation-no_gate-seed1", "ablation-no_gate-seed2"]
+    assert names["levers"]["none"] == ["tune-dwakd-paper", "lever-none-seed2"]
+    assert names["levers"]["sft"] == names["ablations"]["sft"] == ["tune-sft-1", "sft-seed2"]
+    runs = [run for groups in (ablations, levers) for found in groups.values() for run in found]
+    found = {run.name: parse_recipe(recipe(base, run)) for run in runs}
+    assert len({run.name for run in runs}) == len({(str(found[r.name]), r.seed) for r in runs})
+    assert found["lever-ramp-seed1"].loss.kd_warmup_steps == 2500  # type: ignore[union-attr]
+
+
 def test_few_rows_are_read_as_often_as_there_are_fewer(tmp_path: Path) -> None:
-    base = Materials(tmp_path)
+    base = materials_of(tmp_path)
     base.rows("train").parent.mkdir()
     base.rows("train").write_text("{}\n" * 40, encoding="utf-8")
     tuned = Run("tune-dwakd-paper", {"variant": "full"}, 1e-3)
@@ -89,8 +116,8 @@ def test_tables_and_picture_come_from_the_groups(tmp_path: Path) -> None:
 
     groups = {"sft": figures([2.0, 2.1]), "dwakd": figures([1.9, 2.0]), "uld": figures([2.2])}
     text = report.tables({"groups": groups})
-    line = next(line for line in text.splitlines() if line.startswith("| dwakd | 2 |"))
-    assert "1.9500 ± 0.0707" in line and "-0.1000 (" in line
+    assert "| dwakd | 2 | -0.1000 (-0.1000 to -0.1000) |" in text
+    assert "| dwakd | 2 | 1.9500 ± 0.0707 |" in text and "| uld | 1 | +0.2000 (one seed) |" in text
     report.plot({"groups": groups}, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 

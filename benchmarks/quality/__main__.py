@@ -24,21 +24,32 @@ def main() -> None:
         help="folder with dolly_{train,dev,test}.jsonl, selfinst_252.jsonl and vicuna_80.jsonl",
     )
     parser.add_argument("--folder", type=Path, default=Path("quality-benchmark"))
-    parser.add_argument("--seeds", type=int, default=5, help="training seeds of the headline")
-    parser.add_argument("--uld-seeds", type=int, help="of ULD alone, which takes twice as long")
+    parser.add_argument(
+        "--student",
+        default="small",
+        help=f"{', '.join(materials.PRETRAINING)}, or the folder of another one",
+    )
+    parser.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=methods.LEARNING_RATES,
+        help="SFT's trials; the other methods start from the best of them",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="training seeds of SFT, DSKD, DWA-KD")
+    parser.add_argument("--other-seeds", type=int, default=5, help="of the other methods")
+    parser.add_argument("--ablation-seeds", type=int, default=3, help="0: no ablations")
+    parser.add_argument("--lever-seeds", type=int, default=2, help="0: none of them")
     parser.add_argument("--few-seeds", type=int, default=2, help="of four epochs on few rows")
-    parser.add_argument("--ablation-seeds", type=int, default=3, help="and of DSKDv2 and DWA-KDv2")
-    parser.add_argument("--skip-ablations", action="store_true")
-    parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument(
         "--without", nargs="*", default=[], choices=methods.METHODS[1:], help="methods to leave out"
     )
-    parser.add_argument("--second-student", type=Path, help="folder of a second, tiny student")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     begun = start(chosen.threads, False, ["axolotl", "transformers", "rouge-score"])
-    base = materials.prepare(chosen.folder.resolve(), chosen.instructions)
+    base = materials.prepare(chosen.folder.resolve(), chosen.instructions, chosen.student)
 
     def train(runs: list[Run]) -> list[float]:
         train_all(base, runs, chosen.processes, chosen.threads)
@@ -47,52 +58,40 @@ def main() -> None:
     # The teacher reads the rows once, for all: in a run of its own, so that two do not both do it.
     first = Run("cache", {"variant": "full"}, 1e-4, recipe={"max_steps": 1})
     train_all(base, [first], 1, chosen.threads)
-    tuned = {"sft": methods.tune_sft(train, methods.LEARNING_RATES, "tune", {})}
+    tuned = {"sft": methods.tune_sft(train, chosen.learning_rates)}
     others = [method for method in methods.METHODS[1:] if method not in chosen.without]
     tuned |= methods.tune(others, tuned["sft"].learning_rate, train)
     say("best on dev: " + ", ".join(run.name for run in tuned.values()))
-    groups: dict[str, list[Run]] = {}
+    compared: dict[str, dict[str, list[Run]]] = {"methods": {}}
     for method, best in tuned.items():
-        seeds = chosen.seeds if method in methods.HEADLINE else chosen.ablation_seeds
-        if method == "uld" and chosen.uld_seeds is not None:
-            seeds = chosen.uld_seeds
-        groups[method] = methods.with_seeds(method, best, seeds)
-    # Seed by seed, the slowest method last: what is stopped early has whole comparisons.
-    order = {run.name: (name == "uld", run.seed) for name, runs in groups.items() for run in runs}
-    train(
-        sorted((run for runs in groups.values() for run in runs), key=lambda run: order[run.name])
-    )
-    if "dwakd" in tuned and not chosen.skip_ablations:
-        ablated = methods.ablations(tuned["dwakd"], chosen.ablation_seeds)
-        train([run for runs in ablated.values() for run in runs])
-        groups |= {f"ablation: {name}": runs for name, runs in ablated.items()}
-    students, compared = {"student": base.student}, {"main": groups}
+        seeds = chosen.seeds if method in methods.HEADLINE else chosen.other_seeds
+        compared["methods"][method] = methods.with_seeds(method, best, seeds)
+    if "dwakd" in tuned and chosen.ablation_seeds > 0:
+        compared["ablations"] = methods.ablations(tuned, chosen.ablation_seeds)
+    if "dwakd" in tuned and chosen.lever_seeds > 0:
+        compared["levers"] = methods.levers(tuned, chosen.lever_seeds)
     if chosen.few_seeds > 0:
         compared["few"] = methods.few_rows(base, tuned, chosen.few_seeds)
-        train([run for runs in compared["few"].values() for run in runs])
-    if chosen.second_student is not None:
-        students["second"] = chosen.second_student.resolve()
-        compared["second"] = methods.second_pair(
-            students["second"], tuned, train, chosen.ablation_seeds
-        )
-        train([run for runs in compared["second"].values() for run in runs])
+    # Seed by seed, and ULD last, which is the slowest: what is stopped early has whole comparisons.
+    for groups in compared.values():
+        together = [(name == "uld", run) for name, runs in groups.items() for run in runs]
+        train([run for _, run in sorted(together, key=lambda one: (one[0], one[1].seed))])
     results: dict[str, Any] = {
         "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev")},
-        "start": report.at_start(base, students),
+        "start": report.at_start(base),
         "trials": trials(base),
-        "compared": {name: report.evaluate(base, name, own) for name, own in compared.items()},
+        "compared": {name: report.evaluate(base, groups) for name, groups in compared.items()},
     }
-    write_report("quality", begun, results, [], chosen.out)
-    for name, found in results["compared"].items():
-        report.plot(
-            found, chosen.out / ("quality.png" if name == "main" else f"quality_{name}.png")
-        )
-        print(f"{name}\n\n{report.tables(found)}")
+    name = f"quality_{base.student.name}"
+    write_report(name, begun, results, [], chosen.out)
+    for part, found in results["compared"].items():
+        report.plot(found, chosen.out / f"{name}_{part}.png")
+        print(f"{part}\n\n{report.tables(found)}")
 
 
 def trials(base: materials.Materials) -> list[dict[str, Any]]:
     """Every run on dev, with its settings."""
-    files = sorted((base.folder / "runs").glob("*tune-*/run.json"))
+    files = sorted(base.runs.glob("tune-*/run.json"))
     kept = ("name", "dwakd", "learning_rate", "dev_bits_per_byte", "seconds")
     return [
         {key: json.loads(file.read_text(encoding="utf-8"))[key] for key in kept} for file in files

@@ -1,4 +1,4 @@
-"""What every run of the quality benchmark starts from: rows, the teacher, the pretrained student.
+"""What every run of the quality benchmark starts from: rows, the teacher, a pretrained student.
 
 The teacher is SmolLM2-135M-Instruct with its vocabulary trimmed to what the training rows use: on
 them its tokens and hidden states are the untrimmed model's, its probabilities are renormalised, and
@@ -24,7 +24,9 @@ from dwakd_plugin.files import replace_file
 Row = dict[str, Any]
 
 TRAIN_ROWS, LONGEST = 2000, 64  # tokens of the teacher: instruction, input and output
-PRETRAINING_ROWS = 5000
+# The students that are made here, of one architecture and tokenizer: how many of the other rows
+# each has read before (None: all), and how often.
+PRETRAINING: dict[str, tuple[int | None, int]] = {"small": (5000, 1), "longer": (None, 2)}
 VOCABULARY = 4096
 STUDENT = {"hidden_size": 256, "layers": 5, "heads": 4, "intermediate_size": 704, "seed": 7}
 FORMAT = "### Instruction:\n{instruction}\n{input}\n\n### Response:\n"
@@ -43,37 +45,44 @@ class Materials:
     """Folders and files that all runs share."""
 
     folder: Path
+    student: Path
 
     @property
     def teacher(self) -> Path:
         return self.folder / "teacher"
 
     @property
-    def student(self) -> Path:
-        return self.folder / "student"
+    def runs(self) -> Path:
+        """The student's trainings."""
+        return self.folder / "runs" / self.student.name
 
     def rows(self, name: str) -> Path:
         """The JSONL of `train`, `dev` or a test set."""
         return self.folder / "data" / f"{name}.jsonl"
 
 
-def prepare(folder: Path, instructions: Path) -> Materials:
-    """Makes what is missing below `folder`; what is there is complete, and is kept."""
-    materials = Materials(folder)
+def prepare(folder: Path, instructions: Path, student: str) -> Materials:
+    """Makes what is missing below `folder`; what is there is complete, and is kept.
+
+    `student` is a key of PRETRAINING, or a folder with a model of any other size and tokenizer.
+    """
+    made_here = student in PRETRAINING
+    materials = Materials(folder, folder / student if made_here else Path(student).resolve())
     if not (folder / "untrimmed").is_dir():
         embedded.prepare_teacher(folder / "untrimmed")
     if not materials.rows("train").is_file():
         _write_rows(materials, instructions)
-    pretraining = _read(materials.rows("pretraining"))
     if not materials.teacher.is_dir():
         texts = _texts(_read(materials.rows("train")))
         trim_vocabulary(folder / "untrimmed", texts, materials.teacher)
-    if not materials.student.is_dir():
-        texts = [prompt + response for prompt, response in map(rendered, pretraining)]
-        tokenizer = embedded.train_tokenizer(texts, VOCABULARY)
+    if made_here and not materials.student.is_dir():
+        texts = ["".join(rendered(row)) for row in _read(materials.rows("pretraining"))]
+        few, _ = PRETRAINING["small"]
         if not (folder / "untrained").is_dir():
+            tokenizer = embedded.train_tokenizer(texts[:few], VOCABULARY)
             embedded.create_student(folder / "untrained", tokenizer, **STUDENT)
-        pretrain(folder / "untrained", texts, materials.student)
+        count, epochs = PRETRAINING[student]
+        pretrain(folder / "untrained", texts[:count], materials.student, epochs=epochs)
     return materials
 
 
@@ -108,7 +117,7 @@ def _write_rows(materials: Materials, instructions: Path) -> None:
     chosen = set(random.Random(0).sample(candidates, TRAIN_ROWS))
     parts = {"train": [rows[index] for index in sorted(chosen)]}
     others = [row for index, row in enumerate(rows) if index not in chosen]
-    parts["pretraining"] = random.Random(0).sample(others, PRETRAINING_ROWS)
+    parts["pretraining"] = random.Random(0).sample(others, len(others))
     for name, file in _FILES.items():
         found = _read(instructions / file)
         parts[name] = found if name == "vicuna" else [row for row in found if short(row)]
@@ -183,19 +192,20 @@ def pretrain(
     texts: Sequence[str],
     dest: Path,
     *,
+    epochs: int = 1,
     length: int = 512,
     batch: int = 2,
     learning_rate: float = 1.5e-3,
 ) -> None:
-    """One reading of `texts`, shuffled, joined, and cut into pieces of `length` tokens."""
+    """Reads `texts`, shuffled anew each time, joined, and cut into pieces of `length` tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(untrained)
     model = AutoModelForCausalLM.from_pretrained(untrained, dtype=torch.float32)
-    shuffled = random.Random(1).sample(list(texts), len(texts))
     ids = [
         index
-        for text in shuffled
+        for epoch in range(1, epochs + 1)
+        for text in random.Random(epoch).sample(list(texts), len(texts))
         for index in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     ]
     steps = len(ids) // (length * batch)

@@ -1,4 +1,4 @@
-"""What is compared: methods with the settings that each may be tuned over, and ablations.
+"""What is compared: methods with the settings that each may be tuned over, ablations, and levers.
 
 Every method gets three trials on dev, and SFT, which has nothing but its learning rate, four. The
 first trial of each is its own paper's settings, or this project's defaults.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.materials import Materials
@@ -18,9 +17,8 @@ from dwakd_plugin.files import replace_file
 
 Settings = dict[str, Any]
 
-HEADLINE = ("sft", "uld", "dskd", "dwakd")
-METHODS = (*HEADLINE, "dskdv2", "dwakdv2")
-SECOND_LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of a student that is twenty times smaller
+HEADLINE = ("sft", "dskd", "dwakd")
+METHODS = (*HEADLINE, "dskdv2", "dwakdv2", "uld")
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others start from its best
 
 FEWER = 4
@@ -53,15 +51,22 @@ _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
 }
 # The paper's Table 3 between DSKD and DWA-KD, at DWA-KD's tuned settings.
 ABLATIONS = ("dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate")
+# What `teacher_space` changes of DWA-KD's paper settings, one at a time.
+LEVERS: dict[str, Settings] = {
+    "labels": {"loss": {"ce_weight": 1.0}},
+    "temperature": {"loss": {"temperature": 1.0}},
+    "ramp": {"loss": {"kd_warmup_steps": 2500}},
+    "warmed": _WARMED,
+}
 
 
 Train = Callable[[list[Run]], list[float]]
 """Trains runs and returns their bits per byte on dev."""
 
 
-def tune_sft(train: Train, rates: Sequence[float], prefix: str, recipe: Settings) -> Run:
+def tune_sft(train: Train, rates: Sequence[float]) -> Run:
     """Fine-tuning at the best of these learning rates, on dev."""
-    trials = [Run(f"{prefix}-sft-{lr:g}", {"variant": "sft"}, lr, recipe=recipe) for lr in rates]
+    trials = [Run(f"tune-sft-{lr:g}", {"variant": "sft"}, lr) for lr in rates]
     return _best(trials, train(trials))
 
 
@@ -105,30 +110,43 @@ def few_rows(base: Materials, tuned: dict[str, Run], seeds: int) -> dict[str, li
     return {
         method: with_seeds(f"few-{method}", replace(best, name="", recipe=recipe), seeds)
         for method, best in tuned.items()
-        if method in ("sft", "dskd", "dwakd")
+        if method in HEADLINE
     }
 
 
-def second_pair(
-    student: Path, tuned: dict[str, Run], train: Train, seeds: int
+def ablations(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
+    """DWA-KD's tuned settings, as another variant of the paper's Table 3 each, beside SFT."""
+    best = tuned["dwakd"]
+    rows = {
+        variant: replace(best, name="", dwakd={**best.dwakd, "variant": variant})
+        for variant in (*ABLATIONS, "full")
+    }
+    return _beside_sft("ablation", rows, tuned, seeds)
+
+
+def levers(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
+    """DWA-KD at the paper's settings, with each of its levers alone, and with all, beside SFT."""
+    rows = {
+        lever: replace(tuned["sft"], name=name, dwakd={"variant": "full"} | copy.deepcopy(settings))
+        for lever, name, settings in (
+            ("none", "tune-dwakd-paper", {}),
+            *((lever, "", own) for lever, own in LEVERS.items()),
+            ("all", "tune-dwakd-teacher_space", _TEACHER_SPACE),
+        )
+    }
+    return _beside_sft("lever", rows, tuned, seeds)
+
+
+def _beside_sft(
+    kind: str, rows: dict[str, Run], tuned: dict[str, Run], seeds: int
 ) -> dict[str, list[Run]]:
-    """Another student under the first one's settings; its learning rate alone is its own, SFT's."""
-    recipe = {"base_model": str(student), "special_tokens": {"pad_token": "<unk>"}}
-    rate = tune_sft(train, SECOND_LEARNING_RATES, "second-tune", recipe).learning_rate
-    return {
-        method: with_seeds(
-            f"second-{method}", replace(best, name="", learning_rate=rate, recipe=recipe), seeds
+    """Each row under every seed; one that is a tuned method goes by its runs, not by new ones."""
+    groups = {"sft": with_seeds("sft", tuned["sft"], seeds)}
+    for name, run in rows.items():
+        same = [m for m, best in tuned.items() if replace(best, name=run.name) == run]
+        groups[name] = (
+            with_seeds(same[0], tuned[same[0]], seeds)
+            if same
+            else with_seeds(f"{kind}-{name}", run, seeds)
         )
-        for method, best in tuned.items()
-    }
-
-
-def ablations(tuned: Run, seeds: int) -> dict[str, list[Run]]:
-    """DWA-KD's tuned settings with another variant of the paper's Table 3 each."""
-    runs = {"full": with_seeds("dwakd", tuned, seeds)}
-    for variant in ABLATIONS:
-        settings = {**tuned.dwakd, "variant": variant}
-        runs[variant] = with_seeds(
-            f"ablation-{variant}", Run("", settings, tuned.learning_rate), seeds
-        )
-    return runs
+    return groups

@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ LONGEST_ANSWER = 64  # tokens
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
 
 
-def evaluate(base: Materials, name: str, groups: dict[str, list[Run]]) -> Results:
+def evaluate(base: Materials, groups: dict[str, list[Run]]) -> Results:
     """Figures of every run on every test set, by group, and how many rows they are of."""
     names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
-    folders = [base.folder / "runs" / run for run in names]
+    folders = [base.runs / run for run in names]
     reports = {
-        place: _dwakd_evaluate(base, name, place, folders, "rouge_l,bits_per_byte")
-        for place in TEST_SETS
+        place: _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte") for place in TEST_SETS
     }
     figures = {
         place: {
@@ -65,21 +64,19 @@ def _means(values: list[list[float]]) -> list[float]:
     return [statistics.fmean(each) for each in values]
 
 
-def at_start(base: Materials, students: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Bits per byte on each test set of the students before any run, and of the whole teacher."""
-    models = students | {"teacher": base.folder / "untrimmed"}
+def at_start(base: Materials) -> dict[str, dict[str, float]]:
+    """Bits per byte on each test set of the student before any run, and of the whole teacher."""
+    models = {"student": base.student, "teacher": base.folder / "untrimmed"}
     figures = {}
     for place in TEST_SETS:
-        found = _dwakd_evaluate(base, "start", place, [*models.values()], "bits_per_byte")
+        found = _dwakd_evaluate(base, place, [*models.values()], "bits_per_byte")
         values = [one["bits_per_byte"]["value"] for one in found["models"]]
         figures[place] = dict(zip(models, values, strict=True))
     return figures
 
 
-def _dwakd_evaluate(
-    base: Materials, name: str, place: str, folders: Sequence[Path], metrics: str
-) -> Results:
-    """The report of one `dwakd evaluate`."""
+def _dwakd_evaluate(base: Materials, place: str, folders: Sequence[Path], metrics: str) -> Results:
+    """The report of one `dwakd evaluate`. Answers that its folder holds are not sampled again."""
     rows = base.folder / "evaluation" / f"{place}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     # The prompts are written out: a template has one form, with an input or without.
@@ -88,12 +85,12 @@ def _dwakd_evaluate(
         for row in read_rows(base.rows(place))
     )
     replace_file(rows, "".join(lines))
-    output = base.folder / "evaluation" / f"{name}-{place}"
+    output = base.folder / "evaluation" / base.student.name / place
     command = [sys.executable, "-m", "dwakd_cli", "evaluate", str(folders[0]), str(rows), "--json"]
     command += [part for folder in folders[1:] for part in ("--against", str(folder))]
     command += ["--prompt-template", "{instruction}", "--metrics", metrics]
     command += ["--seeds", str(SAMPLING_SEED), "--max-new-tokens", str(LONGEST_ANSWER)]
-    command += ["--batch-size", "32", "--output", str(output), "--force"]
+    command += ["--batch-size", "32", "--output", str(output)]
     say(f"evaluating {len(folders)} models on {place}")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
@@ -116,22 +113,31 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
 
 
 def tables(results: Results) -> str:
-    """Markdown: each metric on each test set, and the mean difference to SFT over the seeds."""
+    """Markdown: each metric on each test set, and beside SFT under the same seeds."""
     places = [*TEST_SETS, "mean"]
     lines = []
     for metric, title in METRICS.items():
         form = "{:.4f}" if metric == "bits_per_byte" else "{:.2f}"
-        lines += [f"{title}, mean over training seeds (± standard deviation)", ""]
-        lines.append("| | seeds | " + " | ".join(places) + " | mean − SFT (95 %) |")
-        lines.append("|---|---|" + "---|" * (len(places) + 1))
-        base = results["groups"]["sft"][metric]["mean"]
+        base = results["groups"]["sft"][metric]
+        values, apart = [], []
         for group, found in results["groups"].items():
-            cells = [_spread(found[metric][place], form) for place in places]
-            apart = "" if group == "sft" else _interval(found[metric]["mean"], base, form)
-            seeds = len(found[metric]["mean"])
-            lines.append(f"| {group} | {seeds} | " + " | ".join(cells) + f" | {apart} |")
-        lines.append("")
+            head = f"| {group} | {len(found[metric]['mean'])} | "
+            values.append(head + _cells(_spread(found[metric][place], form) for place in places))
+            if group != "sft":
+                apart.append(
+                    head + _cells(_interval(found[metric][p], base[p], form) for p in places)
+                )
+        for kind, rows in (
+            ("mean over training seeds (± standard deviation)", values),
+            ("difference to SFT (95 % interval over training seeds)", apart),
+        ):
+            lines += [f"{title}, {kind}", "", "| | seeds | " + _cells(places)]
+            lines += ["|---|---|" + "---|" * len(places), *rows, ""]
     return "\n".join(lines)
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return " | ".join(texts) + " |"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

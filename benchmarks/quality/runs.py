@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ class Run:
     dwakd: Settings  # the recipe's block, without the teacher
     learning_rate: float
     seed: int = 1
-    recipe: Settings = field(default_factory=dict)  # other keys, for the second pair
+    recipe: Settings = field(default_factory=dict)  # other keys of it
 
 
 def recipe(materials: Materials, run: Run) -> Settings:
     """The axolotl recipe of a run, with absolute paths."""
     return {
         "base_model": str(materials.student),
+        **_padding(materials.student),
         "plugins": ["dwakd_plugin.DWAKDPlugin"],
         "distillation": "dwakd",
         "dwakd": {
@@ -53,7 +55,7 @@ def recipe(materials: Materials, run: Run) -> Settings:
         },
         "datasets": [dataset(materials.rows("train"))],
         "dataset_prepared_path": str(materials.folder / "prepared"),
-        "output_dir": str(materials.folder / "runs" / run.name),
+        "output_dir": str(materials.runs / run.name),
         "sequence_len": 512,
         "pad_to_sequence_len": False,
         "gradient_accumulation_steps": 1,
@@ -74,6 +76,17 @@ def recipe(materials: Materials, run: Run) -> Settings:
         "seed": run.seed,
         **run.recipe,
     }
+
+
+@cache
+def _padding(student: Path) -> Settings:
+    """What to pad with, where the tokenizer does not say."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    if tokenizer.pad_token is not None:
+        return {}
+    return {"special_tokens": {"pad_token": tokenizer.unk_token or tokenizer.eos_token}}
 
 
 def dataset(file: Path) -> Settings:
@@ -112,7 +125,7 @@ def _train(materials: Materials, run: Run) -> Settings:
     from dwakd_cli.embedded import held_out_bits_per_byte
 
     begun = time.monotonic()
-    folder = materials.folder / "runs" / run.name
+    folder = materials.runs / run.name
     shutil.rmtree(folder, ignore_errors=True)  # a run cut short begins anew: it takes minutes
     folder.mkdir(parents=True)
     file, log = folder.parent / f"{run.name}.yml", folder.parent / f"{run.name}.log"
@@ -159,7 +172,7 @@ def read_rows(file: Path) -> list[Settings]:
 
 def result_of(materials: Materials, run: Run) -> Settings | None:
     """What a finished run left behind; None where it has not run, or ran with other settings."""
-    file = materials.folder / "runs" / run.name / DONE
+    file = materials.runs / run.name / DONE
     if not file.is_file():
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
