@@ -197,6 +197,7 @@ def test_a_model_that_mixes_packed_rows_is_refused() -> None:
         check_packing(model, "The student", "Do this.")
 
 
+@pytest.mark.slow
 def test_a_packed_run_trains_evaluates_and_resumes_exactly(
     recipe: Recipe, train: Train, tmp_path: Path
 ) -> None:
