@@ -41,6 +41,8 @@ KD_SHARE = 0.01  # a hundredth of the loss is below what its other terms stray b
 WANTED_SHARE = 0.2  # of the loss, for the weight that is proposed in either case
 # Two responses have different end tokens, and a teacher may pay a nat for one that it never saw.
 TEACHER_MARGIN = 1.05
+# So ends are allowed that nat. A teacher that has not learnt where such responses end pays several.
+END_MARGIN = 1.0
 # Soft-DTW is flat where in so many windows no mean was lower than the first by three times its
 # noise. Three, as there are many windows to look at.
 FLAT_WINDOWS = 4
@@ -90,12 +92,13 @@ class Health:
         Figures are means since the line before. Of training: those of `trainer.METRICS`, `epoch`,
         `chance` (the share of the most frequent label), `attention_spread` and `attention_limit`
         (nats per token), `kd_share` and `dtw_share` (see `shares`). Of evaluation:
-        `eval_teacher_ce` and `eval_paired_ce`. One that is missing is not judged.
+        `eval_teacher_ce`, `eval_paired_ce`, `eval_teacher_end_ce` and `eval_end_ce`. One that is
+        missing is not judged.
         """
         self.step = step
         if any(name.startswith("eval_") for name in figures):
             own = {name.removeprefix("eval_"): value for name, value in figures.items()}
-            judged = {"teacher_worse": _teacher_worse(own)} if step >= WINDOW_STEPS else {}
+            judged = _teacher(own) if step >= WINDOW_STEPS else {}
         else:
             self._lines.append((step, figures))
             judged = self._judge_window()
@@ -147,7 +150,7 @@ class Health:
             "kd_negligible": self._kd_negligible(mean),
         }
         if window[-1].get("epoch", 0.0) <= 1:  # after that the student knows the rows by heart
-            judged["teacher_worse"] = _teacher_worse(mean)
+            judged |= _teacher(mean)
         if start >= self.settled_after:
             judged["t2s_at_chance"] = self._t2s_at_chance(mean)
             judged["gate_low"] = self._gate_low(mean)
@@ -277,6 +280,26 @@ class Health:
         rate = self.config.projectors.learning_rate
         higher = max(DEFAULT_RATE, 3 * rate)
         return f"raise dwakd.projectors.learning_rate (now {rate:g}) to {higher:.1g}"
+
+
+def _teacher(mean: Figures) -> dict[str, str | None]:
+    """What is judged in training and evaluation alike."""
+    return {"teacher_worse": _teacher_worse(mean), "teacher_misses_ends": _misses_ends(mean)}
+
+
+def _misses_ends(mean: Figures) -> str | None:
+    if not {"teacher_end_ce", "end_ce"} <= mean.keys():
+        return None
+    teacher, student = mean["teacher_end_ce"], mean["end_ce"]
+    if teacher <= student + END_MARGIN:
+        return None
+    return (
+        "The teacher does not know where these responses end: the last token of one costs it "
+        f"{teacher:.2f} nats, and the student {student:.2f}. It teaches the student to go on, and "
+        "other habits of its own. Fine-tune the teacher on the data first "
+        "(dwakd.teacher.adapter takes its LoRA), and look whether both sides end a response alike: "
+        "dwakd.teacher.chat_template, and `dwakd check` for the end tokens."
+    )
 
 
 def _teacher_worse(mean: Figures) -> str | None:

@@ -67,8 +67,11 @@ METRICS = (
     ("band_share", "band_cells_inside", "band_cells"),
 )
 # What `health` asks for beyond them.
-UNLOGGED = tuple(
-    (name, name, "distilled_tokens") for name in ("attention_spread", "attention_limit")
+UNLOGGED = (
+    ("attention_spread", "attention_spread", "distilled_tokens"),
+    ("attention_limit", "attention_limit", "distilled_tokens"),
+    ("teacher_end_ce", "teacher_end_ce", "end_tokens"),
+    ("end_ce", "end_ce", "end_tokens"),
 )
 LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
 
@@ -524,7 +527,7 @@ def _absent_figures(config: DWAKDConfig) -> set[str]:
     absent = {"paired_share"} if attends else attention
     if not config.loss.needs_teacher or config.loss.matching == "order":
         absent |= set(LOSS_TERMS) - {"ce", "uld"}
-        absent |= {"t2s_accuracy", "gate", "teacher_ce", "paired_ce"}
+        absent |= {"t2s_accuracy", "gate", "teacher_ce", "paired_ce", "teacher_end_ce", "end_ce"}
     if not config.loss.needs_teacher:
         absent |= {"paired_share"}
     if config.loss.matching != "order":

@@ -45,6 +45,8 @@ WELL = {
     "chance": 0.06,
     "teacher_ce": 2.9,
     "paired_ce": 4.86,
+    "teacher_end_ce": 1.9,
+    "end_ce": 1.4,
     "attention_entropy": 0.36,
     "attention_spread": 2.9,
     "attention_limit": 3.4,
@@ -59,6 +61,7 @@ DEFECTS: dict[str, dict[str, float]] = {
     "attention_uniform": {"attention_entropy": 3.39, "attention_spread": 3.4},
     "attention_collapsed": {"attention_entropy": 0.01, "attention_spread": 0.02},
     "teacher_worse": {"teacher_ce": 5.3},
+    "teacher_misses_ends": {"teacher_end_ce": 6.48},
     "dtw_dominates": {"dtw_share": 0.93},
     "kd_negligible": {"kd_share": 0.002},
 }
@@ -116,6 +119,7 @@ def test_each_defect_has_its_warning_once_until_it_was_well(name: str) -> None:
         ("attention_uniform", "3.39 nats of at most 3.40", "`dwakd align`"),
         ("attention_collapsed", "0.01 nats", "learning_rate (now 0.001) to 0.0003"),
         ("teacher_worse", "5.30 nats per student token", "dwakd.teacher.adapter"),
+        ("teacher_misses_ends", "6.48 nats, and the student 1.40", "dwakd.teacher.adapter"),
         # 93 % of the loss at 0.2: at 0.004 it were 20 %.
         ("dtw_dominates", "93% of the loss", "dtw_weight (now 0.2) to 0.004"),
         ("kd_negligible", "0.20% of the loss", "kd_weight (now 0.5) to 6e+01"),
@@ -133,6 +137,13 @@ def test_a_window_has_lines_enough_however_far_apart() -> None:
     bad = WELL | DEFECTS["dtw_dominates"]
     assert observe(found, lines, bad) == []
     assert len(observe(found, range(lines.stop, lines.stop + 1), bad)) == 1
+
+
+def test_ends_are_judged_in_evaluation_too() -> None:
+    found = healthy()
+    (said,) = found.observe(300, {"eval_teacher_end_ce": 6.4, "eval_end_ce": 2.0})
+    assert "6.40 nats" in said and names(found) == ["teacher_misses_ends"]
+    assert healthy().observe(300, {"eval_teacher_end_ce": 2.9, "eval_end_ce": 2.0}) == []
 
 
 def test_one_bad_line_in_a_window_is_not_judged_by_itself() -> None:
@@ -310,6 +321,7 @@ def test_a_run_too_short_to_judge_says_nothing_and_forgets_what_lay_there(
         nats += mean * sum(label != -100 for label in own[1:])
     assert log[0]["teacher_ce"] == pytest.approx(nats / labels.total(), rel=1e-4)
     assert seen["attention_entropy"] <= seen["attention_spread"] <= seen["attention_limit"]
+    assert seen["teacher_end_ce"] > 0 and seen["end_ce"] > 0
 
 
 def test_the_command_tells_what_stood_when_a_run_was_stopped(

@@ -1039,7 +1039,7 @@ def test_figures_count_what_they_say() -> None:
 def test_what_tells_a_teacher_and_an_attention_of_use_from_one_of_none() -> None:
     case = make_case([(3, 4), (2, 0), (0, 5), (4, 2)])
     terms = evaluate(case, LossConfig(chunk_size=3), pad=(1, 2), fill=math.nan)
-    teacher_ce = paired_ce = spread = limit = 0.0
+    teacher_ce = paired_ce = teacher_end_ce = end_ce = spread = limit = 0.0
     for i in (0, 3):  # those with both sides
         student, teacher = case.student[i], case.teacher[i]
         for sample, head in ((student, case.student_head), (teacher, case.teacher_head)):
@@ -1048,6 +1048,8 @@ def test_what_tells_a_teacher_and_an_attention_of_use_from_one_of_none() -> None
             nats = -sum(map(math.log, chosen))
             teacher_ce += nats if sample is teacher else 0
             paired_ce += nats if sample is student else 0
+            teacher_end_ce -= math.log(chosen[-1]) if sample is teacher else 0
+            end_ce -= math.log(chosen[-1]) if sample is student else 0
         read = torch.cat([student.input_embeds, student.target_embeds], -1)
         key = torch.cat([teacher.input_embeds, teacher.target_embeds], -1)
         scores = case.projectors.query(read).detach() @ (key / key.std()).T / key.shape[1] ** 0.5
@@ -1056,6 +1058,8 @@ def test_what_tells_a_teacher_and_an_attention_of_use_from_one_of_none() -> None
         limit += len(student.hidden) * math.log(len(teacher.hidden))
     assert terms.teacher_ce.item() == pytest.approx(teacher_ce, rel=1e-9)
     assert terms.paired_ce.item() == pytest.approx(paired_ce, rel=1e-9)
+    assert terms.teacher_end_ce.item() == pytest.approx(teacher_end_ce, rel=1e-9)
+    assert terms.end_ce.item() == pytest.approx(end_ce, rel=1e-9) and terms.end_tokens == 2
     assert terms.attention_spread.item() == pytest.approx(spread, rel=1e-9)
     assert terms.attention_limit.item() == pytest.approx(limit, rel=1e-9)
     assert terms.attention_entropy <= terms.attention_spread <= terms.attention_limit

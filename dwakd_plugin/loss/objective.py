@@ -74,6 +74,9 @@ class LossTerms:
     teacher_ce          Σ −log p_t(teacher's label) where the teacher-space term compares, in nats;
                         0 without it, and without the teacher's labels
     paired_ce           the same text's Σ −log p_s(y): of the paired tokens
+    teacher_end_ce      of `teacher_ce` and `paired_ce`, what the last position of each sample adds,
+    end_ce              which as a rule says where a response ends
+    end_tokens          the samples of these two
     attention_entropy   Σ H(A_i), in nats; of attention to one and the same position each
     attention_spread    Σ H(mean A) of the token's sample, which says how much of the row is looked
                         at by any, and
@@ -97,6 +100,9 @@ class LossTerms:
     gate: Tensor
     teacher_ce: Tensor
     paired_ce: Tensor
+    teacher_end_ce: Tensor
+    end_ce: Tensor
+    end_tokens: Tensor
     attention_entropy: Tensor
     attention_spread: Tensor
     attention_limit: Tensor
@@ -249,9 +255,10 @@ def dwakd_loss(
     if distill and in_order:
         sums |= in_order_sums(student, teacher, student_lengths, teacher_lengths, loss)
     elif distill:
-        sums |= student_space_sums(student, matched, student_lengths, loss)
+        student_ends, teacher_ends = matched.at_end(student_lengths, teacher_lengths)
+        sums |= student_space_sums(student, matched, student_lengths, student_ends, loss)
         if teacher_space:
-            sums |= teacher_space_sums(teacher, matched, teacher_lengths, loss)
+            sums |= teacher_space_sums(teacher, matched, teacher_lengths, teacher_ends, loss)
     elif loss.ce_weight > 0:
         sums["ce"] = cross_entropy(student, loss)
     # After the heads, and so before them in backward: what it keeps is not there while they work.
@@ -296,6 +303,9 @@ def dwakd_loss(
         gate=figure("gate"),
         teacher_ce=figure("teacher_ce"),
         paired_ce=figure("paired_ce"),
+        teacher_end_ce=figure("teacher_end_ce"),
+        end_ce=figure("end_ce"),
+        end_tokens=figure("end_tokens"),
         attention_entropy=figure("attention_entropy"),
         attention_spread=figure("attention_spread"),
         attention_limit=figure("attention_limit"),

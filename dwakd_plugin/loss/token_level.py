@@ -49,6 +49,18 @@ class Matched:
     teacher_index: Tensor  # places to compare in the flattened (B · T), and maybe more
     agreeing_only: bool = False  # D where the projected teacher's argmax is the target
 
+    def at_end(self, student_lengths: Tensor, teacher_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The last position of each sample on both sides, as (B, S) and (B, T) bool: none where
+        one of the two is not compared."""
+        sides = (self.student_compared, student_lengths), (self.teacher_compared, teacher_lengths)
+        last = [
+            compared
+            & (torch.arange(1, compared.shape[1] + 1, device=lengths.device) == lengths[:, None])
+            for compared, lengths in sides
+        ]
+        both = last[0].any(1) & last[1].any(1)
+        return last[0] & both[:, None], last[1] & both[:, None]
+
 
 def cross_entropy(student: ResponseStates, loss: LossConfig) -> Tensor:
     """Σ −log p_s(y), without a teacher."""
@@ -109,9 +121,12 @@ def in_order_sums(
 
 
 def student_space_sums(
-    student: ResponseStates, matched: Matched, lengths: Tensor, loss: LossConfig
+    student: ResponseStates, matched: Matched, lengths: Tensor, at_end: Tensor, loss: LossConfig
 ) -> dict[str, Tensor]:
-    """Sums in the student's space: CE of every position, the rest of compared ones (Eq. 11-16)."""
+    """Sums in the student's space: CE of every position, the rest of compared ones (Eq. 11-16).
+
+    `at_end` (B, S) bool are the ends that are reported.
+    """
     index = response_index(student)
     head, compared = student.head, matched.student_compared
 
@@ -142,6 +157,8 @@ def student_space_sums(
         "t2s_correct": (tokens.t2s_correct & compared).sum(),
         "gate": tokens.gate.where(compared, 0.0).sum(),
         "paired_ce": tokens.ce.detach().where(compared, 0.0).sum(),
+        "end_ce": tokens.ce.detach().where(at_end, 0.0).sum(),
+        "end_tokens": at_end.sum(),
     }
     if loss.ce_weight > 0:
         sums["ce"] = tokens.ce.sum()
@@ -149,9 +166,12 @@ def student_space_sums(
 
 
 def teacher_space_sums(
-    teacher: ResponseStates, matched: Matched, lengths: Tensor, loss: LossConfig
+    teacher: ResponseStates, matched: Matched, lengths: Tensor, at_end: Tensor, loss: LossConfig
 ) -> dict[str, Tensor]:
-    """Σ w_t KL(p_t ‖ p_s2t) of compared positions (Eq. 14, 15), and the teacher's own CE there."""
+    """Σ w_t KL(p_t ‖ p_s2t) of compared positions (Eq. 14, 15), and the teacher's own CE there.
+
+    `at_end` (B, T) bool are the ends that are reported.
+    """
     index, compared = matched.teacher_index, matched.teacher_compared
     head = teacher.head.detached()
     labels = torch.zeros_like(compared, dtype=torch.long)  # any, where there are none
@@ -173,6 +193,7 @@ def teacher_space_sums(
     sums = {"teacher_kd": (weights * tokens.divergence.where(compared, 0.0)).sum()}
     if teacher.labels is not None:
         sums["teacher_ce"] = tokens.ce.where(compared, 0.0).sum()
+        sums["teacher_end_ce"] = tokens.ce.where(at_end, 0.0).sum()
     return sums
 
 
