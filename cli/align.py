@@ -48,8 +48,9 @@ def run(
     assert config is not None  # with_distillation turned it on
     if not config.loss.trained_projectors:
         raise UserError(
-            f"The loss of this recipe (variant `{config.variant}`) aligns no tokens, so there is "
-            "nothing to draw. Use a variant that attends (full, dskd) or pairs tokens (dskdv2)."
+            f"The loss of this recipe (variant `{config.variant}`) has neither attention nor "
+            "projectors, so there is nothing to draw. Use a variant that attends (full, dskd) or "
+            "projects paired tokens (dskdv2)."
         )
     try:
         output.mkdir(parents=True, exist_ok=True)  # before models are loaded for nothing

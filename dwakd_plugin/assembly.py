@@ -22,10 +22,10 @@ from dwakd_plugin.causal_lm import (
     output_head,
     parameter_count,
 )
-from dwakd_plugin.config import DWAKDConfig
+from dwakd_plugin.config import DWAKDConfig, Matching
 from dwakd_plugin.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.exact_alignment import TokenAligner, token_map
+from dwakd_plugin.exact_alignment import TokenAligner, first_tokens, token_map
 from dwakd_plugin.files import explaining_writes, json_checksum, replace_file
 from dwakd_plugin.packing import check_packing
 from dwakd_plugin.pair_findings import ENOUGH_SHARED_TOKENS
@@ -97,10 +97,10 @@ def assemble(
         "initialisation": "none",
         "processes": describe_processes(trainer),
     }
+    if teacher is not None and config.loss.matching in ("exact", "mapped"):
+        _pair_tokens(trainer, teacher, teacher_tokenizer, shared, config.loss.matching)
     if teacher is None or not config.loss.trained_projectors:
         return _signed(cfg, trainer, Distillation(config, teacher, None, rows, {})), facts
-    if config.loss.matching == "exact":
-        _match_exactly(trainer, teacher, teacher_tokenizer, shared)
     pair, how, follower = {}, "", None
     with whole(tables(student)):
         seed = int(cfg.seed or 42)
@@ -161,19 +161,24 @@ def _signed(cfg: Any, trainer: Any, distillation: Distillation) -> Distillation:
     return distillation
 
 
-def _match_exactly(
-    trainer: Any, teacher: Teacher, teacher_tokenizer: Any, shared: list[tuple[int, int]]
+def _pair_tokens(
+    trainer: Any,
+    teacher: Teacher,
+    teacher_tokenizer: Any,
+    shared: list[tuple[int, int]],
+    matching: Matching,
 ) -> None:
-    """Has batches pair tokens of the same bytes. Raises UserError where no vocabulary allows it."""
+    """Has batches pair tokens by their bytes. Raises UserError where no vocabulary allows it."""
     if not shared:
         raise UserError(
-            "dwakd.loss.matching is exact, and the two vocabularies share no token, so that no "
-            "prediction of the teacher has a counterpart. Use a variant that attends."
+            f"dwakd.loss.matching is {matching}, and the two vocabularies share no token, so that "
+            "no prediction of the teacher has a counterpart. Use a variant that attends."
         )
-    head = teacher.head.weight
-    ids = token_map(teacher_tokenizer, trainer.processing_class, head.shape[0])
+    head, exact = teacher.head.weight, matching == "exact"
+    counterparts = token_map if exact else first_tokens
+    ids = counterparts(teacher_tokenizer, trainer.processing_class, head.shape[0])
     teacher.token_map = torch.tensor(ids, device=head.device)
-    aligner = TokenAligner(trainer.processing_class, teacher_tokenizer)
+    aligner = TokenAligner(trainer.processing_class, teacher_tokenizer, whole=exact)
     for collator in _collators(trainer):
         collator.aligner = aligner
 

@@ -28,7 +28,7 @@ from dwakd_plugin.errors import UserError
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
 ]
-Matching = Literal["attention", "exact", "order"]
+Matching = Literal["attention", "exact", "mapped", "order"]
 Variant = Literal[
     "full",
     "dskd",
@@ -40,6 +40,7 @@ Variant = Literal[
     "uld",
     "dskdv2",
     "dwakdv2",
+    "mapped",
 ]
 
 # The rows of the paper's Table 3 (method, section 7), and the baselines of docs/baselines.md, as
@@ -73,6 +74,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "dwakdv2": {"loss": {"matching": "exact"}},
+    "mapped": {
+        "loss": {
+            "matching": "mapped",
+            "ce_weight": 0.1,
+            "kd_weight": 0.9,
+            "dtw_weight": 0.0,
+            "temperature": 1.0,
+            "student_weighting": "none",
+            "teacher_weighting": "none",
+        }
+    },
 }
 
 
@@ -197,8 +209,9 @@ class LossConfig(_Block):
     matching: Matching = Field(
         "attention",
         description="What of the teacher a token learns from. attention: all positions, by "
-        "cross-model attention; exact: the position of the same bytes (DSKDv2); order: the "
-        "position of the same number, by sorted probabilities (ULD).",
+        "cross-model attention; exact: the position of the same bytes (DSKDv2); mapped: the "
+        "position that has read the same bytes, its probabilities summed by the student's tokens; "
+        "order: the position of the same number, by sorted probabilities (ULD).",
     )
     temperature: float = Field(
         2.0,
@@ -234,11 +247,11 @@ class LossConfig(_Block):
         return value
 
     @model_validator(mode="after")
-    def _no_projectors_in_order(self) -> LossConfig:
-        if self.matching == "order" and self.dtw_weight > 0:
+    def _no_projectors_without_need(self) -> LossConfig:
+        if self.matching in ("order", "mapped") and self.dtw_weight > 0:
             raise ValueError(
-                f"matching `order` has no projectors, which soft-DTW needs, and dtw_weight is "
-                f"{self.dtw_weight:g}; set it to 0"
+                f"matching `{self.matching}` has no projectors, which soft-DTW needs, and "
+                f"dtw_weight is {self.dtw_weight:g}; set it to 0"
             )
         return self
 
@@ -250,7 +263,7 @@ class LossConfig(_Block):
     @property
     def trained_projectors(self) -> frozenset[str]:
         """The projectors that a term trains; where there are none, none are made."""
-        if not self.needs_teacher or self.matching == "order":
+        if not self.needs_teacher or self.matching in ("order", "mapped"):
             return frozenset()
         if self.matching == "attention":
             return frozenset({"query", "t2s", "s2t", "embed_t2s"})

@@ -1,9 +1,10 @@
-"""Which tokens of the two sides are the same bytes of the response (DSKDv2, arXiv 2504.11426).
+"""Which tokens of the two sides stand at the same bytes of the response.
 
 Two tokens are a pair when they begin and end at the same byte of the same text: all bytes before
-them, and their own, are equal. Strings of the vocabularies are never compared: a walk along strings
-loses its place where one side writes a byte as `<0x0A>` and the other as `Ċ`, and never finds it
-again.
+them, and their own, are equal (DSKDv2, arXiv 2504.11426). Where the teacher's probabilities are
+mapped to the student's tokens it is enough that the teacher's token begins with the student's.
+Strings of the vocabularies are never compared: a walk along strings loses its place where one side
+writes a byte as `<0x0A>` and the other as `Ċ`, and never finds it again.
 
 This works on token ids, when a batch is laid out, and adds nothing to the prepared rows: every
 variant trains on the very same ones, and on the same teacher cache.
@@ -12,18 +13,29 @@ variant trains on the very same ones, and on the same teacher cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any
 
-from dwakd_plugin.tokenizer_pair import ByteCutter, shared_vocabulary
+from dwakd_plugin.tokenizer_pair import ByteCutter, Cut, shared_vocabulary
 
 Pairs = list[tuple[int, int]]
 
+# What a text may follow without being joined with it: words and spaced words, white space, marks.
+_BEFORE = ("\n", "a", ".")
+
 
 class TokenAligner:
-    """Pairs the response tokens of two tokenizers. Raises UserError for kinds without bytes."""
+    """Pairs the response tokens of two tokenizers. Raises UserError for kinds without bytes.
 
-    def __init__(self, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    whole: only tokens of the same bytes; otherwise also a student's with a longer one of the
+    teacher's that begins with it.
+    """
+
+    def __init__(
+        self, student_tokenizer: Any, teacher_tokenizer: Any, *, whole: bool = True
+    ) -> None:
+        self._whole = whole
         self._student = _Spelling(student_tokenizer, "student")
         self._teacher = _Spelling(teacher_tokenizer, "teacher")
 
@@ -34,7 +46,7 @@ class TokenAligner:
         teacher_ids: Sequence[int],
         teacher_labels: Sequence[int],
     ) -> Pairs:
-        """(student, teacher) response positions of one row that predict the same bytes, in order.
+        """(student, teacher) response positions of one row whose predicted tokens pair, in order.
 
         Positions count those whose shifted label is not −100, from 0. A *turn* is a run of them
         without a gap; the k-th turns of both sides are compared, and each from its own beginning.
@@ -60,7 +72,7 @@ class TokenAligner:
             self._student.segments(student_turn), self._teacher.segments(teacher_turn), strict=False
         )
         for (student_pieces, student_ended), (teacher_pieces, teacher_ended) in segments:
-            found, same = _pairs_of_a_text(student_pieces, teacher_pieces)
+            found, same = _pairs_of_a_text(student_pieces, teacher_pieces, self._whole)
             pairs += [(student_at + i, teacher_at + j) for i, j in found]
             student_at += len(student_pieces)
             teacher_at += len(teacher_pieces)
@@ -108,8 +120,9 @@ def _turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, list[in
     return turns
 
 
-def _pairs_of_a_text(student: list[bytes], teacher: list[bytes]) -> tuple[Pairs, bool]:
-    """Pairs of pieces with the same place in the text, and whether the whole text is the same.
+def _pairs_of_a_text(student: list[bytes], teacher: list[bytes], whole: bool) -> tuple[Pairs, bool]:
+    """Pairs of pieces with the same place in the text (unless `whole`, with the same first byte and
+    the teacher's no shorter), and whether the whole text is the same.
 
     SentencePiece may have put a space before the text, which is not the text's: it is not counted
     where both sides have more in common without it. The token that holds it has no counterpart
@@ -124,12 +137,16 @@ def _pairs_of_a_text(student: list[bytes], teacher: list[bytes]) -> tuple[Pairs,
         ((_in_common(student_text[s:], teacher_text[t:]), (s, t)) for s, t in without),
         key=lambda found: found[0],
     )
-    places = {span: j for j, span in enumerate(_spans(teacher, teacher_extra))}
-    pairs = [
-        (i, places[begin, end])
-        for i, (begin, end) in enumerate(_spans(student, student_extra))
-        if begin < end <= common and (begin, end) in places
-    ]
+    places = {
+        begin: (j, end)
+        for j, (begin, end) in enumerate(_spans(teacher, teacher_extra))
+        if begin < end
+    }
+    pairs = []
+    for i, (begin, end) in enumerate(_spans(student, student_extra)):
+        j, other_end = places.get(begin, (0, -1))
+        if begin < end <= common and (end == other_end or (not whole and end < other_end)):
+            pairs.append((i, j))
     return pairs, same
 
 
@@ -160,4 +177,33 @@ def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list
             found[teacher_id] = added[token]
     if teacher_tokenizer.eos_token_id is not None and student_tokenizer.eos_token_id is not None:
         found[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
+    return found
+
+
+def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
+    """For each row of the teacher's head the student's token that its bytes begin with, −1 where
+    none is known.
+
+    That is the first token of the student's own cut of these bytes: where the teacher predicts
+    ` photosynthesis`, the student is to predict ` photo`. A token that is not cut off by itself is
+    cut after something that no tokenizer joins it with. Where the bytes are no text (a part of a
+    character), only a token of the same bytes counts.
+    """
+    found = token_map(teacher_tokenizer, student_tokenizer, rows)
+    cutter = ByteCutter(student_tokenizer, "student")
+    special = {
+        index for index, token in teacher_tokenizer.added_tokens_decoder.items() if token.special
+    }
+    missing: dict[int, str] = {}
+    for index, piece in ByteCutter(teacher_tokenizer, "teacher").pieces.items():
+        if index < rows and found[index] < 0 and index not in special:
+            with suppress(UnicodeDecodeError):
+                missing[index] = piece.decode()
+    for before in _BEFORE:
+        texts = [before + text for text in missing.values()]
+        cuts = zip(list(missing), cutter.cut(texts), strict=True)
+        for index, cut in cuts:
+            if isinstance(cut, Cut) and len(before) in cut.ends[:-1]:
+                found[index] = cut.ids[cut.ends.index(len(before)) + 1]
+                del missing[index]
     return found

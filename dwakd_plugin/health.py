@@ -151,7 +151,7 @@ class Health:
         }
         if window[-1].get("epoch", 0.0) <= 1:  # after that the student knows the rows by heart
             judged |= _teacher(mean)
-        if start >= self.settled_after:
+        if start >= self.settled_after and self.config.loss.trained_projectors:
             judged["t2s_at_chance"] = self._t2s_at_chance(mean)
             judged["gate_low"] = self._gate_low(mean)
             judged |= self._attention(mean)
@@ -215,7 +215,7 @@ class Health:
 
     def _few_pairs(self, mean: Figures) -> str | None:
         share = mean.get("paired_share", 1.0)
-        if self.config.loss.matching != "exact" or share >= FEWEST_PAIRED:
+        if self.config.loss.matching not in ("exact", "mapped") or share >= FEWEST_PAIRED:
             return None
         return (
             f"Only {share:.0%} of the student's tokens have a teacher's token of the same bytes to "

@@ -60,7 +60,10 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
 def _distillation(loss: LossConfig) -> str:
     if loss.matching == "order":
         return "ULD (sorted probabilities"
-    pairs = "tokens of the same bytes, " if loss.matching == "exact" else ""
+    pairs = {
+        "exact": "tokens of the same bytes, ",
+        "mapped": "the teacher's probabilities by the student's tokens, ",
+    }.get(loss.matching, "")
     return f"KD ({pairs}{loss.divergence}"
 
 

@@ -67,11 +67,13 @@ METRICS = (
     ("band_share", "band_cells_inside", "band_cells"),
 )
 # What `health` asks for beyond them.
-UNLOGGED = (
-    ("attention_spread", "attention_spread", "distilled_tokens"),
-    ("attention_limit", "attention_limit", "distilled_tokens"),
-    ("teacher_end_ce", "teacher_end_ce", "end_tokens"),
-    ("end_ce", "end_ce", "end_tokens"),
+UNLOGGED = tuple(
+    (name, name, count)
+    for count, names in (
+        ("distilled_tokens", ("attention_spread", "attention_limit")),
+        ("end_tokens", ("teacher_end_ce", "end_ce")),
+    )
+    for name in names
 )
 LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
 
@@ -402,7 +404,8 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             for name, _, _ in METRICS
             if name in figures
             and (name not in LOSS_TERMS or name in active or prefix)
-            and (name != "paired_ce" or config.loss.matching == "exact")  # else it is `ce`
+            # Else it is `ce`.
+            and (name != "paired_ce" or config.loss.matching in ("exact", "mapped"))
         }
         if config.loss.dtw_weight > 0 and not prefix:
             metrics["gamma"] = round(self._last_gamma, 5)
@@ -507,14 +510,22 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             load_projectors(self.distillation.projectors, file, self.distillation.pair)
 
 
+# The terms of `kd_weight`, by `loss.matching`.
+_DISTILLING = {
+    "attention": {"t2s_ce", "student_kd", "teacher_kd"},
+    "exact": {"t2s_ce", "student_kd", "teacher_kd"},
+    "mapped": {"student_kd"},
+    "order": {"uld"},
+}
+
+
 def _active_terms(config: DWAKDConfig) -> set[str]:
     """The terms that the settings ask for; the others are 0 and not worth a line."""
     active = set()
     if config.loss.ce_weight > 0:
         active.add("ce")
     if config.loss.kd_weight > 0:
-        in_order = config.loss.matching == "order"
-        active |= {"uld"} if in_order else {"t2s_ce", "student_kd", "teacher_kd"}
+        active |= _DISTILLING[config.loss.matching]
     if config.loss.dtw_weight > 0:
         active |= {"hidden_dtw", "embed_dtw"}
     return active
@@ -525,8 +536,10 @@ def _absent_figures(config: DWAKDConfig) -> set[str]:
     attends = config.loss.needs_teacher and config.loss.matching == "attention"
     attention = {"attention_entropy", "attention_spread", "attention_limit"}
     absent = {"paired_share"} if attends else attention
+    if not config.loss.trained_projectors:
+        kept = _DISTILLING[config.loss.matching] if config.loss.needs_teacher else set()
+        absent |= set(LOSS_TERMS) - {"ce"} - kept
     if not config.loss.needs_teacher or config.loss.matching == "order":
-        absent |= set(LOSS_TERMS) - {"ce", "uld"}
         absent |= {"t2s_accuracy", "gate", "teacher_ce", "paired_ce", "teacher_end_ce", "end_ce"}
     if not config.loss.needs_teacher:
         absent |= {"paired_share"}

@@ -244,6 +244,58 @@ def sorted_distance(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return distance + student[:, common:].sum(-1) + teacher[:, common:].sum(-1)
 
 
+def mapped_statistics(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_map: Tensor,
+    labels: Tensor,
+    divergence: Divergence,
+    temperature: float,
+) -> StudentStatistics:
+    """`student_statistics` with the teacher's own probabilities, by `token_map`, for p_t2s.
+
+    The teacher is a constant: `t2s_ce`, its −log p(y), takes no gradient.
+
+    Shapes: student_logits (C, Vs), teacher_logits (C, Vt), token_map (Vt,) with −1 for a token that
+    the student has no word for, labels (C,).
+    """
+    own = student_logits.log_softmax(-1)
+    with torch.no_grad():
+        theirs = _mapped_log_probs(teacher_logits, token_map, own, 1.0)
+        best = theirs.max(-1)
+        target = (
+            theirs
+            if temperature == 1
+            else _mapped_log_probs(teacher_logits, token_map, own, temperature)
+        )
+        student_entropy = entropy(own)
+    softened = own if temperature == 1 else _log_softmax(student_logits, temperature)
+    return StudentStatistics(
+        _nll(own, labels),
+        _nll(theirs, labels),
+        DIVERGENCES[divergence](target, softened),
+        student_entropy,
+        best.values.exp(),
+        best.indices == labels,
+    )
+
+
+def _mapped_log_probs(
+    teacher_logits: Tensor, token_map: Tensor, like: Tensor, temperature: float
+) -> Tensor:
+    """log Σ_{v: token_map(v) = s} p_t(v), over what has a student's token: (C, Vs).
+
+    A token that no teacher's token is mapped to has the smallest probability that there is.
+    """
+    known = token_map >= 0
+    probabilities = _softmax(teacher_logits.to(like.dtype), temperature)[:, known]
+    # Rows are tokens here, so that each of the teacher's is one addition of a whole row.
+    summed = like.new_zeros(like.shape[1], like.shape[0])
+    summed = summed.index_add_(0, token_map[known], probabilities.T).T
+    smallest = torch.finfo(like.dtype).tiny
+    return (summed / summed.sum(-1, keepdim=True).clamp_min(smallest)).clamp_min(smallest).log()
+
+
 @torch.no_grad()
 def most_likely(hidden: Tensor, logits: Callable[[Tensor], Tensor], chunk_size: int) -> Tensor:
     """The token that each hidden state (N, D) predicts, a chunk of logits at a time: (N,) long."""

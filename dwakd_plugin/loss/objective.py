@@ -39,6 +39,7 @@ from dwakd_plugin.loss.token_level import (
     chunk_of,
     cross_entropy,
     in_order_sums,
+    mapped_sums,
     student_space_sums,
     teacher_space_sums,
 )
@@ -177,15 +178,18 @@ def dwakd_loss(
     - D8  `gamma` is the schedule's current value; default: `soft_dtw.gamma_start`.
     - D9  Vs and Vt are the heads' rows.
 
-    `loss.matching` replaces the attention. In both of these forms a term is its mean over the
-    tokens that are compared, times the sample's length on its side, so that a sample's share is the
-    same in all::
+    `loss.matching` replaces the attention. In the first two of these forms a term is its mean over
+    the tokens that are compared, times the sample's length on its side, so that a sample's share is
+    the same in all::
 
         exact    pairs (i, j) of positions that predict the same bytes (DSKDv2, arXiv 2504.11426)
                  h_t2s,i = t2s(g_j), h_s2t,j = s2t(h_i); CE_t2s against the teacher's argmax, and
                  D only where p_t2s has the same argmax; the band's centres lie on the pairs
         order    pairs (i, i), and nothing but Σ_r |p_s(r) − p_t(r)| of sorted probabilities
                  (ULD, arXiv 2402.12030)
+        mapped   pairs (i, j) of positions that have read the same bytes, and nothing but
+                 D(p_map,i ‖ p_s,i), p_map the teacher's probabilities summed by the student's
+                 tokens that they begin with; −log p_s(y) where there is no pair (`mapped_sums`)
 
     `teacher` may be None where `loss.needs_teacher` is not, and `projectors` where
     `loss.trained_projectors` is empty.
@@ -221,12 +225,13 @@ def dwakd_loss(
         teacher, projectors = _no_teacher(student), None
     if min(*student.hidden.shape[:2], teacher.hidden.shape[1]) == 0:
         distill = warp = False
-    exact, in_order = loss.matching == "exact", loss.matching == "order"
+    exact = loss.matching == "exact"
+    projected = loss.matching in ("attention", "exact")
     student_lengths, teacher_lengths = _paired_lengths(student, teacher)
     dtype = _dtype(student, teacher)
 
     sums: dict[str, Tensor] = {}
-    if (distill or warp) and not in_order:
+    if (distill or warp) and projected:
         assert projectors is not None
         student_side, teacher_side = _sides(student, teacher)
         predicted = _predicted(student, teacher, loss) if exact and distill else None
@@ -252,8 +257,10 @@ def dwakd_loss(
                     teacher_side.valid,
                     response_index(teacher),
                 )
-    if distill and in_order:
+    if distill and loss.matching == "order":
         sums |= in_order_sums(student, teacher, student_lengths, teacher_lengths, loss)
+    elif distill and loss.matching == "mapped":
+        sums |= mapped_sums(student, teacher, student_lengths, loss)
     elif distill:
         student_ends, teacher_ends = matched.at_end(student_lengths, teacher_lengths)
         sums |= student_space_sums(student, matched, student_lengths, student_ends, loss)

@@ -65,9 +65,11 @@ class ResponseStates:
     index           (N,) long, the response positions' places in the flattened (B · L), in order.
                     Optional: counted from `lengths` where it is missing, for which a GPU is waited
     pairs           (P,) long, places in the flattened (B · L) that have a counterpart in the other
-                    model's, in the same order on both sides. Required of both for exact matching
+                    model's, in the same order on both sides. Required of both for exact and
+                    mapped matching
     token_map       (V,) long, for each token the student's of the same bytes, −1 where there is
-                    none. Required of the teacher for exact matching
+                    none. Required of the teacher for exact matching; for mapped, the student's
+                    token that its bytes begin with
 
     Padding may hold anything, NaN included.
     """

@@ -1,4 +1,5 @@
-"""The token level: sums of cross-entropies and divergences in both spaces (Eq. 3-16), and ULD."""
+"""The token level: sums of cross-entropies and divergences in both spaces (Eq. 3-16), ULD, and the
+teacher's probabilities by the student's tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from dwakd_plugin.loss.divergence import (
     StudentStatistics,
     TeacherStatistics,
     map_token_chunks,
+    mapped_statistics,
     sorted_distance,
     student_space_statistics,
     teacher_space_statistics,
@@ -114,6 +116,70 @@ def in_order_sums(
     sums = {
         "uld": (weights * padded(distances, index, compared).where(compared, 0.0)).sum(),
         "paired_tokens": compared.sum(),
+    }
+    if loss.ce_weight > 0:
+        sums["ce"] = ce.sum()
+    return sums
+
+
+def mapped_sums(
+    student: ResponseStates,
+    teacher: ResponseStates,
+    student_lengths: Tensor,
+    loss: LossConfig,
+) -> dict[str, Tensor]:
+    """The labels' CE, and D between the teacher's probabilities by the student's tokens and p_s.
+
+        p_map,i(s) = Σ_{v: token_map(v) = s} p_t,j(v) / Σ_{v: token_map(v) ≥ 0} p_t,j(v)
+        student_kd = Σ w_i D(p_map,i ‖ p_s,i) over pairs (i, j) + Σ −log p_s,i(y_i) over the rest
+
+    The weights of a sample's pairs sum to their number, so that each token weighs as much as any
+    other: where the teacher says nothing, the label stands in for it. With the labels left to λ_CE
+    alone, tokens that only one tokenizer cuts off would be taught less, and unlearnt.
+    """
+    if student.pairs is None or teacher.pairs is None or teacher.token_map is None:
+        raise ValueError("matching by mapping needs `pairs` of both sides, and a `token_map`")
+    index, mapping = response_index(student), teacher.token_map
+    valid = valid_positions(student_lengths, student.hidden.shape[1])
+    compared = torch.zeros_like(valid).flatten().index_fill(0, student.pairs, True).view_as(valid)
+    partner = torch.zeros(valid.numel(), dtype=torch.long, device=valid.device)
+    partner = partner.index_copy(0, student.pairs, teacher.pairs)[index]
+    partner_hidden = gathered(teacher.hidden.detach(), partner)
+    partner_hidden = partner_hidden.where(gathered(compared, index)[:, None], 0.0)
+    head = teacher.head.detached()
+
+    def statistics(hidden: Tensor, labels: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = student.head.logits(hidden)
+        with torch.no_grad():
+            theirs = head.logits(teacher_hidden)
+        return mapped_statistics(logits, theirs, mapping, labels, loss.divergence, loss.temperature)
+
+    tokens = StudentStatistics(
+        *map_token_chunks(
+            statistics,
+            min(chunk_of(loss, student.head), chunk_of(loss, head)),
+            gathered(student.hidden, index),
+            gathered(required_labels(student), index),
+            partner_hidden,
+        )
+    )
+    ce = tokens.ce
+    tokens = StudentStatistics(*(padded(values, index, compared) for values in tokens))
+    weights = student_token_weights(
+        tokens.entropy, tokens.gate, compared, loss.student_weighting, compared.sum(1)
+    )
+    taught = (weights * tokens.divergence.where(compared, 0.0)).sum()
+    at_end = compared & (valid.cumsum(1) == student_lengths[:, None])
+    sums = {
+        "student_kd": taught + tokens.ce.where(valid & ~compared, 0.0).sum(),
+        "paired_tokens": compared.sum(),
+        "t2s_correct": (tokens.t2s_correct & compared).sum(),
+        "gate": tokens.gate.where(compared, 0.0).sum(),
+        "teacher_ce": tokens.t2s_ce.where(compared, 0.0).sum(),
+        "paired_ce": tokens.ce.detach().where(compared, 0.0).sum(),
+        "teacher_end_ce": tokens.t2s_ce.where(at_end, 0.0).sum(),
+        "end_ce": tokens.ce.detach().where(at_end, 0.0).sum(),
+        "end_tokens": at_end.sum(),
     }
     if loss.ce_weight > 0:
         sums["ce"] = ce.sum()
