@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.quality import methods, report
-from benchmarks.quality.materials import TEST_SETS, Materials, rendered, trim_vocabulary
+from benchmarks.quality import by_token, methods, report
+from benchmarks.quality.materials import (
+    TEST_SETS,
+    Materials,
+    fine_tune,
+    pretrain,
+    rendered,
+    trim_vocabulary,
+)
 from benchmarks.quality.runs import Run, recipe
 from dwakd_cli import embedded
 from dwakd_plugin.config import parse_recipe
@@ -40,6 +49,31 @@ def test_a_trimmed_teacher_is_the_same_model_on_these_texts(tmp_path: Path) -> N
     assert own.decode(own(other)["input_ids"]) == other
 
 
+def test_a_tuned_teacher_has_learnt_the_responses(tmp_path: Path) -> None:
+    """And where they end; the prompts are not learnt, and the file holds a whole model."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = embedded.train_tokenizer([*TEXTS, "### Instruction: Response"] * 3, 300)
+    sizes = {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "seed": 1}
+    embedded.create_student(tmp_path / "untrained", tokenizer, **sizes)
+    whole = tmp_path / "whole"
+    pretrain(tmp_path / "untrained", TEXTS * 4, whole, epochs=40, length=16, learning_rate=1e-2)
+    rows = [{"instruction": "Who sat?", "input": "", "output": "the cat sat"}] * 320
+    fine_tune(whole, rows, tmp_path / "tuned", learning_rate=1e-2)
+    prompt, output = (tokenizer(text)["input_ids"] for text in rendered(rows[0]))
+    ids = torch.tensor([[*prompt, *output, tokenizer.eos_token_id]])
+    losses = []
+    for folder in (whole, tmp_path / "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            log_probs = model(ids).logits.log_softmax(-1)[0, :-1]
+        own = -log_probs.gather(1, ids[0, 1:, None]).squeeze(1)
+        losses.append([own[: len(prompt) - 1].mean(), own[len(prompt) - 1 :].mean(), own[-1]])
+    (prompt_before, before, _), (prompt_after, after, end) = losses
+    assert after < 0.5 * before and end < 0.5 * before
+    assert prompt_after > 0.8 * prompt_before
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
     """And each method has as many as the others."""
@@ -65,7 +99,7 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
 def materials_of(folder: Path) -> Materials:
     tokenizer = embedded.train_tokenizer(TEXTS, 300)
     tokenizer.save_pretrained(folder / "student")
-    return Materials(folder, folder / "student")
+    return Materials(folder, folder / "student", folder / "tuned")
 
 
 def test_ablations_and_levers_are_valid_and_share_the_runs_of_the_methods(tmp_path: Path) -> None:
@@ -89,6 +123,29 @@ def test_ablations_and_levers_are_valid_and_share_the_runs_of_the_methods(tmp_pa
     found = {run.name: parse_recipe(recipe(base, run)) for run in runs}
     assert len({run.name for run in runs}) == len({(str(found[r.name]), r.seed) for r in runs})
     assert found["lever-ramp-seed1"].loss.kd_warmup_steps == 2500  # type: ignore[union-attr]
+
+
+def test_losses_by_token_add_up(tmp_path: Path) -> None:
+    base = materials_of(tmp_path)
+    small = embedded.train_tokenizer(TEXTS, 300)
+    large = embedded.train_tokenizer([*TEXTS, "a quite different sentence, quite"] * 3, 400)
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "seed": 1}
+    student = embedded.create_student(tmp_path / "model", small, **sizes)
+    teacher = embedded.create_student(base.teacher, large, **sizes)
+    base.rows("dev").parent.mkdir()
+    row = {"instruction": "Who?", "input": "", "output": "the cat sat on a different log"}
+    base.rows("dev").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    found = by_token.figures(base, {"student": student}, {"teacher": teacher})
+    assert found["teacher"].keys() == {"first", "end", "all"}
+    own = found["student"]
+    text = len(small(row["output"])["input_ids"])
+    pairs = len({*small.tokenize(row["output"])} & {*large.tokenize(row["output"])})
+    assert 0 < pairs < text
+    summed = own["paired"] * pairs + own["others"] * (text - pairs) + own["end"]
+    assert summed == pytest.approx(own["all"] * (text + 1), rel=1e-5)
+    bits = embedded.held_out_bits_per_byte(student, [row], lambda row: rendered(row)[0])
+    nats = bits * len(row["output"]) * math.log(2)
+    assert own["all"] * (text + 1) == pytest.approx(nats, rel=1e-5)
 
 
 def test_few_rows_are_read_as_often_as_there_are_fewer(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, say, start, write_report
-from benchmarks.quality import materials, methods, report
+from benchmarks.quality import by_token, materials, methods, report
 from benchmarks.quality.runs import Run, read_rows, result_of, train_all
 
 
@@ -28,6 +28,12 @@ def main() -> None:
         "--student",
         default="small",
         help=f"{', '.join(materials.PRETRAINING)}, or the folder of another one",
+    )
+    parser.add_argument(
+        "--teacher",
+        choices=materials.TEACHERS,
+        default="tuned",
+        help="fine-tuned on the training rows first, as the paper's are, or not",
     )
     parser.add_argument(
         "--learning-rates",
@@ -49,7 +55,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     begun = start(chosen.threads, False, ["axolotl", "transformers", "rouge-score"])
-    base = materials.prepare(chosen.folder.resolve(), chosen.instructions, chosen.student)
+    base = materials.prepare(
+        chosen.folder.resolve(), chosen.instructions, chosen.student, chosen.teacher
+    )
 
     def train(runs: list[Run]) -> list[float]:
         train_all(base, runs, chosen.processes, chosen.threads)
@@ -57,7 +65,7 @@ def main() -> None:
 
     # The teacher reads the rows once, for all: in a run of its own, so that two do not both do it.
     first = Run("cache", {"variant": "full"}, 1e-4, recipe={"max_steps": 1})
-    train_all(base, [first], 1, chosen.threads)
+    train_all(base, [first], 1, chosen.processes * chosen.threads)
     tuned = {"sft": methods.tune_sft(train, chosen.learning_rates)}
     others = [method for method in methods.METHODS[1:] if method not in chosen.without]
     tuned |= methods.tune(others, tuned["sft"].learning_rate, train)
@@ -80,9 +88,15 @@ def main() -> None:
         "rows": {name: len(read_rows(base.rows(name))) for name in ("train", "dev")},
         "start": report.at_start(base),
         "trials": trials(base),
+        "tokens": by_token.figures(
+            base,
+            {"start": base.student}
+            | {name: base.runs / runs[0].name for name, runs in compared["methods"].items()},
+            {"teacher": base.teacher, "teacher, untuned": base.folder / "untuned"},
+        ),
         "compared": {name: report.evaluate(base, groups) for name, groups in compared.items()},
     }
-    name = f"quality_{base.student.name}"
+    name = f"quality_{base.pair}"
     write_report(name, begun, results, [], chosen.out)
     for part, found in results["compared"].items():
         report.plot(found, chosen.out / f"{name}_{part}.png")

@@ -2,7 +2,8 @@
 
 The teacher is SmolLM2-135M-Instruct with its vocabulary trimmed to what the training rows use: on
 them its tokens and hidden states are the untrimmed model's, its probabilities are renormalised, and
-its output head, which is most of a teacher's cost here, is several times smaller.
+its output head, which is most of a teacher's cost here, is several times smaller. `tuned` has then
+learnt the training rows itself, as the paper's teachers have; `untuned` has not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ TRAIN_ROWS, LONGEST = 2000, 64  # tokens of the teacher: instruction, input and 
 # each has read before (None: all), and how often.
 PRETRAINING: dict[str, tuple[int | None, int]] = {"small": (5000, 1), "longer": (None, 2)}
 VOCABULARY = 4096
+TEACHERS = ("tuned", "untuned")
 STUDENT = {"hidden_size": 256, "layers": 5, "heads": 4, "intermediate_size": 704, "seed": 7}
 FORMAT = "### Instruction:\n{instruction}\n{input}\n\n### Response:\n"
 NO_INPUT_FORMAT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -46,35 +48,41 @@ class Materials:
 
     folder: Path
     student: Path
+    teacher: Path
 
     @property
-    def teacher(self) -> Path:
-        return self.folder / "teacher"
+    def pair(self) -> str:
+        """The name of both models, and of what is made of them."""
+        return f"{self.student.name}-{self.teacher.name}"
 
     @property
     def runs(self) -> Path:
-        """The student's trainings."""
-        return self.folder / "runs" / self.student.name
+        """The student's trainings under this teacher."""
+        return self.folder / "runs" / self.pair
 
     def rows(self, name: str) -> Path:
         """The JSONL of `train`, `dev` or a test set."""
         return self.folder / "data" / f"{name}.jsonl"
 
 
-def prepare(folder: Path, instructions: Path, student: str) -> Materials:
+def prepare(folder: Path, instructions: Path, student: str, teacher: str) -> Materials:
     """Makes what is missing below `folder`; what is there is complete, and is kept.
 
-    `student` is a key of PRETRAINING, or a folder with a model of any other size and tokenizer.
+    `student` is a key of PRETRAINING, or a folder with a model of any other size and tokenizer;
+    `teacher` is one of TEACHERS.
     """
     made_here = student in PRETRAINING
-    materials = Materials(folder, folder / student if made_here else Path(student).resolve())
+    own = folder / student if made_here else Path(student).resolve()
+    materials = Materials(folder, own, folder / teacher)
     if not (folder / "untrimmed").is_dir():
         embedded.prepare_teacher(folder / "untrimmed")
     if not materials.rows("train").is_file():
         _write_rows(materials, instructions)
+    rows = _read(materials.rows("train"))
+    if not (folder / "untuned").is_dir():
+        trim_vocabulary(folder / "untrimmed", _texts(rows), folder / "untuned")
     if not materials.teacher.is_dir():
-        texts = _texts(_read(materials.rows("train")))
-        trim_vocabulary(folder / "untrimmed", texts, materials.teacher)
+        fine_tune(folder / "untuned", rows, materials.teacher)
     if made_here and not materials.student.is_dir():
         texts = ["".join(rendered(row)) for row in _read(materials.rows("pretraining"))]
         few, _ = PRETRAINING["small"]
@@ -210,8 +218,66 @@ def pretrain(
     ]
     steps = len(ids) // (length * batch)
     blocks = torch.tensor(ids[: steps * length * batch]).view(steps, batch, length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    _train(model, [{"input_ids": block, "labels": block} for block in blocks], learning_rate)
+    with embedded.new_folder(dest) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def fine_tune(
+    source: Path,
+    rows: Sequence[Row],
+    dest: Path,
+    *,
+    batch: int = 8,
+    learning_rate: float = 4e-4,
+    rank: int = 16,
+) -> None:
+    """One epoch of LoRA on the responses of `rows`, merged: a teacher that knows the task.
+
+    A teacher that does not is sure of what no row says: SmolLM2 as it is gives the end of these
+    short answers a hundredth of the probability that it has.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    examples = [example(tokenizer, row) for row in rows]
+    lengths = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    groups = [lengths[begin : begin + batch] for begin in range(0, len(lengths), batch)]
+    random.Random(0).shuffle(groups)
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    torch.manual_seed(0)  # of the adapter's first weights
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"),
+    )
+    batches = [collate([examples[index] for index in group]) for group in groups]
+    _train(model, batches, learning_rate, weight_decay=0.0)
+    with embedded.new_folder(dest) as folder:
+        model.merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def example(tokenizer: Any, row: Row) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of prompt and response, tokenised apart as in the recipes."""
+    prompt, output = (tokenizer(text)["input_ids"] for text in rendered(row))
+    output = [*output, tokenizer.eos_token_id]
+    return {"input_ids": prompt + output, "labels": [-100] * len(prompt) + output}
+
+
+def _train(
+    model: Any,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    learning_rate: float,
+    *,
+    weight_decay: float = 0.01,
+) -> None:
+    """One pass over the batches: AdamW, a warm-up of a twentieth, a cosine down to a twentieth."""
+    steps = len(batches)
     warm = steps // 20
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
 
     def rate(step: int) -> float:
         part = max(0.0, (step - warm) / (steps - warm))
@@ -219,15 +285,12 @@ def pretrain(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
-    for step, block in enumerate(blocks):
-        loss = model(input_ids=block, labels=block).loss
+    for step, batch in enumerate(batches, start=1):
+        loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            say(f"pretraining: step {step + 1} of {steps}, {loss.item():.3f} nats a token")
-    with embedded.new_folder(dest) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if step % 50 == 0 or step == steps:
+            say(f"step {step} of {steps}, {loss.item():.3f} nats a token")

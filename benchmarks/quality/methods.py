@@ -13,11 +13,12 @@ from typing import Any
 
 from benchmarks.quality.materials import Materials
 from benchmarks.quality.runs import EPOCHS, Run, dataset
+from dwakd_plugin.config import VARIANTS
 from dwakd_plugin.files import replace_file
 
 Settings = dict[str, Any]
 
-HEADLINE = ("sft", "dskd", "dwakd")
+HEADLINE = ("sft", "dskd", "dwakd", "mapped")
 METHODS = (*HEADLINE, "dskdv2", "dwakdv2", "uld")
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others start from its best
 
@@ -28,8 +29,9 @@ _WARMED = {"projectors": {"warmup_steps": 100}}
 _TEACHER_SPACE: Settings = {
     "loss": {"ce_weight": 1.0, "temperature": 1.0, "kd_warmup_steps": 2500}
 } | _WARMED
-_STRONG = {"loss": {**_TEACHER_SPACE["loss"], "kd_weight": 2.0}} | _WARMED
+_BOTH_SPACES = {"loss": {"ce_weight": 1.0, "temperature": 1.0}} | _WARMED  # the same, no ramp
 _ORDERED: Settings = {"matching": "order", "dtw_weight": 0.0, "temperature": 1.0}
+_MAPPED: Settings = VARIANTS["mapped"]["loss"]
 _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
     # name, what is laid over the variant, and the learning rate as a multiple of SFT's best
     "uld": [
@@ -37,13 +39,18 @@ _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
         ("dskd_authors", {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}}, 1),
         ("dskd_authors-faster", {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}}, 2),
     ],
+    "mapped": [
+        ("default", {"variant": "mapped"}, 1),
+        ("default-faster", {"variant": "mapped"}, 2),
+        ("half", {"loss": {**_MAPPED, "ce_weight": 0.5, "kd_weight": 0.5}}, 2),
+    ],
     **{
         method: [
             (name, {"variant": "full" if method == "dwakd" else method} | settings, 1)
             for name, settings in (
                 ("paper", {}),
                 ("teacher_space", _TEACHER_SPACE),
-                ("strong", _STRONG),
+                ("both_spaces", _BOTH_SPACES),
             )
         ]
         for method in ("dskd", "dwakd", "dskdv2", "dwakdv2")

@@ -65,8 +65,13 @@ def _means(values: list[list[float]]) -> list[float]:
 
 
 def at_start(base: Materials) -> dict[str, dict[str, float]]:
-    """Bits per byte on each test set of the student before any run, and of the whole teacher."""
-    models = {"student": base.student, "teacher": base.folder / "untrimmed"}
+    """Bits per byte on each test set: of the student before any run, of the teacher with the tokens
+    that it is left with, and of the teacher that it was made from."""
+    models = {
+        "student": base.student,
+        "teacher": base.teacher,
+        "untrimmed teacher": base.folder / "untrimmed",
+    }
     figures = {}
     for place in TEST_SETS:
         found = _dwakd_evaluate(base, place, [*models.values()], "bits_per_byte")
@@ -85,7 +90,7 @@ def _dwakd_evaluate(base: Materials, place: str, folders: Sequence[Path], metric
         for row in read_rows(base.rows(place))
     )
     replace_file(rows, "".join(lines))
-    output = base.folder / "evaluation" / base.student.name / place
+    output = base.folder / "evaluation" / base.pair / place
     command = [sys.executable, "-m", "dwakd_cli", "evaluate", str(folders[0]), str(rows), "--json"]
     command += [part for folder in folders[1:] for part in ("--against", str(folder))]
     command += ["--prompt-template", "{instruction}", "--metrics", metrics]

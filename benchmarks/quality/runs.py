@@ -49,7 +49,7 @@ def recipe(materials: Materials, run: Run) -> Settings:
         "dwakd": {
             "teacher": {
                 "base_model": str(materials.teacher),
-                "cache": str(materials.folder / "teacher_states"),
+                "cache": str(materials.folder / f"states-{materials.teacher.name}"),
             },
             **run.dwakd,
         },
