@@ -109,6 +109,13 @@ def train(
     load_in_8bit: LoadIn8Bit = False,
     load_in_4bit: LoadIn4Bit = False,
     teacher_cache: TeacherCache = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Goes before the recipe's: mapped, dskd, sft, ... (docs/baselines.md).",
+        ),
+    ] = None,
     launcher: Annotated[
         Literal["python", "accelerate", "torchrun"] | None,
         typer.Option(
@@ -150,6 +157,7 @@ def train(
             recipe,
             further or [],
             teacher=_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache),
+            variant=variant,
             launcher=launcher,
             processes=nproc,
             resume=resume,

@@ -65,6 +65,7 @@ def run(
     further: list[str],
     *,
     teacher: dict[str, Any],
+    variant: str | None,
     launcher: str | None,
     processes: int | None,
     resume: bool,
@@ -73,14 +74,15 @@ def run(
 ) -> int:
     """Checks, writes the effective recipe, and trains; returns the exit code.
 
-    `teacher` holds what the command line says of it; `further` goes to axolotl, and after a `--`
-    of its own to the launcher. Raises UserError.
+    `teacher` and `variant` are what the command line says of them; `further` goes to axolotl, and
+    after a `--` of its own to the launcher. Raises UserError.
     """
     console = PlainConsole(stderr=json_output)
     launch = prepare(
         recipe_file,
         further,
         teacher=teacher,
+        variant=variant,
         launcher=launcher,
         processes=processes,
         resume=resume,
@@ -133,6 +135,7 @@ def prepare(
     further: list[str],
     *,
     teacher: dict[str, Any],
+    variant: str | None,
     launcher: str | None,
     processes: int | None,
     resume: bool,
@@ -140,6 +143,8 @@ def prepare(
     """Everything before the start. Raises UserError with all that stands against it."""
     recipe = read_recipe(recipe_file)
     recipe, changes = with_distillation(recipe, teacher)
+    if variant is not None and isinstance(recipe.get("dwakd"), dict):
+        recipe["dwakd"] = recipe["dwakd"] | {"variant": variant}
     if resume:
         recipe["auto_resume_from_checkpoints"] = True
     launcher, processes, environment = _processes(launcher, processes)

@@ -524,7 +524,13 @@ def test_a_secret_of_the_recipe_goes_into_no_file(
     monkeypatch.delenv("HF_TOKEN")
     settings = recipe({}, **keys, datasets=[{"path": address, "type": "alpaca"}])
     launch = train_command.prepare(
-        write(settings), [], teacher={}, launcher="python", processes=None, resume=False
+        write(settings),
+        [],
+        teacher={},
+        variant=None,
+        launcher="python",
+        processes=None,
+        resume=False,
     )
     assert launch.environment["HF_TOKEN"] == launch.environment["COMET_API_KEY"] == SECRET
     assert len([change for change in launch.changes if "into no file" in change]) == 3

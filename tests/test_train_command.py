@@ -43,6 +43,18 @@ def error_of(file: Path, *options: str) -> str:
     return str(error.value)
 
 
+def test_a_variant_goes_before_the_recipes_own(recipe: Recipe, write: Callable[..., Path]) -> None:
+    file = write(recipe({"variant": "dskd"}))
+    folder = dry_run(file, "--variant", "mapped")["output_dir"]
+    launch = train.prepare(
+        file, [], teacher={}, variant="mapped", launcher=None, processes=None, resume=False
+    )
+    assert launch.config.loss.matching == "mapped" and str(launch.output) == folder
+    assert launch.recipe["dwakd"]["variant"] == "mapped"
+    message = error_of(file, "--variant", "maped")
+    assert "dwakd.variant" in message and "'maped'" in message and "'mapped'" in message
+
+
 # Before the start ---------------------------------------------------------------------------
 
 
