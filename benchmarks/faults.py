@@ -54,12 +54,12 @@ PRELOADED = [
     "dwakd_cli.evaluation_report",
     "dwakd_cli.main",
     "dwakd_cli.warmup",
-    "dwakd_plugin.assembly",
-    "dwakd_plugin.evaluation_rows",
-    "dwakd_plugin.export",
-    "dwakd_plugin.open_run",
+    "dwakd_plugin.train.assembly",
+    "dwakd_plugin.evaluate.rows",
+    "dwakd_plugin.export.export",
+    "dwakd_plugin.train.open_run",
     "dwakd_plugin.plugin",
-    "dwakd_plugin.trainer",
+    "dwakd_plugin.train.trainer",
     "matplotlib.pyplot",
     "rouge_score.rouge_scorer",
     "transformers.models.llama.modeling_llama",
@@ -79,7 +79,7 @@ def train(folder: Path, lab: Path) -> None:
 
 def warmup(folder: Path, lab: Path) -> None:
     from dwakd_cli.warmup import run
-    from dwakd_plugin import warmup
+    from dwakd_plugin.train import warmup
 
     warmup.SHARD_BYTES = 4096
     run(
@@ -97,7 +97,7 @@ def warmup(folder: Path, lab: Path) -> None:
 
 def cache(folder: Path, lab: Path) -> None:
     from dwakd_cli.cache import run
-    from dwakd_plugin import cached_teacher
+    from dwakd_plugin.models.teacher import cached as cached_teacher
 
     cached_teacher.SHARD_BYTES = 8192
     states = {"cache": str(folder / "states")}
@@ -115,7 +115,7 @@ def evaluate(folder: Path, lab: Path) -> None:
 
 
 def export(folder: Path, lab: Path) -> None:
-    from dwakd_plugin import export as module
+    from dwakd_plugin.export import export as module
 
     def in_this_process(command: list[str], input: str, **_: Any) -> Any:
         from subprocess import CompletedProcess
@@ -156,7 +156,7 @@ def trained(folder: Path) -> dict[str, Any]:
     """What counts as whole in an output folder: as `dwakd` and axolotl would take it."""
     from safetensors import SafetensorError, safe_open
 
-    from dwakd_plugin.preflight import RUN_FILE, read_run_file
+    from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
 
     out = folder / "out"
     found: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def trained(folder: Path) -> dict[str, Any]:
 
 def student(folder: Path) -> dict[str, Any]:
     """The student's weights, and the projectors if they are there yet."""
-    from dwakd_plugin.projectors import PROJECTOR_FILE, read_projectors
+    from dwakd_plugin.models.projectors import PROJECTOR_FILE, read_projectors
 
     found: dict[str, Any] = {"student": (folder / "model.safetensors").read_bytes()}
     if (folder / PROJECTOR_FILE).is_file():
@@ -196,7 +196,7 @@ def student(folder: Path) -> dict[str, Any]:
 
 
 def warmed_up(folder: Path) -> dict[str, Any]:
-    from dwakd_plugin.projectors import read_projectors
+    from dwakd_plugin.models.projectors import read_projectors
 
     file = folder / "projectors.safetensors"
     if not file.exists():
@@ -208,7 +208,7 @@ def warmed_up(folder: Path) -> dict[str, Any]:
 
 
 def cached(folder: Path) -> dict[str, Any]:
-    from dwakd_plugin.teacher_cache import INDEX, TeacherCache
+    from dwakd_plugin.models.teacher.cache import INDEX, TeacherCache
 
     index = folder / "states" / INDEX
     if not index.is_file() or b"\n" not in index.read_bytes():
@@ -224,7 +224,7 @@ def cached(folder: Path) -> dict[str, Any]:
 
 
 def evaluated(folder: Path) -> dict[str, Any]:
-    from dwakd_plugin.files import whole_lines
+    from dwakd_plugin.io.files import whole_lines
 
     found: dict[str, Any] = {}
     for file in (folder / "figures").glob("responses-*.jsonl"):

@@ -88,7 +88,7 @@ def train(lab: Path, teacher: str, steps: int, every: int, check_every: int) -> 
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
 
-    from dwakd_plugin.trainer import DWAKDTrainer
+    from dwakd_plugin.train.trainer import DWAKDTrainer
 
     folder = lab / teacher
     folder.mkdir()
@@ -159,11 +159,11 @@ class Watch(TrainerCallback):
     @torch.no_grad()
     def loss(self, trainer: Any, inputs: dict[str, Any], count: Any) -> float:
         """The training objective per label token in float64, from copies of the weights."""
-        from dwakd_plugin.collator import DISTILLATION_KEYS
+        from dwakd_plugin.data.collator import DISTILLATION_KEYS
         from dwakd_plugin.loss import dwakd_loss
-        from dwakd_plugin.projectors import Projectors
-        from dwakd_plugin.student import student_states
-        from dwakd_plugin.trainer import PROJECTORS
+        from dwakd_plugin.models.projectors import Projectors
+        from dwakd_plugin.models.student import student_states
+        from dwakd_plugin.train.trainer import PROJECTORS
 
         ours, theirs = trainer.model.state_dict(), f"{PROJECTORS}."
         own = {name: value for name, value in ours.items() if not name.startswith(theirs)}
@@ -230,8 +230,8 @@ class Watch(TrainerCallback):
 
 def double_teacher(folder: Path) -> Any:
     """The teacher in float64, with its body."""
-    from dwakd_plugin.causal_lm import embedding_table, output_head
-    from dwakd_plugin.teacher import Teacher
+    from dwakd_plugin.models.causal_lm import embedding_table, output_head
+    from dwakd_plugin.models.teacher.loaded import Teacher
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     return Teacher(

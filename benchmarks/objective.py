@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks import measure, research
 from benchmarks.measure import MIB, Report
-from dwakd_plugin.config import VARIANTS, LossConfig, SoftDTWConfig
 from dwakd_plugin.loss import Head, ResponseStates, dwakd_loss
-from dwakd_plugin.projectors import Projectors
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
 
 PRELOAD = "benchmarks.research"
 NAME = "objective"

@@ -22,8 +22,9 @@ import yaml
 from benchmarks import measure
 from benchmarks.teacher import stepper, with_cache
 from dwakd_cli import quickstart
-from dwakd_plugin.open_run import OpenRun, open_run
-from dwakd_plugin.packing import LENGTH_COLUMN, pack
+from dwakd_plugin.data.packing import LENGTH_COLUMN
+from dwakd_plugin.models.batches import pack
+from dwakd_plugin.train.open_run import OpenRun, open_run
 
 UNPACKED = "unpacked, 8 rows"
 WAYS = {UNPACKED: 0, "packed, 1 sequence": 1, "packed, 4 sequences": 4}  # of a micro-batch

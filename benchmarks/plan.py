@@ -207,9 +207,7 @@ def run_one(recipe: Path) -> dict[str, Any]:
     from axolotl.cli.config import load_cfg
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    import dwakd_plugin.assembly
-    import dwakd_plugin.loss.soft_dtw.cpu  # noqa: F401
-    from dwakd_plugin.trainer import DWAKDTrainer
+    from dwakd_plugin.train.trainer import DWAKDTrainer
 
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     baseline, anonymous = status_bytes("VmRSS"), status_bytes("RssAnon")
@@ -261,7 +259,7 @@ def compare(
     before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plans and measures one configuration, unless it was measured `before`."""
-    from dwakd_plugin.memory_plan import card, plan
+    from dwakd_plugin.plan import card, plan
 
     with lock.open("a") if lock else contextlib.nullcontext() as held:
         if held is not None:

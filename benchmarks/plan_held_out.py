@@ -108,8 +108,8 @@ def predict(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
 
 
 def _planned(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
-    from dwakd_plugin.memory_plan import card, plan
-    from dwakd_plugin.teacher_cache import INDEX
+    from dwakd_plugin.models.teacher.cache import INDEX
+    from dwakd_plugin.plan import card, plan
 
     cache = run.recipe["dwakd"]["teacher"]["cache"]
     if run.cache_is_full and not (Path(cache) / INDEX).is_file():

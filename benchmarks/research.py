@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwakd_plugin.config import LossConfig, SoftDTWConfig
 from dwakd_plugin.loss import ResponseStates
-from dwakd_plugin.projectors import Projectors
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 
 
 @numba.njit(cache=True)

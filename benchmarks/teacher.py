@@ -27,14 +27,14 @@ import yaml
 
 from benchmarks import measure
 from dwakd_cli import quickstart
-from dwakd_plugin.cached_teacher import fill, missing_rows, open_cache, teacher_rows
-from dwakd_plugin.causal_lm import gather_positions
-from dwakd_plugin.collator import teacher_batch
-from dwakd_plugin.config import TeacherConfig
-from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
-from dwakd_plugin.open_run import OpenRun, open_run
-from dwakd_plugin.teacher import Teacher, load_teacher
-from dwakd_plugin.teacher_cache import TeacherCache, row_key
+from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.models.batches import teacher_batch
+from dwakd_plugin.models.causal_lm import gather_positions
+from dwakd_plugin.models.teacher.cache import TeacherCache, row_key
+from dwakd_plugin.models.teacher.cached import fill, missing_rows, open_cache, teacher_rows
+from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.train.open_run import OpenRun, open_run
 
 DTYPES = ("auto", "float16", "bfloat16", "float8_e4m3")
 BATCH = 8

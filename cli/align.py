@@ -13,8 +13,8 @@ from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.train import read_recipe, with_distillation
-from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.schema import parse_recipe
 
 if TYPE_CHECKING:
     from dwakd_cli.alignment_picture import AlignedSample
@@ -82,7 +82,7 @@ def run(
 
 def without_an_empty_cache(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without a teacher cache that is yet to be filled: it would be, with every row."""
-    from dwakd_plugin.teacher_cache import INDEX
+    from dwakd_plugin.models.teacher.cache import INDEX
 
     block = recipe.get("dwakd")
     own = block.get("teacher") if isinstance(block, dict) else None
@@ -102,13 +102,13 @@ def align(
     γ is that of training's end, in every state, so that states compare.
     """
     from dwakd_cli.alignment_picture import AlignedSample, token_texts
-    from dwakd_plugin.open_run import open_run
+    from dwakd_plugin.train.open_run import open_run
 
     with open_run(recipe, checkpoint) as opened:
         # axolotl is imported by now, and quietly so.
-        from dwakd_plugin.dual_tokenization import SOURCE_COLUMN, load_teacher_tokenizer
+        from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN, load_teacher_tokenizer
         from dwakd_plugin.loss import Alignment, alignment_of
-        from dwakd_plugin.warmup import both_sides
+        from dwakd_plugin.train.warmup import both_sides
 
         trainer, distillation = opened.trainer, opened.distillation
         soft_dtw = opened.config.soft_dtw
@@ -188,7 +188,7 @@ def write(
         state_figures,
         token_summaries,
     )
-    from dwakd_plugin.files import replace_file
+    from dwakd_plugin.io.files import replace_file
 
     drawn = [(sample, png_image(sample, tokens)) for sample in samples]
     files = {sample.number: output / f"sample-{sample.number}.png" for sample in samples}

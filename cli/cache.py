@@ -12,9 +12,9 @@ from typing import Any
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
-from dwakd_plugin.config import TeacherConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import output_folder
+from dwakd_plugin.recipe.schema import TeacherConfig, parse_recipe
+from dwakd_plugin.train.run_folder import output_folder
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
         teacher = teacher | {"cache": str(output.with_name(f"{output.name}-teacher-cache"))}
         recipe, _ = with_distillation(recipe, teacher)
     console.print("Preparing the rows ...")
-    from dwakd_plugin.open_run import open_rows
+    from dwakd_plugin.train.open_run import open_rows
 
     with open_rows(recipe) as (config, datasets):
         report = _cache(config.teacher, datasets, batch_tokens, verify, console)
@@ -61,7 +61,8 @@ def _cache(
     """Fills or verifies; returns the report."""
     import torch
 
-    from dwakd_plugin.cached_teacher import (
+    from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+    from dwakd_plugin.models.teacher.cached import (
         BATCH_TOKENS,
         check_disk,
         disk_need,
@@ -71,7 +72,6 @@ def _cache(
         readable_size,
         teacher_rows,
     )
-    from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
 
     started = time.monotonic()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -141,7 +141,7 @@ def _words_when_stopped(cache: Any, console: PlainConsole) -> Iterator[None]:
 
 
 def _show(report: dict[str, Any], teacher: dict[str, Any], console: PlainConsole) -> None:
-    from dwakd_plugin.cached_teacher import readable_size
+    from dwakd_plugin.models.teacher.cached import readable_size
 
     size = readable_size(report["bytes"])
     console.print(

@@ -18,11 +18,11 @@ from rich.text import Text
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file, user_path
+from dwakd_plugin.io.files import replace_file, user_path
 
 if TYPE_CHECKING:
-    from dwakd_plugin.pair_findings import Side
-    from dwakd_plugin.tokenizer_pair import PairCut
+    from dwakd_plugin.tokenizers.findings import Side
+    from dwakd_plugin.tokenizers.pair import PairCut
 
 # What a folder with a tokenizer has at least one of.
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
@@ -109,8 +109,8 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from dwakd_plugin.pair_findings import Side
-    from dwakd_plugin.tokenizer_pair import ByteCutter
+    from dwakd_plugin.tokenizers.findings import Side
+    from dwakd_plugin.tokenizers.pair import ByteCutter
 
     logging.set_verbosity_error()
     try:
@@ -244,8 +244,8 @@ def _refuse_surrogates(text: str, where: str) -> None:
 
 def examine(teacher: Side, student: Side, texts: Sequence[str] | None) -> dict[str, Any]:
     """All figures, findings and the verdict; texts None: over the built-in sample."""
-    from dwakd_plugin.pair_findings import findings_of, verdict_of
-    from dwakd_plugin.tokenizer_pair import measure, vocabulary_figures
+    from dwakd_plugin.tokenizers.findings import findings_of, verdict_of
+    from dwakd_plugin.tokenizers.pair import measure, vocabulary_figures
 
     vocabulary = vocabulary_figures(teacher.tokenizer, student.tokenizer)
     groups = {
@@ -282,7 +282,7 @@ def pictures_of(
 ) -> list[tuple[str, PairCut]]:
     """(title, cut text) of the texts to draw: the one asked for, or the user's first ten, or the
     sample's first of each group; none that a tokenizer has no tokens for."""
-    from dwakd_plugin.tokenizer_pair import cut_both
+    from dwakd_plugin.tokenizers.pair import cut_both
 
     if drawn_text is not None:
         drawn = {"The text given": drawn_text}

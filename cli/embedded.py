@@ -499,7 +499,7 @@ def _compress_embeddings(weight: Any, tokenizer: PreTrainedTokenizerFast, teache
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dwakd_plugin.tokenizer_pair import vocabulary_bytes
+    from dwakd_plugin.tokenizers.pair import vocabulary_bytes
 
     theirs = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     rows = theirs.get_input_embeddings().weight.detach().double()

@@ -20,13 +20,13 @@ from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file, user_path
+from dwakd_plugin.io.files import replace_file, user_path
 
 if TYPE_CHECKING:
-    from dwakd_plugin.evaluated_model import Held, Source
-    from dwakd_plugin.evaluation import Amounts, Reading
-    from dwakd_plugin.evaluation_rows import Encoded
-    from dwakd_plugin.generation import Response, Sampling
+    from dwakd_plugin.evaluate.figures import Amounts, Reading
+    from dwakd_plugin.evaluate.generation import Response, Sampling
+    from dwakd_plugin.evaluate.model import Held, Source
+    from dwakd_plugin.evaluate.rows import Encoded
 
 METRICS = ("rouge_l", "bits_per_byte", "agreement", "structure")
 OF_TEACHER = METRICS[2:]
@@ -112,8 +112,8 @@ def run(
     with console.status("Looking at models and data"):
         from transformers.utils import logging
 
-        from dwakd_plugin.evaluated_model import Held
-        from dwakd_plugin.generation import Sampling
+        from dwakd_plugin.evaluate.generation import Sampling
+        from dwakd_plugin.evaluate.model import Held
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -200,7 +200,7 @@ def open_models(
     model: str, against: list[str], teacher: str | None, held: Held, teacher_in_8bit: bool
 ) -> list[Model]:
     """All models with tokenizer and config, no weights: the first, those against, the teacher."""
-    from dwakd_plugin.evaluated_model import (
+    from dwakd_plugin.evaluate.model import (
         choose_device,
         find_model,
         load_config,
@@ -249,7 +249,7 @@ def read_data(
     data: Path, models: list[Model], prompt_template: str, limit: int | None
 ) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
     """References of each row, and what is said of the data; each model gets its rows."""
-    from dwakd_plugin.evaluation_rows import choose_format, encode, end_of_turn, read_rows
+    from dwakd_plugin.evaluate.rows import choose_format, encode, end_of_turn, read_rows
 
     if data.suffix.lower() in (".yml", ".yaml"):
         if prompt_template != "auto":
@@ -280,7 +280,7 @@ def read_data(
 
 
 def _read_recipe(file: Path, models: list[Model]) -> list[tuple[str, ...]]:
-    from dwakd_plugin.evaluation_rows import recipe_rows
+    from dwakd_plugin.evaluate.rows import recipe_rows
 
     first = models[0]
     # Students of one tokenizer share their rows: both sides of a recipe are tokenised for nothing.
@@ -311,7 +311,7 @@ def keep_what_fits(
 
     Returns the references that stay, and how many rows do not. Raises UserError where none stays.
     """
-    from dwakd_plugin.evaluated_model import most_positions
+    from dwakd_plugin.evaluate.model import most_positions
 
     kept = list(range(len(references)))
     for one in models:
@@ -357,8 +357,8 @@ def _stores(models: list[Model], options: Options, *, force: bool) -> dict[str, 
     """Where each student's responses are kept; those of other models or settings are refused."""
     if "rouge_l" not in options.metrics:
         return {}
-    from dwakd_plugin.evaluated_model import identity
-    from dwakd_plugin.generation import ResponseStore, discard
+    from dwakd_plugin.evaluate.generation import ResponseStore, discard
+    from dwakd_plugin.evaluate.model import identity
 
     stores = {}
     for one in models:
@@ -391,10 +391,10 @@ def evaluate(
     begin: Begin,
 ) -> None:
     """Loads one model after the other; each reads the references and answers the prompts."""
-    from dwakd_plugin.causal_lm import causal_lm, output_head, parameter_count, short_dtype
-    from dwakd_plugin.evaluated_model import load_model
-    from dwakd_plugin.evaluation import read, symbols_of
-    from dwakd_plugin.evaluation_rows import bytes_of_tokens
+    from dwakd_plugin.evaluate.figures import read, symbols_of
+    from dwakd_plugin.evaluate.model import load_model
+    from dwakd_plugin.evaluate.rows import bytes_of_tokens
+    from dwakd_plugin.models.causal_lm import causal_lm, output_head, parameter_count, short_dtype
 
     compares = any(name in options.metrics for name in OF_TEACHER)
     reads = compares or "bits_per_byte" in options.metrics
@@ -426,7 +426,7 @@ def evaluate(
 
 
 def _respond(one: Model, model: Any, options: Options, store: Any, begin: Begin) -> None:
-    from dwakd_plugin.generation import respond, with_transformers
+    from dwakd_plugin.evaluate.generation import respond, with_transformers
 
     gpu = model.device.type != "cpu"
     one.responses = respond(
@@ -443,7 +443,7 @@ def _respond(one: Model, model: Any, options: Options, store: Any, begin: Begin)
 
 
 def _respond_with_vllm(one: Model, options: Options, store: Any, begin: Begin) -> None:
-    from dwakd_plugin.generation import respond, with_vllm
+    from dwakd_plugin.evaluate.generation import respond, with_vllm
 
     prompts, limits = _prompts(one), _limits(one, options)
     longest = max(len(prompt) + limits[row] for row, prompt in prompts.items())
@@ -467,7 +467,7 @@ def _prompts(one: Model) -> dict[int, list[int]]:
 
 def _limits(one: Model, options: Options) -> dict[int, int]:
     """The largest number of new tokens of each row: the model's positions end it too."""
-    from dwakd_plugin.evaluated_model import most_positions
+    from dwakd_plugin.evaluate.model import most_positions
 
     positions, most = most_positions(one.config), options.sampling.max_new_tokens
     return {
@@ -478,8 +478,8 @@ def _limits(one: Model, options: Options) -> dict[int, int]:
 
 def _read_samples(teacher: Model, model: Any, student: Model, begin: Begin) -> None:
     """What the teacher makes of the student's responses under the first seed."""
-    from dwakd_plugin.evaluated_model import most_positions
-    from dwakd_plugin.evaluation import bits_per_byte, read
+    from dwakd_plugin.evaluate.figures import bits_per_byte, read
+    from dwakd_plugin.evaluate.model import most_positions
 
     assert student.responses is not None
     positions = most_positions(teacher.config) or float("inf")
@@ -502,7 +502,7 @@ def figures(
     models: list[Model], references: list[tuple[str, ...]], options: Options, begin: Begin
 ) -> dict[str, Any]:
     """All figures of all models, and those of the first against the others."""
-    from dwakd_plugin.evaluation import (
+    from dwakd_plugin.evaluate.figures import (
         bits_per_byte,
         interval,
         mean_of,
@@ -584,8 +584,8 @@ def _to_teacher(
     one: Model, teacher: Model, texts: list[str], options: Options
 ) -> dict[str, Any] | None:
     """How near a student is to the teacher; None where their tokens cannot be compared."""
-    from dwakd_plugin.evaluation import nearness
-    from dwakd_plugin.evaluation_rows import bytes_of_tokens, token_ends
+    from dwakd_plugin.evaluate.figures import nearness
+    from dwakd_plugin.evaluate.rows import bytes_of_tokens, token_ends
 
     entry: dict[str, Any] = {}
     if "samples" in one.facts:
@@ -616,7 +616,7 @@ def _to_teacher(
 
 
 def _with_interval(amounts: Amounts) -> dict[str, Any]:
-    from dwakd_plugin.evaluation import interval
+    from dwakd_plugin.evaluate.figures import interval
 
     return {"value": amounts.value, "interval": interval(amounts)}
 

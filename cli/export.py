@@ -32,7 +32,7 @@ def run(
     with console.status("Starting") as status:
         from transformers.utils.logging import disable_progress_bar
 
-        from dwakd_plugin.export import check_push, export, push
+        from dwakd_plugin.export.export import check_push, export, push
 
         disable_progress_bar()
         if push_to is not None:

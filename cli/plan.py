@@ -13,12 +13,12 @@ from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.train import read_recipe, with_distillation
-from dwakd_plugin.config import parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import ENGINE_KEYS, check_recipe
+from dwakd_plugin.recipe.checks import ENGINE_KEYS, check_recipe
+from dwakd_plugin.recipe.schema import parse_recipe
 
 if TYPE_CHECKING:
-    from dwakd_plugin.memory_plan import Lengths, Plan, Suggestion
+    from dwakd_plugin.plan import Lengths, Plan, Suggestion
 
 GIB = 2**30
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_blue")
@@ -56,7 +56,7 @@ def run(
         data = False
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with console.status("Building both models without their weights"):
-        from dwakd_plugin import memory_plan
+        from dwakd_plugin import plan as memory_plan
 
         lengths = _measured_lengths(recipe) if data else None
         given: dict[str, Any] = {"response_share": response_share, "lengths": lengths}
@@ -99,8 +99,8 @@ def as_planned(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _measured_lengths(recipe: dict[str, Any]) -> Lengths:
     """The longest rows of the data, tokenised for both models by axolotl."""
-    from dwakd_plugin.memory_plan import Lengths
-    from dwakd_plugin.open_run import open_rows
+    from dwakd_plugin.plan import Lengths
+    from dwakd_plugin.train.open_run import open_rows
 
     longest = [0, 0, 0, 0]
     with open_rows(recipe) as (_, datasets):

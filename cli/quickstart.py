@@ -27,8 +27,8 @@ from dwakd_cli import embedded
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file
-from dwakd_plugin.health import standing_in
+from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.train.health import standing_in
 
 TRAIN_ROWS = 300
 HELD_OUT_ROWS = 120

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.io.files import replace_file
 
 # The first word of a recipe's name says what it is for; in the order of the list.
 GROUPS = {

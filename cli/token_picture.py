@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.tokenizer_pair import Cut, PairCut
+from dwakd_plugin.tokenizers.pair import Cut, PairCut
 
 SIDES = ("teacher", "student")
 _VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}

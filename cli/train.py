@@ -19,12 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
-from dwakd_plugin.config import DWAKDConfig
 from dwakd_plugin.errors import UserError, without_credentials
-from dwakd_plugin.files import replace_file
-from dwakd_plugin.health import standing_in
-from dwakd_plugin.preflight import RUN_FILE, check_all, output_folder
-from dwakd_plugin.run_signals import FOLDER, MESSAGE, STOP
+from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.train.health import standing_in
+from dwakd_plugin.train.preflight import check_all
+from dwakd_plugin.train.run_folder import RUN_FILE, output_folder
+from dwakd_plugin.train.signals import FOLDER, MESSAGE, STOP
 
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 RECIPE_FILE = Path("dwakd") / "recipe.yml"  # within the output folder: what axolotl was given
@@ -349,8 +350,8 @@ def execute(
 
     SIGINT, SIGTERM and SIGHUP reach the command as SIGTERM, on which it saves a checkpoint first,
     as soon as there is anything to save; a second one kills it. Where the command starts
-    several processes, `signals` is the folder for `dwakd_plugin.run_signals`: they are asked there
-    to stop, and killed when one of them has left its message or as long as none can save.
+    several processes, `signals` is the folder for `dwakd_plugin.train.signals`: they are asked
+    there to stop, and killed when one of them has left its message or as long as none can save.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -401,7 +402,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None
 
 @contextlib.contextmanager
 def _signals(launch: Launch) -> Iterator[Path | None]:
-    """The folder for `dwakd_plugin.run_signals`, for a run of several processes on this machine.
+    """The folder for `dwakd_plugin.train.signals`, for a run of several processes on this machine.
 
     Of several machines each has its own command, so that none can speak for all.
     """

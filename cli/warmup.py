@@ -17,10 +17,10 @@ from rich.table import Table
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
-from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import release_lock, take_lock
-from dwakd_plugin.preflight import output_folder
+from dwakd_plugin.io.files import release_lock, take_lock
+from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
+from dwakd_plugin.train.run_folder import output_folder
 
 HELD_OUT_SHARE = 0.05
 HELD_OUT_ROWS = 8  # at least, where the share is less
@@ -94,7 +94,7 @@ def inputs_fingerprint(recipe: dict[str, Any], settings: dict[str, Any]) -> str:
 
     Every file and folder that the recipe names counts with its contents, and a hub id by its name.
     """
-    from dwakd_plugin.teacher_cache import fingerprint_of_folder
+    from dwakd_plugin.models.folder import fingerprint_of_folder
 
     recipe = {key: value for key, value in recipe.items() if key not in NO_INPUT}
     block = dict(recipe["dwakd"])
@@ -129,7 +129,7 @@ def _finished(output: Path, inputs: str) -> dict[str, Any] | None:
 
     Raises UserError where something else lies at `output`.
     """
-    from dwakd_plugin.projectors import read_projectors
+    from dwakd_plugin.models.projectors import read_projectors
 
     if not output.exists():
         return None
@@ -169,12 +169,12 @@ def _train(
             own = own | {"cache": str(work / "teacher")}
             recipe = recipe | {"dwakd": block | {"teacher": own}}
         console.print(f"Loading {recipe['base_model']} and {config.teacher.base_model} ...")
-        from dwakd_plugin.open_run import open_run
+        from dwakd_plugin.train.open_run import open_run
 
         with open_run(recipe) as opened:
             report, tensors, pair = _train_opened(opened, work, settings, console)
         report["seconds"] = round(time.monotonic() - started, 1)
-        from dwakd_plugin.projectors import save_projectors
+        from dwakd_plugin.models.projectors import save_projectors
 
         save_projectors(tensors, output, pair | {"inputs": inputs, "warmup": json.dumps(report)})
         shutil.rmtree(work)
@@ -185,9 +185,9 @@ def _train_opened(
     opened: Any, work: Path, settings: dict[str, Any], console: PlainConsole
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """The report, the projectors' tensors, and the pair that they belong to."""
-    from dwakd_plugin.causal_lm import embedding_table
-    from dwakd_plugin.teacher_cache import TeacherCache
-    from dwakd_plugin.warmup import FrozenPair, train_projectors
+    from dwakd_plugin.models.causal_lm import embedding_table
+    from dwakd_plugin.models.teacher.cache import TeacherCache
+    from dwakd_plugin.train.warmup import FrozenPair, train_projectors
 
     trainer, distillation = opened.trainer, opened.distillation
     seed = int(opened.cfg.seed or 42)

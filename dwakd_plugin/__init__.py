@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dwakd_plugin.config import DWAKDConfig
     from dwakd_plugin.plugin import DWAKDPlugin
+    from dwakd_plugin.recipe.schema import DWAKDConfig
 
 __version__ = "0.1.0"
 __all__ = ["DWAKDConfig", "DWAKDPlugin"]
 
-_HOMES = {"DWAKDPlugin": "dwakd_plugin.plugin", "DWAKDConfig": "dwakd_plugin.config"}
+_HOMES = {"DWAKDPlugin": "dwakd_plugin.plugin", "DWAKDConfig": "dwakd_plugin.recipe.schema"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,17 +17,14 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from transformers import set_seed
 
-from dwakd_plugin import run_lock
-from dwakd_plugin.config import DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import (
-    check_output_folder,
-    check_recipe,
-    loads_body,
-    output_folder,
-)
-from dwakd_plugin.run_report import describe_run, final_words, standing_warnings
-from dwakd_plugin.run_signals import end_run
+from dwakd_plugin.io import run_lock
+from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
+from dwakd_plugin.train.preflight import loads_body
+from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
+from dwakd_plugin.train.run_folder import check_output_folder, output_folder
+from dwakd_plugin.train.signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
 
@@ -56,7 +53,7 @@ class DWAKDPlugin(BasePlugin):
         self._trainer: Any = None
 
     def get_input_args(self) -> str:
-        return "dwakd_plugin.config.DWAKDArgs"
+        return "dwakd_plugin.recipe.schema.DWAKDArgs"
 
     @_without_traceback
     def register(self, cfg: DictDefault) -> None:
@@ -78,8 +75,8 @@ class DWAKDPlugin(BasePlugin):
             return None
         from axolotl.common.datasets import load_datasets
 
-        from dwakd_plugin.dual_tokenization import dual_tokenization
-        from dwakd_plugin.teacher import check_teacher, teacher_config
+        from dwakd_plugin.data.dual_tokenization import dual_tokenization
+        from dwakd_plugin.models.teacher.loaded import check_teacher, teacher_config
 
         teacher_config(config.teacher)
         if config.loss.needs_teacher and loads_body(config.teacher):
@@ -96,7 +93,7 @@ class DWAKDPlugin(BasePlugin):
         with dual_tokenization(cfg, config.teacher) as rows:
             datasets = load_datasets(cfg=cfg)
         if cfg.sample_packing:
-            from dwakd_plugin.packing import pack_by_pairs
+            from dwakd_plugin.data.packing import pack_by_pairs
 
             cfg.sample_packing_eff_est = efficiency
             pack_by_pairs(cfg, config.teacher.sequence_len or cfg.sequence_len, datasets)
@@ -111,14 +108,14 @@ class DWAKDPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         if _settings(cfg) is None:
             return None
-        from dwakd_plugin.trainer import DWAKDTrainer
+        from dwakd_plugin.train.trainer import DWAKDTrainer
 
         return DWAKDTrainer
 
     def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
         if _settings(cfg) is None:
             return None
-        from dwakd_plugin.collator import DualCollator
+        from dwakd_plugin.data.collator import DualCollator
 
         return DualCollator, {}
 
@@ -127,7 +124,7 @@ class DWAKDPlugin(BasePlugin):
         config = _settings(cfg)
         if config is None:
             return
-        from dwakd_plugin.assembly import assemble
+        from dwakd_plugin.train.assembly import assemble
 
         distillation, initialisation = assemble(cfg, config, trainer, self._rows)
         trainer.begin_distillation(distillation)

@@ -35,7 +35,7 @@ class Job:
 def main(jobs: Path) -> None:
     import axolotl.train
 
-    from dwakd_plugin.trainer import DWAKDTrainer
+    from dwakd_plugin.train.trainer import DWAKDTrainer
 
     # One process group serves all jobs.
     torch.distributed.init_process_group("gloo")
@@ -100,7 +100,7 @@ def cpus_as_accelerators(on: bool) -> Iterator[None]:
 @contextmanager
 def without_labels(source_rows: list[int]) -> Iterator[None]:
     """While open, collated batches have no labels in these rows of the data."""
-    from dwakd_plugin.collator import DualCollator
+    from dwakd_plugin.data.collator import DualCollator
 
     collate = DualCollator.__call__
 

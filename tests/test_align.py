@@ -30,10 +30,10 @@ from dwakd_cli.alignment_picture import (
     what_is_drawn,
 )
 from dwakd_cli.main import app
-from dwakd_plugin.config import SoftDTWConfig
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Alignment, Head, ResponseStates, alignment_of, dwakd_loss
-from dwakd_plugin.projectors import Projectors
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.recipe.schema import SoftDTWConfig
 
 Recipe = Callable[..., dict[str, Any]]
 PNG = b"\x89PNG"

@@ -19,14 +19,14 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 
-from dwakd_plugin.causal_lm import check_positions, embedding_table, hidden_states
-from dwakd_plugin.collator import DISTILLATION_KEYS, DualCollator
-from dwakd_plugin.config import TeacherConfig
+from dwakd_plugin.data.collator import DISTILLATION_KEYS, DualCollator
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
-from dwakd_plugin.projectors import Projectors
-from dwakd_plugin.student import student_states
-from dwakd_plugin.teacher import Teacher, load_teacher
+from dwakd_plugin.models.causal_lm import check_positions, embedding_table, hidden_states
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.models.student import student_states
+from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.recipe.schema import TeacherConfig
 from tests.conftest import ROWS
 from tests.families import FAMILIES, WINDOW, create
 from tests.test_axolotl import TERMS

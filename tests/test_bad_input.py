@@ -16,11 +16,13 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 
 from dwakd_cli.train import with_distillation
-from dwakd_plugin.config import VARIANTS, DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.plugin import DWAKDPlugin
-from dwakd_plugin.preflight import check_all, check_output_folder, check_recipe
-from dwakd_plugin.trainer import DWAKDTrainer
+from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.recipe.schema import VARIANTS, DWAKDConfig, parse_recipe
+from dwakd_plugin.train.preflight import check_all
+from dwakd_plugin.train.run_folder import check_output_folder
+from dwakd_plugin.train.trainer import DWAKDTrainer
 
 Recipe = Callable[..., dict[str, Any]]
 TEACHER = {"teacher": {"base_model": "big"}}

@@ -22,14 +22,14 @@ from typer.testing import CliRunner
 
 from dwakd_cli.main import app
 from dwakd_cli.plan import as_planned
-from dwakd_plugin.collator import DualCollator
-from dwakd_plugin.config import VARIANTS, LossConfig, SoftDTWConfig, parse_recipe
+from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.exact_alignment import TokenAligner, first_tokens, token_map
 from dwakd_plugin.loss import LossTerms, alignment_of, dwakd_loss
 from dwakd_plugin.loss.divergence import sorted_distance
-from dwakd_plugin.projectors import HeadFollower, Projectors, shared_vocabulary_init
-from dwakd_plugin.tokenizer_pair import ByteCutter, shared_vocabulary
+from dwakd_plugin.models.projectors import HeadFollower, Projectors, shared_vocabulary_init
+from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig, parse_recipe
+from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
+from dwakd_plugin.tokenizers.pair import ByteCutter, shared_vocabulary
 from tests.test_check import LOSSLESS, TEXT, byte_level, sentencepiece
 from tests.test_loss import (
     FIGURES,
@@ -774,7 +774,7 @@ def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(
     def refuse(*arguments: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("dwakd_plugin.assembly.load_teacher", refuse)
+    monkeypatch.setattr("dwakd_plugin.train.assembly.load_teacher", refuse)
     own = recipe({"variant": "sft"}, max_steps=2)
     log = train(own)
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (log, plain)]

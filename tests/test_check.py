@@ -31,8 +31,8 @@ from dwakd_cli.main import app
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_cli.token_picture import terminal_rows
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.pair_findings import Finding, Side, findings_of, verdict_of
-from dwakd_plugin.tokenizer_pair import (
+from dwakd_plugin.tokenizers.findings import Finding, Side, findings_of, verdict_of
+from dwakd_plugin.tokenizers.pair import (
     ByteCutter,
     Changed,
     Cut,

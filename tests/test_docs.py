@@ -14,12 +14,12 @@ import pytest
 import typer
 
 from dwakd_cli.main import app
-from dwakd_plugin.config import DWAKDConfig, configuration_table
+from dwakd_plugin.recipe.schema import DWAKDConfig, configuration_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "dwakd_plugin").rglob("*.py")), *sorted((ROOT / "cli").glob("*.py"))]
-TRAINER = ROOT / "dwakd_plugin" / "trainer.py"
+TRAINER = ROOT / "dwakd_plugin" / "train" / "trainer.py"
 CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)")
 
 
@@ -29,7 +29,9 @@ def read(file: Path) -> str:
 
 def test_the_table_of_keys_is_the_schema() -> None:
     page = read(ROOT / "docs" / "configuration.md")
-    assert configuration_table() in page, "run `python -m dwakd_plugin.config` and paste its output"
+    assert configuration_table() in page, (
+        "run `python -m dwakd_plugin.recipe.schema` and paste its output"
+    )
 
 
 def test_every_key_has_a_description() -> None:

@@ -13,8 +13,7 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
-from dwakd_plugin.config import parse_recipe
-from dwakd_plugin.dual_tokenization import (
+from dwakd_plugin.data.dual_tokenization import (
     LABELS_ONLY,
     NO_RESPONSE,
     STUDENT_TOO_LONG,
@@ -25,6 +24,7 @@ from dwakd_plugin.dual_tokenization import (
     dual_tokenization,
 )
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.schema import parse_recipe
 from tests.conftest import CHAT_TEMPLATE, ROWS, write_rows
 
 Recipe = Callable[..., dict[str, Any]]

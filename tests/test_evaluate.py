@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from dwakd_cli import evaluate as command
 from dwakd_cli.embedded import held_out_bits_per_byte
 from dwakd_cli.main import app, main
-from dwakd_plugin import evaluation, generation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.evaluated_model import Held, find_model, load_config, load_model
-from dwakd_plugin.evaluation import (
+from dwakd_plugin.evaluate import figures as evaluation
+from dwakd_plugin.evaluate import generation
+from dwakd_plugin.evaluate.figures import (
     Amounts,
     bits_per_byte,
     common_places,
@@ -40,7 +40,17 @@ from dwakd_plugin.evaluation import (
     symbols_of,
     without_words,
 )
-from dwakd_plugin.evaluation_rows import (
+from dwakd_plugin.evaluate.generation import (
+    ResponseStore,
+    Sampling,
+    batches,
+    draw,
+    respond,
+    uniforms,
+    with_transformers,
+)
+from dwakd_plugin.evaluate.model import Held, find_model, load_config, load_model
+from dwakd_plugin.evaluate.rows import (
     Encoded,
     Format,
     bytes_of_tokens,
@@ -50,15 +60,6 @@ from dwakd_plugin.evaluation_rows import (
     read_rows,
     recipe_rows,
     token_ends,
-)
-from dwakd_plugin.generation import (
-    ResponseStore,
-    Sampling,
-    batches,
-    draw,
-    respond,
-    uniforms,
-    with_transformers,
 )
 from tests.conftest import CHAT_TEMPLATE, ROWS, write_rows
 

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app
-from dwakd_plugin import export as module
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.export import check_push, export, find_student, push
-from dwakd_plugin.model_card import model_card
+from dwakd_plugin.export import export as module
+from dwakd_plugin.export.card import model_card
+from dwakd_plugin.export.export import check_push, export, find_student, push
 from tests.conftest import CHAT_TEMPLATE
 
 PRIVATE = "/home/somebody/models"
@@ -202,7 +202,8 @@ def test_lora_is_kept(lora_run: Path, lab: Path, tmp_path: Path) -> None:
 def test_a_killed_export_leaves_no_model(full_run: Path, tmp_path: Path) -> None:
     dest = tmp_path / "student"
     script = (
-        "import os, signal, sys; from pathlib import Path; from dwakd_plugin.export import export\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from dwakd_plugin.export.export import export\n"
         "def die(doing):\n"
         "    if doing.startswith('Reading'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "export(Path(sys.argv[1]), Path(sys.argv[2]), say=die)"

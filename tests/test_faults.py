@@ -19,17 +19,18 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
 from dwakd_cli.warmup import _alone
-from dwakd_plugin import export as export_module
-from dwakd_plugin import run_lock
-from dwakd_plugin.cached_teacher import fill, missing_rows, open_cache
-from dwakd_plugin.config import TeacherConfig
-from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.files import append_lines, explaining_writes, json_checksum
-from dwakd_plugin.generation import Response, ResponseStore, discard
-from dwakd_plugin.preflight import RUN_FILE, check_all, read_run_file
-from dwakd_plugin.projectors import Projectors, read_projectors, save_projectors
-from dwakd_plugin.teacher_cache import TeacherCache, row_key
+from dwakd_plugin.evaluate.generation import Response, ResponseStore, discard
+from dwakd_plugin.export import export as export_module
+from dwakd_plugin.io import run_lock
+from dwakd_plugin.io.files import append_lines, explaining_writes, json_checksum
+from dwakd_plugin.models.projectors import Projectors, read_projectors, save_projectors
+from dwakd_plugin.models.teacher.cache import TeacherCache, row_key
+from dwakd_plugin.models.teacher.cached import fill, missing_rows, open_cache
+from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.train.preflight import check_all
+from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -108,7 +109,7 @@ def test_a_model_that_a_killed_export_put_aside_comes_back(tmp_path: Path) -> No
 def test_sigterm_ends_a_run_with_a_checkpoint_that_resumes_exactly(
     recipe: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dwakd_plugin.trainer import DWAKDTrainer
+    from dwakd_plugin.train.trainer import DWAKDTrainer
 
     settings = recipe({}, max_steps=6, save_steps=100)
     train(settings)
@@ -419,7 +420,7 @@ def test_a_teacher_that_vanishes_in_the_middle(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from dwakd_plugin.trainer import DWAKDTrainer
+    from dwakd_plugin.train.trainer import DWAKDTrainer
 
     teacher = tmp_path / "teacher"
     shutil.copytree(lab / "teacher", teacher)
@@ -475,7 +476,7 @@ def test_nan_is_named_where_it_is(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from dwakd_plugin.trainer import DWAKDTrainer
+    from dwakd_plugin.train.trainer import DWAKDTrainer
 
     def said(settings: dict[str, Any]) -> str:
         caplog.clear()

@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dwakd_cli.train import read_recipe, with_distillation
-from dwakd_plugin.config import VARIANTS, Divergence, DWAKDConfig, parse_recipe
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.exact_alignment import TokenAligner
 from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss
-from dwakd_plugin.preflight import check_all
-from dwakd_plugin.projectors import Projectors
-from dwakd_plugin.tokenizer_pair import ByteCutter, Changed, Cut, cut_both
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.recipe.schema import VARIANTS, Divergence, DWAKDConfig, parse_recipe
+from dwakd_plugin.tokenizers.alignment import TokenAligner
+from dwakd_plugin.tokenizers.pair import ByteCutter, Changed, Cut, cut_both
+from dwakd_plugin.train.preflight import check_all
 
 # Cases that ran to their end, by target.
 CASES: Counter[str] = Counter()
@@ -733,8 +733,8 @@ def strategies(lab: Path) -> dict[str, Any]:
     from axolotl.utils.dict import DictDefault
     from datasets import Dataset
 
-    from dwakd_plugin import dual_tokenization as dual
-    from dwakd_plugin.config import TeacherConfig
+    from dwakd_plugin.data import dual_tokenization as dual
+    from dwakd_plugin.recipe.schema import TeacherConfig
 
     teacher = TeacherConfig.model_validate(str(lab / "teacher"))
     student_tokenizer = AutoTokenizer.from_pretrained(lab / "student")
@@ -781,7 +781,7 @@ def strategies(lab: Path) -> dict[str, Any]:
 def test_a_row_is_tokenised_twice_or_left_out(
     row: dict[str, Any], name: str, strategies: dict[str, Any]
 ) -> None:
-    from dwakd_plugin.dual_tokenization import (
+    from dwakd_plugin.data.dual_tokenization import (
         KEPT,
         LABELS_ONLY,
         NO_RESPONSE,
@@ -845,7 +845,7 @@ LINES = st.one_of(
 def test_evaluation_rows_are_read_or_located(
     lines: list[str], ending: bytes, scratch: Path, lab: Path
 ) -> None:
-    from dwakd_plugin.evaluation_rows import Format, encode, read_rows
+    from dwakd_plugin.evaluate.rows import Format, encode, read_rows
 
     file = scratch / "rows.jsonl"
     file.write_bytes("\n".join(lines).encode(errors="surrogatepass") + ending)

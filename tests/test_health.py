@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from dwakd_cli import train as train_command
 from dwakd_cli.main import app
-from dwakd_plugin import health
-from dwakd_plugin.config import DWAKDConfig
-from dwakd_plugin.health import (
+from dwakd_plugin.models.projectors import PROJECTOR_FILE, Projectors, save_projectors
+from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.train import health
+from dwakd_plugin.train.health import (
     HEALTH_FILE,
     WINDOW_LINES,
     WINDOW_STEPS,
@@ -29,8 +30,7 @@ from dwakd_plugin.health import (
     standing_in,
     write_report,
 )
-from dwakd_plugin.preflight import RUN_FILE
-from dwakd_plugin.projectors import PROJECTOR_FILE, Projectors, save_projectors
+from dwakd_plugin.train.run_folder import RUN_FILE
 from tests.conftest import ROWS
 
 Recipe = Callable[..., dict[str, Any]]

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwakd_plugin.config import VARIANTS, LossConfig, SoftDTWConfig
 from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss, sequence_level
 from dwakd_plugin.loss.alignment import (
     attention_band,
@@ -48,7 +47,8 @@ from dwakd_plugin.loss.token_weights import (
     student_token_weights,
     teacher_token_weights,
 )
-from dwakd_plugin.projectors import Projectors
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,11 +19,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from dwakd_plugin.config import TeacherConfig
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import check_recipe
-from dwakd_plugin.teacher import load_teacher
-from dwakd_plugin.trainer import DWAKDTrainer
+from dwakd_plugin.models.teacher.loaded import load_teacher
+from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.train.trainer import DWAKDTrainer
 from tests.conftest import ROWS
 from tests.ranks import Job, watched, without_labels
 from tests.test_train_command import _wait_for

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.open_run import open_run
+from dwakd_plugin.train.open_run import open_run
 
 Recipe = Callable[..., dict[str, Any]]
 LORA = {

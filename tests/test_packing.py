@@ -26,15 +26,16 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from dwakd_plugin.causal_lm import embedding_table, output_head
-from dwakd_plugin.collator import DISTILLATION_KEYS, DualCollator
-from dwakd_plugin.config import LossConfig, SoftDTWConfig
+from dwakd_plugin.data.collator import DISTILLATION_KEYS, DualCollator
+from dwakd_plugin.data.packing import check_packing, pair_lengths
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import dwakd_loss
-from dwakd_plugin.packing import check_packing, pack, pair_lengths
-from dwakd_plugin.projectors import Projectors
-from dwakd_plugin.student import student_states
-from dwakd_plugin.teacher import Teacher
+from dwakd_plugin.models.batches import pack
+from dwakd_plugin.models.causal_lm import embedding_table, output_head
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.models.student import student_states
+from dwakd_plugin.models.teacher.loaded import Teacher
+from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 from tests.test_axolotl import TERMS, losses, weights
 
 Recipe = Callable[..., dict[str, Any]]

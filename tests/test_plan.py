@@ -16,22 +16,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app
-from dwakd_plugin.collator import DualCollator
-from dwakd_plugin.config import parse_recipe
+from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss.divergence import tokens_per_chunk
-from dwakd_plugin.memory_plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
-from dwakd_plugin.memory_plan.cards import CPU_IMPORTS, GIB
-from dwakd_plugin.memory_plan.model_sizes import (
+from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
+from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB
+from dwakd_plugin.plan.model_sizes import (
     Layer,
     lora_settings,
     measure_model,
     optimizer_bytes,
     weight_bytes,
 )
-from dwakd_plugin.memory_plan.parts import Parts
-from dwakd_plugin.memory_plan.trace import Bytes, trace_body
-from dwakd_plugin.trainer import DWAKDTrainer
+from dwakd_plugin.plan.parts import Parts
+from dwakd_plugin.plan.trace import Bytes, trace_body
+from dwakd_plugin.recipe.schema import parse_recipe
+from dwakd_plugin.train.trainer import DWAKDTrainer
 
 Recipe = Callable[..., dict[str, Any]]
 CPU = Card("a test's", "cpu", 64 * GIB, 1e11, 1e10, "made up")

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.projectors import (
+from dwakd_plugin.models.projectors import (
     T2S_SCALE,
     Projectors,
     load_projectors,
     save_projectors,
     shared_vocabulary_init,
 )
-from dwakd_plugin.tokenizer_pair import shared_vocabulary, token_bytes
+from dwakd_plugin.tokenizers.pair import shared_vocabulary, token_bytes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -20,7 +20,7 @@ from benchmarks.quality.materials import (
 )
 from benchmarks.quality.runs import Run, recipe
 from dwakd_cli import embedded
-from dwakd_plugin.config import parse_recipe
+from dwakd_plugin.recipe.schema import parse_recipe
 
 TEXTS = ["the cat sat on the mat", "the dog sat on a log", "<|endoftext|>", "12 cats, 12 mats"]
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from dwakd_cli.main import app
 from dwakd_cli.recipes import GROUPS, _shipped, describe
-from dwakd_plugin.config import DWAKDArgs
+from dwakd_plugin.recipe.schema import DWAKDArgs
 from tests.conftest import ROWS, write_rows
 from tests.families import create
 from tests.test_axolotl import TERMS
@@ -252,8 +252,8 @@ def test_a_chat_template_that_thinks_aligns_the_answers_alone(
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
 
-    from dwakd_plugin.config import parse_recipe
-    from dwakd_plugin.dual_tokenization import dual_tokenization
+    from dwakd_plugin.data.dual_tokenization import dual_tokenization
+    from dwakd_plugin.recipe.schema import parse_recipe
 
     monkeypatch.chdir(workshop)
     recipe = tiny("chat-qwen3-8b-to-smollm2-1.7b", workshop)

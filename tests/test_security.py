@@ -33,10 +33,9 @@ from dwakd_cli.console import PlainConsole
 from dwakd_cli.main import error_boundary, main
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.token_picture import html_page as check_page
-from dwakd_plugin.config import TeacherConfig
-from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError, printable
-from dwakd_plugin.evaluated_model import (
+from dwakd_plugin.evaluate.model import (
     Held,
     Source,
     find_model,
@@ -44,17 +43,18 @@ from dwakd_plugin.evaluated_model import (
     load_model,
     run_record,
 )
-from dwakd_plugin.evaluated_model import load_tokenizer as load_evaluated_tokenizer
-from dwakd_plugin.export import find_student
+from dwakd_plugin.evaluate.model import load_tokenizer as load_evaluated_tokenizer
+from dwakd_plugin.export.card import model_card
+from dwakd_plugin.export.export import find_student
 from dwakd_plugin.loss import Alignment
-from dwakd_plugin.memory_plan.model_sizes import model_config
-from dwakd_plugin.memory_plan.recipe_models import shared_tokens
-from dwakd_plugin.model_card import model_card
-from dwakd_plugin.preflight import check_output_folder, run_facts
-from dwakd_plugin.projectors import Projectors, load_projectors, save_projectors
-from dwakd_plugin.teacher import load_teacher, teacher_config
-from dwakd_plugin.teacher_cache import INDEX, LOCK, TeacherCache
-from dwakd_plugin.tokenizer_pair import ByteCutter, cut_both
+from dwakd_plugin.models.projectors import Projectors, load_projectors, save_projectors
+from dwakd_plugin.models.teacher.cache import INDEX, LOCK, TeacherCache
+from dwakd_plugin.models.teacher.loaded import load_teacher, teacher_config
+from dwakd_plugin.plan.model_sizes import model_config
+from dwakd_plugin.plan.recipe_models import shared_tokens
+from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.tokenizers.pair import ByteCutter, cut_both
+from dwakd_plugin.train.run_folder import check_output_folder, run_facts
 
 Recipe = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[1]
@@ -350,7 +350,7 @@ JUNK = ["", "null", "3", '"text"', "[]", "[1]", '{"identity": "x"}', "{", "\udcf
 def test_a_run_file_of_anything_ends_in_a_message(
     content: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    from dwakd_plugin.config import parse_recipe
+    from dwakd_plugin.recipe.schema import parse_recipe
 
     settings = recipe({})
     config = parse_recipe(settings)

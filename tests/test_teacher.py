@@ -14,14 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dwakd_plugin.collator import teacher_batch
-from dwakd_plugin.config import DWAKDConfig, TeacherConfig
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.out_of_memory import explain_out_of_memory
-from dwakd_plugin.preflight import check_teacher_recipe
-from dwakd_plugin.teacher import Teacher, load_teacher
-from dwakd_plugin.teacher_attention import HUB_KERNEL, AttentionFacts, choose_attention
-from dwakd_plugin.teacher_quantisation import check_device, check_head, check_packages
+from dwakd_plugin.models.batches import teacher_batch
+from dwakd_plugin.models.out_of_memory import explain_out_of_memory
+from dwakd_plugin.models.teacher.attention import HUB_KERNEL, AttentionFacts, choose_attention
+from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.models.teacher.quantisation import check_device, check_head, check_packages
+from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig
+from dwakd_plugin.train.preflight import check_teacher_recipe
 
 
 def config(folder: Path, **keys: Any) -> TeacherConfig:
@@ -98,7 +98,9 @@ def test_a_missing_package_is_named_before_a_model_is_loaded(
     shutil.copytree(lab / "teacher", folder)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"quantization_config": own}))
-    monkeypatch.setattr("dwakd_plugin.teacher_quantisation._is_installed", lambda module: False)
+    monkeypatch.setattr(
+        "dwakd_plugin.models.teacher.quantisation._is_installed", lambda module: False
+    )
     with pytest.raises(UserError, match=message):
         check_teacher_recipe(DWAKDConfig(teacher=config(folder)))
     with pytest.raises(UserError, match=message):
@@ -252,7 +254,7 @@ def test_out_of_memory_says_where_and_what_to_do(
     def too_much(*_: Any, **__: Any) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("dwakd_plugin.teacher.hidden_states", too_much)
+    monkeypatch.setattr("dwakd_plugin.models.teacher.loaded.hidden_states", too_much)
     with pytest.raises(UserError, match="Out of memory in the teacher's forward") as raised:
         teacher.hidden(batch())
     assert all(f"  {number}. " in str(raised.value) for number in (1, 2, 3))

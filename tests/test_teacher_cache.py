@@ -17,16 +17,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import dwakd_plugin.cached_teacher as cached_teacher_module
+import dwakd_plugin.models.teacher.cached as cached_teacher_module
 from dwakd_cli.main import app
-from dwakd_plugin import teacher_cache
-from dwakd_plugin.cached_teacher import cached_teacher, fill, missing_rows, open_cache
-from dwakd_plugin.collator import teacher_batch
-from dwakd_plugin.config import TeacherConfig
-from dwakd_plugin.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.teacher import Teacher, load_teacher
-from dwakd_plugin.teacher_cache import DiskFull, TeacherCache, encode, row_key
+from dwakd_plugin.models.batches import teacher_batch
+from dwakd_plugin.models.teacher import cache as teacher_cache
+from dwakd_plugin.models.teacher.cache import DiskFull, TeacherCache, encode, row_key
+from dwakd_plugin.models.teacher.cached import cached_teacher, fill, missing_rows, open_cache
+from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.recipe.schema import TeacherConfig
 
 IDENTITY = {"teacher": "big", "precision": "float32", "hidden_size": 4}
 IDS = torch.tensor([5, 6, 7, 8])
@@ -217,7 +217,7 @@ def test_one_writer_at_a_time(cache: TeacherCache) -> None:
         assert "second" in other
     # A process that dies with the lock does not keep it.
     script = (
-        "import os, pathlib; from dwakd_plugin.teacher_cache import TeacherCache\n"
+        "import os, pathlib; from dwakd_plugin.models.teacher.cache import TeacherCache\n"
         f"cache = TeacherCache(pathlib.Path({str(cache.folder)!r}), {IDENTITY!r})\n"
         "with cache.writing(wait=False): os._exit(9)"
     )

@@ -22,7 +22,7 @@ from dwakd_cli import train
 from dwakd_cli.axolotl_command import distill
 from dwakd_cli.main import app
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.preflight import check_all
+from dwakd_plugin.train.preflight import check_all
 
 Recipe = Callable[..., dict[str, Any]]
 COMMAND = [sys.executable, "-c", "from dwakd_cli.main import main; main()"]

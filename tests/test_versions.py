@@ -15,9 +15,9 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.collators import DataCollatorForSeq2Seq
 
-from dwakd_plugin.collator import DualCollator
+from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.plugin import DWAKDPlugin
-from dwakd_plugin.trainer import DWAKDTrainer
+from dwakd_plugin.train.trainer import DWAKDTrainer
 
 ROOT = Path(__file__).parents[1]
 

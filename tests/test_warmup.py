@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import dwakd_plugin.warmup as warmup_module
+import dwakd_plugin.train.warmup as warmup_module
 from dwakd_cli.main import app
 from dwakd_cli.warmup import inputs_fingerprint
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.open_run import open_run
-from dwakd_plugin.projectors import Projectors, head_signature, load_projectors
+from dwakd_plugin.models.projectors import Projectors, head_signature, load_projectors
+from dwakd_plugin.train.open_run import open_run
 from tests.conftest import ROWS, write_rows
 
 Recipe = Callable[..., dict[str, Any]]

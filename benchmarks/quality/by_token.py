@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.quality.materials import Materials, example
 from benchmarks.quality.runs import read_rows
-from dwakd_plugin.exact_alignment import TokenAligner
+from dwakd_plugin.tokenizers.alignment import TokenAligner
 
 Kinds = dict[str, list[float]]
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measure import say
 from dwakd_cli import embedded
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.io.files import replace_file
 
 Row = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.quality.materials import Materials
 from benchmarks.quality.runs import EPOCHS, Run, dataset
-from dwakd_plugin.config import VARIANTS
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.recipe.schema import VARIANTS
 
 Settings = dict[str, Any]
 

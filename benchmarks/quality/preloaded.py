@@ -5,6 +5,6 @@ import axolotl.cli.train
 import axolotl.core.builders  # noqa: F401
 
 import dwakd_cli.embedded  # noqa: F401
-import dwakd_plugin.assembly
 import dwakd_plugin.plugin
-import dwakd_plugin.trainer  # noqa: F401
+import dwakd_plugin.train.assembly
+import dwakd_plugin.train.trainer  # noqa: F401

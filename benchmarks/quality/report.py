@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import say
 from benchmarks.quality.materials import TEST_SETS, Materials, rendered
 from benchmarks.quality.runs import Run, read_rows, result_of
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.io.files import replace_file
 
 Results = dict[str, Any]
 

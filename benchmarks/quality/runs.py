@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.measure import say
 from benchmarks.quality.materials import FORMAT, NO_INPUT_FORMAT, Materials, rendered
-from dwakd_plugin.files import replace_file
+from dwakd_plugin.io.files import replace_file
 
 Settings = dict[str, Any]
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from dwakd_plugin.config import SoftDTWConfig
+from dwakd_plugin.recipe.schema import SoftDTWConfig
 
 
 def valid_positions(lengths: Tensor, size: int) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dwakd_plugin.config import Divergence
 from dwakd_plugin.loss.token_weights import entropy
+from dwakd_plugin.recipe.schema import Divergence
 
 SKEW = 0.1  # λ of the skewed divergences, as in DistiLLM (arXiv 2402.03898)
 HEAD_MASS = 0.5  # μ of adaptive KL: probability mass that makes up the target's head

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dwakd_plugin.config import LossConfig, SoftDTWConfig
 from dwakd_plugin.loss.alignment import (
     attention_band,
     attention_entropy,
@@ -43,6 +42,7 @@ from dwakd_plugin.loss.token_level import (
     student_space_sums,
     teacher_space_sums,
 )
+from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 
 DEFAULT_LOSS = LossConfig.model_validate({})
 DEFAULT_SOFT_DTW = SoftDTWConfig.model_validate({})
@@ -204,7 +204,7 @@ def dwakd_loss(
     None).
 
     >>> import torch
-    >>> from dwakd_plugin.projectors import Projectors
+    >>> from dwakd_plugin.models.projectors import Projectors
     >>> seed = torch.manual_seed(0)
     >>> def states(positions, width, vocab, lengths):
     ...     embeds = torch.randn(3, 2, positions, width)

@@ -14,7 +14,7 @@ from dwakd_plugin.loss.alignment import valid_positions
 
 
 class ProjectorSet(Protocol):
-    """Anything with the four projections (see `dwakd_plugin.projectors.Projectors`)."""
+    """Anything with the four projections (see `dwakd_plugin.models.projectors.Projectors`)."""
 
     query: Callable[[Tensor], Tensor]  # 2d → 2D
     t2s: Callable[[Tensor], Tensor]  # D → d

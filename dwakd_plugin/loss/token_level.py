@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwakd_plugin.config import LossConfig
 from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.divergence import (
     StudentStatistics,
@@ -34,6 +33,7 @@ from dwakd_plugin.loss.token_weights import (
     student_token_weights,
     teacher_token_weights,
 )
+from dwakd_plugin.recipe.schema import LossConfig
 
 
 @dataclass(frozen=True)

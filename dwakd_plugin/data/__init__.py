@@ -1,0 +1,6 @@
+"""Rows for both sides: each tokenised twice, packed in pairs, laid out as batches.
+
+Everything here happens before the first forward pass.
+"""
+
+__all__ = ["collator", "dual_tokenization", "packing"]

@@ -1,0 +1,143 @@
+"""Lays out both sides of a batch, and says where on each side the response positions are.
+
+A *response position* is one whose shifted label counts: the model reads the token there and is
+asked for the next one (D1). Its indices are found here, on the CPU, so that the training step never
+waits for the device to count them.
+
+A batch has B samples. Unpacked, each is a sequence of its own, padded, with an attention mask.
+Packed, axolotl's sampler gives lists of samples; each list becomes one sequence of the student's,
+and the teacher's samples are packed anew. Sequences then have position ids that start at 0 with
+each sample, and no attention mask.
+
+Keys added to axolotl's batch (B samples, S or T response positions, L tokens a sequence; int64):
+    teacher_input_ids (sequences, L), with teacher_attention_mask or teacher_position_ids
+    student_positions (B, S), teacher_positions (B, T)   places in the flattened sequences,
+                                                         in order, right-padded with 0
+    student_lengths (B,), teacher_lengths (B,)           how many of them count
+    student_index (Ns,), teacher_index (Nt,)             their places in the flattened (B · S or T)
+    student_pairs (P,), teacher_pairs (P,)               places there of the positions that predict
+                                                         the same bytes; only for exact matching
+    source_row (B,)                                      where each row comes from
+    teacher_hidden (B, T, D), float                      only where a teacher cache is in use
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from axolotl.utils.collators import DataCollatorForSeq2Seq
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
+from dwakd_plugin.data.packing import LENGTH_COLUMN
+from dwakd_plugin.models.batches import response_positions, teacher_batch
+from dwakd_plugin.models.teacher.cache import TeacherCache
+from dwakd_plugin.tokenizers.alignment import Pairs, TokenAligner
+
+# What the collator adds to a batch; the student's own forward takes none of it.
+DISTILLATION_KEYS = (
+    "teacher_input_ids",
+    "teacher_attention_mask",
+    "teacher_position_ids",
+    "student_positions",
+    "teacher_positions",
+    "student_lengths",
+    "teacher_lengths",
+    "student_index",
+    "teacher_index",
+    "student_pairs",
+    "teacher_pairs",
+    "teacher_hidden",
+    SOURCE_COLUMN,
+)
+
+
+@dataclass
+class DualCollator(DataCollatorForSeq2Seq):
+    """axolotl's collator for the student's side, and the same for the teacher's.
+
+    teacher_sequence_len: tokens of a packed sequence of the teacher's; None for as many as come.
+    """
+
+    teacher_cache: TeacherCache | None = None
+    teacher_sequence_len: int | None = None
+    aligner: TokenAligner | None = None
+
+    def __call__(self, features: list[Any], return_tensors: str | None = None) -> dict[str, Tensor]:
+        packed = isinstance(features[0], list)
+        sequences = features if packed else [[feature] for feature in features]
+        rows = [dict(row) for sequence in sequences for row in sequence]
+        has_teacher = "teacher_input_ids" in rows[0]
+        teacher_ids = [torch.tensor(row.pop("teacher_input_ids", [])) for row in rows]
+        teacher_labels = [torch.tensor(row.pop("teacher_labels", [])) for row in rows]
+        source_rows = [row.pop(SOURCE_COLUMN, -1) for row in rows]
+        for row in rows:
+            row.pop(LENGTH_COLUMN, None)
+            # Nothing predicts a row's first token, whatever is packed or padded before it.
+            row["labels"] = [-100, *row["labels"][1:]]
+
+        student = _concatenated(sequences, rows) if packed else rows
+        lengths = [len(sequence["input_ids"]) for sequence in student]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        batch = super().__call__(student, return_tensors)
+        if not has_teacher:  # axolotl's own evaluation command
+            return batch
+        batch.update(teacher_batch(teacher_ids, teacher_labels, packed, self.teacher_sequence_len))
+        if self.teacher_cache is not None:
+            cached = map(self.teacher_cache.read, teacher_ids, teacher_labels)
+            batch["teacher_hidden"] = pad_sequence(list(cached), batch_first=True)
+        width = batch["input_ids"].shape[1]
+        starts = []
+        for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            start = index * width
+            if self.tokenizer.padding_side == "left":
+                start += width - length
+            for row in sequence:
+                starts.append(start)
+                start += len(row["input_ids"])
+        batch.update(response_positions("student", labels, starts))
+        if self.aligner is not None:
+            sides = (rows, labels, teacher_ids, teacher_labels)
+            pairs = [
+                self.aligner.pairs(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
+                for row, own, ids, theirs in zip(*sides, strict=True)
+            ]
+            batch.update(aligned_positions(pairs, batch))
+        batch[SOURCE_COLUMN] = torch.tensor(source_rows)
+        return batch
+
+
+def _concatenated(
+    sequences: list[list[Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, list[int]]]:
+    """One sequence for each list of rows; `rows` are theirs, one after another."""
+    result = []
+    remaining = iter(rows)
+    for places in sequences:
+        own = list(islice(remaining, len(places)))
+        result.append(
+            {
+                "input_ids": [token for row in own for token in row["input_ids"]],
+                "labels": [label for row in own for label in row["labels"]],
+                "position_ids": [place for row in own for place in range(len(row["input_ids"]))],
+            }
+        )
+    return result
+
+
+def aligned_positions(pairs: list[Pairs], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each sample's pairs of response positions as places in the flattened (B · S), (B · T)."""
+    places = [
+        (
+            sample * batch["student_positions"].shape[1] + i,
+            sample * batch["teacher_positions"].shape[1] + j,
+        )
+        for sample, found in enumerate(pairs)
+        for i, j in found
+    ]
+    student, teacher = torch.tensor(places, dtype=torch.long).view(-1, 2).T
+    return {"student_pairs": student.contiguous(), "teacher_pairs": teacher.contiguous()}

@@ -1,0 +1,121 @@
+"""Sample packing: several rows in one sequence, on each side its own, with rows kept in pairs.
+
+axolotl's sampler decides which rows share a sequence. It is shown, as each row's length, what the
+row takes of the side on which it is the longer, so that what fits the student's sequences fits the
+teacher's as well. Rows are told apart by position ids that start at 0 with each of them, which
+transformers turns into block-diagonal attention, or into flash attention's variable lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from numpy import maximum
+from pyarrow.compute import list_value_length
+from torch import nn
+from torch.utils.data import Sampler
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.models.causal_lm import causal_lm, hidden_states
+
+LENGTH_COLUMN = "length"  # what axolotl's sampler packs by
+PROBE_LENGTHS = (13, 9, 11)  # tokens of the rows that the probe packs
+
+
+def pair_lengths(rows: Dataset, student_len: int, teacher_len: int) -> Dataset:
+    """The rows with `length`: the share of a sequence that a pair takes, in the student's tokens.
+
+    A sequence has `student_len` tokens on the student's side and `teacher_len` on the teacher's; a
+    pair takes the larger of its two shares. Rows whose lengths together are no more than
+    `student_len` fit both sides.
+    """
+    lengths: list[int] = []
+    columns = rows.select_columns(["input_ids", "teacher_input_ids"]).with_format("arrow")
+    for table in columns.iter(10_000):
+        student, teacher = (
+            list_value_length(table[name]).to_numpy().astype("int64")
+            for name in ("input_ids", "teacher_input_ids")
+        )
+        lengths += maximum(student, -(-teacher * student_len // teacher_len)).tolist()
+    if LENGTH_COLUMN in rows.column_names:
+        rows = rows.remove_columns(LENGTH_COLUMN)
+    return rows.add_column(LENGTH_COLUMN, lengths)
+
+
+def pack_by_pairs(cfg: Any, teacher_len: int, datasets: Any) -> None:
+    """Has axolotl's sampler pack pairs, and counts the run's steps anew; changes `datasets`."""
+    from axolotl.utils.trainer import calculate_total_num_steps
+
+    rows = pair_lengths(datasets.train_dataset, cfg.sequence_len, teacher_len)
+    datasets.train_dataset = rows
+    if datasets.eval_dataset is not None:
+        datasets.eval_dataset = pair_lengths(datasets.eval_dataset, cfg.sequence_len, teacher_len)
+    steps = calculate_total_num_steps(cfg, rows)
+    datasets.total_num_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
+
+
+class SeededOrder(Sampler[int]):
+    """A shuffled order of `count` rows that depends on the seed and the epoch alone."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@torch.no_grad()
+def check_packing(model: Any, name: str, remedy: str, sequences: int = 1) -> None:
+    """Raises UserError where rows packed into one sequence see each other, or lose their positions.
+
+    Final hidden states of packed rows are compared with those of each row alone, for `sequences`
+    equal ones at once, as the run will have them. The model's mode is left as it was.
+    """
+    device = causal_lm(model).get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(causal_lm(model).config.get_text_config().vocab_size)
+    rows = [torch.randint(vocabulary, (count,), generator=generator) for count in PROBE_LENGTHS]
+    positions = torch.cat([torch.arange(count) for count in PROBE_LENGTHS])
+    was_training = model.training
+    model.eval()
+    try:
+        packed = hidden_states(
+            model,
+            torch.cat(rows).expand(sequences, -1).to(device),
+            None,
+            position_ids=positions.expand(sequences, -1).to(device),
+        )
+        alone = torch.cat(
+            [hidden_states(model, row[None].to(device), None)[0].to(packed.device) for row in rows]
+        )
+    except TypeError as error:
+        raise UserError(
+            f"{name} ({type(causal_lm(model)).__name__}) takes no position ids, by which packed "
+            f"rows are told apart ({error}). {remedy}"
+        ) from error
+    finally:
+        model.train(was_training)
+    error = (packed - alone).float().norm(dim=-1) / alone.float().norm(dim=-1).clamp(min=1e-6)
+    # Half precision and quantised layers, whose rounding depends on what is computed together.
+    exact = packed.dtype == torch.float32 and not _is_quantised(model)
+    if error.max().item() > (1e-3 if exact else 0.1):
+        raise UserError(
+            f"{name} ({type(causal_lm(model)).__name__}, attention "
+            f"{causal_lm(model).config._attn_implementation}) mixes rows that are packed into one "
+            f"sequence: their hidden states differ from those of each row alone by "
+            f"{error.max().item():.0%}. {remedy}"
+        )
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return getattr(causal_lm(model), "quantization_method", None) is not None

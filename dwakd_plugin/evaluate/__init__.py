@@ -1,0 +1,6 @@
+"""What a trained student is worth: answers, bits per byte, distance to a teacher.
+
+Takes any model folder, ours or not.
+"""
+
+__all__ = ["figures", "generation", "model", "rows"]

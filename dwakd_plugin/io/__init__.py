@@ -1,0 +1,6 @@
+"""What is written so that nothing is lost: whole files, rows of JSON, locks.
+
+Knows nothing of models or recipes; torch only where tensors are saved.
+"""
+
+__all__ = ["files", "json_rows", "run_lock"]

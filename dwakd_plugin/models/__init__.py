@@ -1,0 +1,6 @@
+"""Student, teacher and projectors as the loss sees them: hidden states, head, embeddings.
+
+A teacher is a loaded model or a cache of its states; what uses it cannot tell which.
+"""
+
+__all__ = ["batches", "causal_lm", "folder", "out_of_memory", "projectors", "student", "teacher"]

@@ -1,0 +1,84 @@
+"""Where the rows of one side stand in a batch: its sequences, and the positions that answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def teacher_batch(
+    teacher_ids: list[Tensor],
+    teacher_labels: list[Tensor],
+    packed: bool = False,
+    sequence_len: int | None = None,
+) -> dict[str, Tensor]:
+    """The teacher's side of a batch, padded on the right, from rows of token ids and labels (L,).
+
+    `packed` puts rows into sequences of `sequence_len` tokens, or all into one where that is None.
+    The padding's token id is 0, which every vocabulary has; the mask says that it does not count,
+    or positions that start anew.
+    """
+    lengths = [len(ids) for ids in teacher_ids]
+    if packed:
+        sequences = pack(lengths, sum(lengths) if sequence_len is None else sequence_len)
+    else:
+        sequences = [[place] for place in range(len(lengths))]
+    ids = pad_sequence(
+        [torch.cat([teacher_ids[place] for place in places]) for places in sequences],
+        batch_first=True,
+    )
+    starts = [0] * len(lengths)
+    position_ids, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for index, places in enumerate(sequences):
+        start = 0
+        for place in places:
+            starts[place] = index * ids.shape[1] + start
+            position_ids[index, start : start + lengths[place]] = torch.arange(lengths[place])
+            start += lengths[place]
+        mask[index, :start] = 1
+        position_ids[index, start:] = torch.arange(ids.shape[1] - start)
+    return {
+        "teacher_input_ids": ids,
+        **({"teacher_position_ids": position_ids} if packed else {"teacher_attention_mask": mask}),
+        **response_positions("teacher", teacher_labels, starts),
+    }
+
+
+def response_positions(side: str, labels: list[Tensor], starts: list[int]) -> dict[str, Tensor]:
+    """Where the shifted labels count, as the keys `{side}_positions`, `_lengths` and `_index`.
+
+    `starts` are the places of the samples' first tokens in the flattened sequences. S is at least
+    1, so that a batch without any response still has a shape.
+    """
+    rows = [
+        torch.nonzero(row[1:] != -100).squeeze(1) + start
+        for row, start in zip(labels, starts, strict=True)
+    ]
+    lengths = torch.tensor([len(row) for row in rows])
+    positions = pad_sequence(rows, batch_first=True)
+    if positions.shape[1] == 0:
+        positions = torch.zeros(len(rows), 1, dtype=torch.long)
+    counts = torch.arange(positions.shape[1]) < lengths[:, None]
+    return {
+        f"{side}_positions": positions,
+        f"{side}_lengths": lengths,
+        f"{side}_index": counts.flatten().nonzero().squeeze(1),
+    }
+
+
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Places in `lengths`, by sequence: the longest first, each into the first with room (FFD).
+
+    What is longer than `capacity` has a sequence of its own.
+    """
+    sequences: list[list[int]] = []
+    rooms: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        index = next((i for i, room in enumerate(rooms) if lengths[place] <= room), len(rooms))
+        if index == len(rooms):
+            rooms.append(capacity)
+            sequences.append([])
+        rooms[index] -= lengths[place]
+        sequences[index].append(place)
+    return sequences

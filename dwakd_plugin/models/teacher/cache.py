@@ -1,0 +1,409 @@
+"""The teacher's hidden states on disk: computed once, read in every epoch after.
+
+The loss needs of the teacher its final hidden states at response positions, its embeddings and its
+head, and none of them changes. A cache folder holds all three, so that training from a full cache
+needs no teacher at all:
+
+    index.jsonl             one JSON object a line: first the format, the identity of the teacher
+                            and the dtype of the states; then, per file, its size and the CRC-32 of
+                            each tensor in it
+    teacher.safetensors     embeddings and head
+    states-*.safetensors    one tensor (T, D) per row, named by the row's key
+    lock                    locked while somebody writes
+
+A row's key is a hash of its teacher token ids and response positions, so that shuffling, splitting
+and adding rows keep the cache valid. A file is written beside its place and moved into it, and then
+named by a line at the end of the index: after a kill, what the index names is whole, and a line cut
+off at its end counts as not written.
+
+Sizes are compared when a cache is opened, and a checksum when its tensor is read: opening takes no
+time, and no value is used unchecked. Tensors are read and not mapped: pages of a map would count as
+the process's own, more with every row, until an epoch holds the whole cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.files import append_lines, is_full_disk, save_tensors, whole_lines
+
+FORMAT = 2
+INDEX = "index.jsonl"
+WEIGHTS = "teacher.safetensors"
+LOCK = "lock"
+# Rows per shard are bounded by bytes: a kill loses at most this much of the model's work.
+SHARD_BYTES = 64 * 2**20
+FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+KEPT_DTYPES = ("auto", "float16", "bfloat16", "float8_e4m3")  # as `encode` takes them
+
+# The dtypes that a cache's files have, by their names in a safetensors header.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+
+
+class DiskFull(UserError):
+    """The disk took no more; what the index names before is whole."""
+
+
+def row_key(teacher_ids: Tensor, teacher_labels: Tensor) -> str:
+    """Names a row by its teacher token ids and by which of its labels count, both (L,)."""
+    digest = sha256(teacher_ids.to(torch.int64).numpy().tobytes())
+    digest.update(teacher_labels.ne(-100).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def encode(states: Tensor, dtype: str) -> Tensor:
+    """States (T, D) as they are kept: as computed (auto), in another dtype, or packed.
+
+    float8_e4m3 has a scale per token, so that large and small tokens keep their relative precision:
+    uint8 (T, D + 4), the token's numbers divided by its scale and then the scale, a float32.
+    """
+    if dtype == "auto":
+        return states
+    if dtype != "float8_e4m3":
+        kept = states.to(getattr(torch, dtype))
+        if kept.isinf().any() and not states.isinf().any():
+            raise UserError(
+                f"The teacher's states reach {states.abs().max().item():.3g}, beyond float16's "
+                "range. Keep them in bfloat16 or float8_e4m3 (dwakd.teacher.cache_dtype), in a new "
+                "folder."
+            )
+        return kept
+    scale = states.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / FLOAT8_LARGEST
+    numbers = (states.float() / scale).to(torch.float8_e4m3fn)
+    return torch.cat([numbers.view(torch.uint8), scale.view(torch.uint8)], dim=1)
+
+
+def decode(kept: Tensor) -> Tensor:
+    """States (T, D) from what `encode` made of them; float32 where they were packed."""
+    if kept.dtype != torch.uint8:
+        return kept
+    numbers = kept[:, :-4].view(torch.float8_e4m3fn).float()
+    return numbers * kept[:, -4:].contiguous().view(torch.float32)
+
+
+def bytes_per_token(hidden_size: int, dtype: str, computed: torch.dtype) -> int:
+    """Bytes that one token's states take on disk; `computed` is the dtype that `auto` keeps."""
+    if dtype == "float8_e4m3":
+        return hidden_size + 4
+    return hidden_size * (computed if dtype == "auto" else getattr(torch, dtype)).itemsize
+
+
+class TeacherCache:
+    """A folder of teacher states, opened for one teacher.
+
+    Pickles small: data-loader workers read the shards' headers anew.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], dtype: str = "auto") -> None:
+        """Opens the folder, or starts an empty cache there.
+
+        `identity` says which teacher, in which precision, the states come from, and has its
+        `hidden_size`. `dtype` is how a new cache keeps them; of one that is there, `auto` takes its
+        own. Raises UserError where the folder holds something else, another teacher's states,
+        another dtype, or damaged files.
+        """
+        self.folder = folder
+        self.identity = json.loads(json.dumps(identity))
+        self.dtype = dtype
+        self._asked_dtype = dtype
+        self._files: dict[str, dict[str, Any]] = {}  # name: bytes, crc32
+        self._shard_of: dict[str, str] = {}
+        self._headers: dict[str, dict[str, Any]] = {}
+        self._read_index()
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shard_of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_headers": {}}
+
+    @property
+    def bytes(self) -> int:
+        """What the files take on disk."""
+        return sum(entry["bytes"] for entry in self._files.values())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether embeddings and head were kept."""
+        return WEIGHTS in self._files
+
+    def read(self, teacher_ids: Tensor, teacher_labels: Tensor) -> Tensor:
+        """The hidden states (T, D) of one row, from its teacher ids and labels (L,)."""
+        count = int(teacher_labels[1:].ne(-100).sum())
+        if count == 0:
+            return torch.zeros(0, self.identity["hidden_size"])
+        key = row_key(teacher_ids, teacher_labels)
+        if key not in self._shard_of:
+            raise UserError(
+                f"The teacher cache {self.folder} lacks a row that training asks for. Run "
+                "`dwakd cache RECIPE`, which adds missing rows."
+            )
+        file = self._shard_of[key]
+        states = decode(self._tensor(file, key))
+        if states.shape != (count, self.identity["hidden_size"]):
+            raise UserError(_damaged(self.folder / file, f"row {key} has shape {states.shape}"))
+        return states
+
+    def append(self, states: dict[str, Tensor]) -> None:
+        """Adds rows, key to (T, D), as one shard. Raises DiskFull."""
+        number = len(self._files)
+        name = f"states-{number:05d}-{os.getpid()}.safetensors"
+        self._add(name, {key: encode(tensor, self.dtype) for key, tensor in states.items()})
+        self._shard_of.update(dict.fromkeys(states, name))
+
+    def save_weights(self, weights: dict[str, Tensor]) -> None:
+        """Keeps the teacher's embeddings and head: names to tensors. Raises DiskFull."""
+        self._add(WEIGHTS, weights)
+
+    def load_weights(self, device: str) -> dict[str, Tensor] | None:
+        """The teacher's embeddings and head, or None where they were not kept yet."""
+        if not self.has_weights:
+            return None
+        names = self._files[WEIGHTS]["crc32"]
+        return {name: self._tensor(WEIGHTS, name).to(device) for name in names}
+
+    def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compares the checksum of every tensor. Raises UserError that names what differs."""
+        for done, (file, entry) in enumerate(self._files.items()):
+            progress(done, len(self._files))
+            for name in entry["crc32"]:
+                self._tensor(file, name)
+        progress(len(self._files), len(self._files))
+
+    @contextmanager
+    def writing(self, *, wait: bool, on_wait: Callable[[str], None] = print) -> Iterator[None]:
+        """Holds the folder's lock: one process writes. What others wrote meanwhile is read first.
+
+        Where another holds it, waits and tells `on_wait` who, or, with `wait` false, raises
+        UserError. The system releases the lock of a process that has died.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"The teacher cache {self.folder} cannot be written: {error}"
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+                if not wait:
+                    raise UserError(
+                        f"The teacher cache {self.folder} is being written by {holder}. Let it "
+                        "finish, or stop it and run this again: what it has written is kept."
+                    ) from None
+                on_wait(f"Waiting for {holder}, which writes the teacher cache {self.folder}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            self._read_index()
+            self._remove_leftovers()
+            yield
+        finally:
+            # Not by closing alone: a forked worker would hold it on.
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+    def _remove_leftovers(self) -> None:
+        """Removes files that a killed writer left without naming them in the index."""
+        for file in self.folder.glob("*.safetensors*"):
+            if _is_ours(file.name) and file.name not in self._files:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def _tensor(self, file: str, name: str) -> Tensor:
+        """A tensor, read from its file, whose checksum is right."""
+        path = self.folder / file
+        try:
+            with path.open("rb", buffering=0) as stream:
+                if file not in self._headers:
+                    self._headers[file] = _header(stream)
+                tensor = _read_tensor(stream, self._headers[file][name])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+        if _crc32(tensor) != self._files[file]["crc32"][name]:
+            raise UserError(_damaged(path, f"the checksum of {name} does not match"))
+        return tensor
+
+    def _read_index(self) -> None:
+        index = self.folder / INDEX
+        if index.is_symlink():  # lines would be added to whatever it points to
+            raise UserError(_damaged(index, "it is a link"))
+        if not index.is_file():
+            files = self.folder.iterdir() if self.folder.is_dir() else []
+            foreign = any(not _is_ours(file.name) for file in files)
+            if foreign or (self.folder.exists() and not self.folder.is_dir()):
+                raise UserError(
+                    f"dwakd.teacher.cache: {self.folder} exists and is no teacher cache (it has no "
+                    f"{INDEX}). Give another folder."
+                )
+            return
+        head, *lines = whole_lines(index.read_bytes()) or [None]
+        try:
+            if head is None:
+                return
+            content = json.loads(head)
+            found, version, dtype = content["identity"], content["format"], content["dtype"]
+            entries = {str(entry["file"]): entry for entry in map(json.loads, lines)}
+            for entry in entries.values():
+                entry["bytes"] + 0, dict(entry["crc32"])
+            found.get, len(dtype)
+            if dtype not in KEPT_DTYPES:
+                raise ValueError(f"{dtype!r} is no dtype of states")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(_damaged(index, f"{type(error).__name__}: {error}")) from error
+        if version != FORMAT:
+            raise UserError(
+                f"The teacher cache {self.folder} has format {version}; this version reads "
+                f"{FORMAT}. Remove the folder to compute the states again."
+            )
+        differing = [
+            f"  {key}: {found.get(key)!r} in the cache, {value!r} in this run"
+            for key, value in self.identity.items()
+            if found.get(key) != value
+        ]
+        if differing:
+            raise UserError(
+                f"The teacher cache {self.folder} belongs to another teacher:\n"
+                + "\n".join(differing)
+                + "\nGive another folder as dwakd.teacher.cache, or remove this one."
+            )
+        if self._asked_dtype not in ("auto", dtype):
+            raise UserError(
+                f"The teacher cache {self.folder} keeps its states in "
+                f"{'the dtype they were computed in' if dtype == 'auto' else dtype}, and "
+                f"dwakd.teacher.cache_dtype asks for {self._asked_dtype}. Remove that line, or "
+                "give another folder."
+            )
+        for name, entry in entries.items():
+            if Path(name).name != name or not _is_ours(name) or (self.folder / name).is_symlink():
+                raise UserError(_damaged(index, f"it names {name}, which is no file of the cache"))
+            file = self.folder / name
+            try:
+                size = file.stat().st_size
+            except (FileNotFoundError, ValueError):
+                raise UserError(_damaged(file, "it is missing")) from None
+            if size != entry["bytes"]:
+                raise UserError(_damaged(file, f"it has {size} bytes, the index {entry['bytes']}"))
+        self.dtype, self._files = dtype, entries
+        self._shard_of = {
+            key: name
+            for name, entry in entries.items()
+            if name != WEIGHTS
+            for key in entry["crc32"]
+        }
+
+    def _add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Writes a file, and then the index's line that names it."""
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        with self._explaining_a_full_disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(tensors, self.folder / name)
+            entry = {
+                "file": name,
+                "bytes": (self.folder / name).stat().st_size,
+                "crc32": {key: _crc32(tensor) for key, tensor in tensors.items()},
+            }
+            head = {"format": FORMAT, "identity": self.identity, "dtype": self.dtype}
+            append_lines(self.folder / INDEX, head, [entry])
+        self._files[name] = entry
+        self._headers.pop(name, None)
+
+    @contextmanager
+    def _explaining_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if not is_full_disk(error):
+                raise UserError(
+                    f"The teacher cache {self.folder} cannot be written: {error}"
+                ) from error
+            raise DiskFull(f"The disk of {self.folder} is full.") from error
+
+
+def _is_ours(name: str) -> bool:
+    return name in (LOCK, INDEX) or name.startswith((WEIGHTS, "states-"))
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _header(stream: RawIOBase) -> dict[str, Any]:
+    """Of a safetensors file: per tensor its dtype, shape and first byte.
+
+    The format: the header's length as 8 bytes, little-endian; the header, JSON; the tensors' bytes.
+    Raises ValueError where these are not there.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    length = bytearray(8)
+    _fill(stream, length)
+    begin = 8 + int.from_bytes(length, "little")
+    if begin > size:
+        raise ValueError("its header has no end")
+    content = bytearray(begin - 8)
+    _fill(stream, content)
+    entries = json.loads(content)
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in entries.items():
+        dtype, shape, (first, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if end - first != math.prod(shape) * dtype.itemsize or begin + end > size:
+            raise ValueError(f"{name} is not where the header says")
+        found[name] = dtype, shape, begin + first
+    return found
+
+
+def _read_tensor(stream: RawIOBase, entry: tuple[torch.dtype, list[int], int]) -> Tensor:
+    dtype, shape, begin = entry
+    tensor = torch.empty(shape, dtype=dtype)
+    stream.seek(begin)
+    _fill(stream, tensor.flatten().view(torch.uint8).numpy())
+    return tensor
+
+
+def _fill(stream: RawIOBase, buffer: Any) -> None:
+    """Reads until the buffer is full; a single call reads at most 2 GiB."""
+    rest = memoryview(buffer)
+    while rest:
+        count = stream.readinto(rest)
+        if not count:
+            raise ValueError(f"it ends {len(rest)} bytes too early")
+        rest = rest[count:]
+
+
+def _damaged(file: Path, why: str) -> str:
+    return (
+        f"The teacher cache is damaged: {file}: {why}. Remove the folder {file.parent} to compute "
+        "the states again."
+    )

@@ -1,0 +1,313 @@
+"""The parts of what a recipe's run holds on a card, each by itself: weights, states, activations.
+
+What a step allocates is traced (`trace`), weights are counted (`model_sizes`); the rest is
+arithmetic, and every constant of it stands below with its reason. Bytes throughout.
+
+    B rows of a micro-batch   S, T response tokens of a row   d, D widths   Vs, Vt rows of the heads
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss.divergence import AUTO_CHUNK_ELEMENTS, AUTO_CHUNK_SHARE, AUTO_CHUNK_TOKENS
+from dwakd_plugin.models.teacher.loaded import teacher_device, teacher_dtype
+from dwakd_plugin.models.teacher.quantisation import asked, describe, own_quantisation
+from dwakd_plugin.plan.cards import Card
+from dwakd_plugin.plan.model_sizes import FLOAT, Layer, lora_settings, optimizer_bytes, weight_bytes
+from dwakd_plugin.plan.recipe_models import (
+    body_trace,
+    config_of,
+    like_a_llama,
+    loss_trace,
+    model_of,
+    vocabulary_trace,
+)
+from dwakd_plugin.plan.trace import Bytes, LossSizes, TraceError
+from dwakd_plugin.recipe.schema import DWAKDConfig
+
+# Soft-DTW takes the hidden states, then the embeddings, and forms its gradients at once. It has per
+# cell of the cost the cost itself and its edges (loss/soft_dtw/cpu.py: 2 of 32), a gradient and
+# that with its sign turned; of the features of both sequences the input, the unit vectors and two
+# gradients; and after it one gradient.
+DTW_CELLS, DTW_CELLS_AT_WORK = 1 + 2 / 32, 2
+DTW_FEATURES, DTW_FEATURES_HELD = 4, 1
+
+# What a process takes beside tensors. On a CPU: what axolotl, the data set, numba's compiler and
+# the thread pools' scratch memory added to the imports, measured with a pair of a few thousand
+# parameters (docs/planning.md, "tiny pair"). On a GPU: the CUDA context and cuBLAS' workspaces.
+CPU_RUNTIME = 120 * 2**20
+CUDA_RUNTIME = 700 * 2**20
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a row: all of them, and those of the response, on both sides."""
+
+    student: int
+    teacher: int
+    student_response: int
+    teacher_response: int
+
+
+class Parts:
+    """What one recipe's run holds on one card, part by part."""
+
+    def __init__(
+        self,
+        recipe: dict[str, Any],
+        config: DWAKDConfig,
+        on: Card,
+        batch: int,
+        response_share: float = 1.0,
+        lengths: Lengths | None = None,
+    ) -> None:
+        self.recipe, self.config, self.card, self.batch = recipe, config, on, batch
+        self.assumptions: list[str] = []
+        lora = lora_settings(recipe)
+        self.lora = json.dumps(lora, sort_keys=True) if lora else None
+        student_name = str(recipe.get("base_model") or "")
+        if not student_name:
+            raise UserError("The recipe names no student: base_model is missing.")
+        trust = bool(recipe.get("trust_remote_code"))
+        self.student_key = (student_name, recipe.get("revision_of_model"), trust)
+        teacher = config.teacher
+        self.teacher_key = (teacher.base_model, teacher.revision, teacher.trust_remote_code)
+        self.student = model_of("base_model", *self.student_key, self.lora)
+        self.teacher = model_of("dwakd.teacher.base_model", *self.teacher_key, None)
+        length = int(recipe.get("sequence_len") or 512)  # axolotl's default
+        teacher_length = int(teacher.sequence_len or length)
+        if lengths is None:
+            lengths = Lengths(
+                length,
+                teacher_length,
+                max(1, round(response_share * length)),
+                max(1, round(response_share * teacher_length)),
+            )
+        self.lengths = Lengths(
+            min(lengths.student, length),
+            min(lengths.teacher, teacher_length),
+            min(lengths.student_response, length),
+            min(lengths.teacher_response, teacher_length),
+        )
+        self.student_dtype, self.autocast = _student_precision(recipe, on.kind)
+        teacher_config = config_of("dwakd.teacher.base_model", *self.teacher_key)
+        self.teacher_dtype = teacher_dtype(
+            teacher, teacher_config, teacher_device(teacher, on.kind)
+        )
+        self.teacher_bits = self._teacher_bits(own_quantisation(teacher_config))
+        # A body that is elsewhere leaves embeddings and head with the student.
+        self.elsewhere = on.kind == "cuda" and teacher.device not in (None, "cuda", "cuda:0")
+        if self.elsewhere:
+            self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
+        self.cached = teacher.cache is not None
+
+    # -- what is held throughout ------------------------------------------------------------------
+
+    def student_weight_dtype(self, weight: Layer) -> torch.dtype:
+        """As axolotl's loader leaves it."""
+        if weight.adapter:
+            return torch.float32  # peft raises half-precision adapters
+        attention = str(self.recipe.get("attn_implementation") or "")
+        flash = "flash" in attention or bool(self.recipe.get("flash_attention"))
+        raised = weight.embedding or weight.norm
+        if raised and not self.recipe.get("adapter") and not flash:
+            return torch.float32
+        return self.student_dtype
+
+    def student_weights(self) -> Bytes:
+        bits = 8 if self.recipe.get("load_in_8bit") else 4 if self.recipe.get("load_in_4bit") else 0
+        return total(weight_bytes(self.student, self.student_weight_dtype, bits))
+
+    def _teacher_bits(self, own: dict[str, Any] | None) -> int:
+        """Of its linear layers: 8 or 4 by bitsandbytes, 0 where they have the teacher's dtype."""
+        if own is None:
+            return {"load_in_8bit": 8, "load_in_4bit": 4, None: 0}[asked(self.config.teacher)]
+        bits = 8 if "8" in describe(own) else 4
+        self.assume(
+            f"the teacher's checkpoint ({describe(own)}) takes what bitsandbytes' {bits} bit would"
+        )
+        return bits
+
+    def teacher_weights(self, *, body: bool) -> Bytes:
+        model = self.teacher
+        if not body:  # a cache has embeddings and head
+            tables = tuple(weight for weight in model.weights if weight.embedding)
+            model = replace(model, weights=tables)
+        return total(weight_bytes(model, lambda _: self.teacher_dtype, self.teacher_bits))
+
+    def projectors(self) -> list[Layer]:
+        d, D = self.student.hidden_size, self.teacher.hidden_size
+        shapes = {"query": (2 * D, 2 * d), "t2s": (d, D), "s2t": (D, d), "embed_t2s": (d, D)}
+        return [
+            layer
+            for name, (rows, columns) in shapes.items()
+            for layer in (Layer(name, rows, columns), Layer(f"{name}.bias", rows, 1))
+        ]
+
+    def optimizer(self) -> Bytes:
+        name = str(self.recipe.get("optimizer") or "adamw_torch_fused")
+        if "paged" in name.lower():
+            self.assume(f"{name}: its pages are counted as if none had moved to the CPU's memory")
+        states = []
+        for weight, itemsize in self.trained():
+            size, assumed = optimizer_bytes(name, weight, itemsize)
+            if assumed:
+                self.assume(assumed)
+            states += [Bytes.of(size / 2, 2)]
+        return total(states)
+
+    def trained(self) -> list[tuple[Layer, int]]:
+        """Trained weights, each with the bytes of an element."""
+        own = [
+            (w, self.student_weight_dtype(w).itemsize) for w in self.student.weights if w.trained
+        ]
+        return own + [(weight, FLOAT) for weight in self.projectors()]
+
+    def gradients(self) -> Bytes:
+        return total(Bytes.of(weight.numel * size) for weight, size in self.trained())
+
+    def weights(self) -> dict[str, Bytes]:
+        """What is there from the first step to the last, but for the optimizer's state."""
+        runtime = CPU_RUNTIME if self.card.kind == "cpu" else CUDA_RUNTIME
+        return {
+            "student weights": self.student_weights(),
+            "teacher weights": self.teacher_weights(body=not self.cached and not self.elsewhere),
+            "projectors": total(Bytes.of(FLOAT * layer.numel) for layer in self.projectors()),
+            "runtime": Bytes.of(runtime / 64, 64),
+        }
+
+    def waiting_states(self) -> Bytes:
+        """Of cached teacher states in batches that are collated and not at work yet.
+
+        The trainer fetches all micro-batches of an optimizer step at once, and its data loader one
+        more, which stays in the CPU's memory.
+        """
+        if not self.cached:
+            return Bytes()
+        kept = self.config.teacher.cache_dtype
+        # Read back, float8 is float32.
+        dtype = {"auto": self.teacher_dtype, "float8_e4m3": torch.float32}.get(kept)
+        itemsize = (dtype or getattr(torch, kept)).itemsize
+        states = self.batch * self.lengths.teacher_response * self.teacher.hidden_size
+        more = 1 if self.card.kind == "cpu" else 0
+        accumulation = int(self.recipe.get("gradient_accumulation_steps") or 1)
+        return Bytes.of(states * itemsize, accumulation - 1 + more)
+
+    # -- what a step allocates --------------------------------------------------------------------
+
+    def body(self, side: str) -> tuple[Bytes, Bytes, Bytes]:
+        """Held after forward, forward's peak, and backward's need beside what is held."""
+        training = side == "student"
+        model = self.student if training else self.teacher
+        length = self.lengths.student if training else self.lengths.teacher
+        dtype = self.student_dtype if training else self.teacher_dtype
+        checkpointing = training and bool(self.recipe.get("gradient_checkpointing"))
+        attention = str(
+            self.recipe.get("attn_implementation") or ""
+            if training
+            else self.config.teacher.attn_implementation
+        )
+        eager = attention == "eager" or (training and bool(self.recipe.get("eager_attention")))
+        try:
+            trace = body_trace(
+                *(self.student_key if training else self.teacher_key),
+                self.lora if training else None,
+                length,
+                dtype,
+                self.autocast if training else None,
+                "eager" if eager else "sdpa",
+                self.card.kind == "cuda" and not eager,
+                training,
+                checkpointing,
+            )
+            return trace.at(self.batch)
+        except TraceError as error:
+            self.assume(
+                f"the {side}'s architecture cannot be traced ({str(error)[:80]}): its activations "
+                "are those of a Llama of the same width"
+            )
+            return like_a_llama(model, length, dtype.itemsize, self.batch, training, checkpointing)
+
+    def head_chunks(self) -> tuple[Bytes, Bytes]:
+        """Logits of a chunk, forward and backward, in the worse of the two spaces."""
+        (student, student_back), (teacher, teacher_back) = vocabulary_trace(
+            self.loss_sizes(), self.config.loss.model_dump_json()
+        )
+
+        def tensors(count: float, rows: int, tokens: int) -> Bytes:
+            chunk = min(tokens, self.chunk(rows))
+            return Bytes.of(FLOAT * chunk * rows, count)
+
+        S = self.batch * self.lengths.student_response
+        T = self.batch * self.lengths.teacher_response
+        Vs, Vt = self.student.head_rows, self.teacher.head_rows
+        return (
+            Bytes.peak([tensors(student, Vs, S), tensors(teacher, Vt, T)]),
+            Bytes.peak([tensors(student_back, Vs, S), tensors(teacher_back, Vt, T)]),
+        )
+
+    def chunk(self, rows: int) -> int:
+        """`tokens_per_chunk` of the loss, for a card that need not be here."""
+        chunk_size = self.config.loss.chunk_size
+        if chunk_size != "auto":
+            return chunk_size
+        wanted = max(AUTO_CHUNK_TOKENS * rows, AUTO_CHUNK_ELEMENTS[self.card.kind])
+        return max(1, min(wanted, int(self.card.capacity * AUTO_CHUNK_SHARE) // FLOAT) // rows)
+
+    def loss_sizes(self) -> LossSizes:
+        return LossSizes(
+            self.lengths.student_response,
+            self.lengths.teacher_response,
+            self.student.hidden_size,
+            self.teacher.hidden_size,
+            self.student_dtype,
+            self.teacher_dtype,
+        )
+
+    def loss(self) -> tuple[Bytes, Bytes, Bytes]:
+        """Beside logits and soft-DTW: held, forward's peak, backward's peak."""
+        events = loss_trace(self.loss_sizes(), self.config.loss.model_dump_json())
+        return events.at(self.batch)
+
+    def dtw(self) -> tuple[Bytes, Bytes]:
+        """Soft-DTW at work, and what it leaves for backward."""
+        if self.config.loss.dtw_weight == 0:
+            return Bytes(), Bytes()
+        S, T = self.lengths.student_response, self.lengths.teacher_response
+        B, d = self.batch, self.student.hidden_size
+        costs = [S * T, S * S, T * T]
+        cells = [Bytes.of(FLOAT * B * cost) * DTW_CELLS for cost in costs]
+        at_work = Bytes.of(FLOAT * B * max(costs), DTW_CELLS_AT_WORK)
+        features = Bytes.of(FLOAT * B * S * d) + Bytes.of(FLOAT * B * T * d)
+        band = Bytes.of(FLOAT * B * S * T) if self.config.soft_dtw.band else Bytes()
+        held = features * (2 * DTW_FEATURES_HELD)  # of hidden states and of embeddings
+        return total([*cells, at_work, band, features * DTW_FEATURES, held]), held
+
+    def assume(self, text: str) -> None:
+        if text not in self.assumptions:
+            self.assumptions.append(text)
+
+
+def total(sizes: Iterable[Bytes]) -> Bytes:
+    return functools.reduce(lambda a, b: a + b, sizes, Bytes())
+
+
+def _student_precision(recipe: dict[str, Any], kind: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype in which axolotl loads the student, and that of mixed precision, if any."""
+    bf16, fp16 = recipe.get("bf16", "auto"), recipe.get("fp16")
+    if bf16 == "auto":
+        bf16 = not fp16 and kind == "cuda"
+        fp16 = fp16 or (not bf16 and fp16 is None and not recipe.get("float16"))
+    if bf16 or recipe.get("bfloat16"):
+        return torch.bfloat16, torch.bfloat16 if bf16 else None
+    if recipe.get("load_in_8bit") or fp16 or recipe.get("float16"):
+        return torch.float16, torch.float16 if fp16 else None
+    return torch.float32, None

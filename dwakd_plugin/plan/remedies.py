@@ -1,0 +1,114 @@
+"""What would make a recipe take less: changes of it, each planned anew by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.plan.parts import Lengths
+from dwakd_plugin.plan.peak import Plan, plan
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change of the recipe, and what it saves."""
+
+    title: str
+    yaml: str
+    saves: float
+    fits: bool
+
+
+def suggestions(
+    recipe: dict[str, Any],
+    now: Plan,
+    *,
+    response_share: float = 1.0,
+    lengths: Lengths | None = None,
+) -> list[Suggestion]:
+    """Changes that save memory, each planned anew by itself, the most effective first."""
+    found = []
+    for title, yaml, changed in _changes(recipe, now):
+        try:
+            then = plan(changed, now.card, response_share=response_share, lengths=lengths)
+        except UserError:
+            continue  # a LoRA that fits nothing, say
+        if now.total - then.total > 0.01 * now.total:
+            found.append(Suggestion(title, yaml, now.total - then.total, then.fits))
+    return sorted(found, key=lambda one: -one.saves)
+
+
+def _changes(recipe: dict[str, Any], now: Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    block = recipe["dwakd"]
+    teacher = block["teacher"]
+    teacher = {"base_model": teacher} if isinstance(teacher, str) else dict(teacher)
+
+    def with_teacher(**changes: Any) -> dict[str, Any]:
+        return recipe | {"dwakd": block | {"teacher": teacher | changes}}
+
+    if not teacher.get("cache"):
+        if not teacher.get("load_in_8bit") and not teacher.get("load_in_4bit"):
+            yield (
+                "the teacher in 8 bit",
+                "dwakd:\n  teacher:\n    load_in_8bit: true",
+                with_teacher(load_in_8bit=True),
+            )
+        if not teacher.get("load_in_4bit"):
+            yield (
+                "the teacher in 4 bit",
+                "dwakd:\n  teacher:\n    load_in_4bit: true",
+                with_teacher(load_in_8bit=False, load_in_4bit=True),
+            )
+        yield (
+            "the teacher's states from a cache on disk",
+            "dwakd:\n  teacher:\n    cache: teacher_states",
+            with_teacher(cache="teacher_states"),
+        )
+    if teacher.get("dtype", "auto") in ("auto", "float32") and now.card.kind == "cuda":
+        yield (
+            "the teacher in bfloat16",
+            "dwakd:\n  teacher:\n    dtype: bfloat16",
+            with_teacher(dtype="bfloat16"),
+        )
+    if not recipe.get("gradient_checkpointing"):
+        yield (
+            "gradient checkpointing",
+            "gradient_checkpointing: true",
+            recipe | {"gradient_checkpointing": True},
+        )
+    if "8bit" not in str(recipe.get("optimizer")):
+        yield (
+            "an optimizer with 8-bit state",
+            "optimizer: adamw_bnb_8bit",
+            recipe | {"optimizer": "adamw_bnb_8bit"},
+        )
+    if not recipe.get("adapter"):
+        lora = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
+        yield (
+            "a LoRA instead of full fine-tuning",
+            "\n".join(f"{key}: {json.dumps(value)}" for key, value in lora.items()).replace(
+                '"', ""
+            ),
+            recipe | lora,
+        )
+    batch = now.micro_batch
+    if batch > 1:
+        smaller = max(1, batch // 2)
+        steps = int(recipe.get("gradient_accumulation_steps") or 1) * math.ceil(batch / smaller)
+        changed = {"micro_batch_size": smaller, "gradient_accumulation_steps": steps}
+        yield (
+            "half the micro-batch, twice the accumulation",
+            "\n".join(f"{key}: {value}" for key, value in changed.items()),
+            recipe | changed,
+        )
+    length = now.lengths.student
+    if length >= 128:
+        yield (
+            "half the sequence length (longer rows are dropped)",
+            f"sequence_len: {length // 2}",
+            recipe | {"sequence_len": length // 2},
+        )

@@ -1,0 +1,192 @@
+"""Settings of a recipe that distillation does not go with, found before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.schema import as_found, name_problem
+
+# Settings of axolotl that distillation does not go with: key, and what to do about it.
+_CONFLICTS = {
+    "batch_flattening": "flattened samples cannot be paired with the teacher's; use sample_packing",
+    "use_pose": "it moves position ids, which tell the two sides' rows apart; remove it",
+    "pretraining_dataset": "distillation needs rows with a response; use `datasets`",
+    "streaming": "the two sides of a row are prepared before training; remove it",
+    "skip_prepare_dataset": "rows must be tokenised for both models; remove it",
+    "rl": "distillation is supervised fine-tuning; remove `rl` and give instruction data",
+    "reward_model": "distillation trains a causal language model; remove it",
+    "process_reward_model": "distillation trains a causal language model; remove it",
+    "kd_trainer": "this is axolotl's own distillation; choose one of the two",
+    "label_smoothing_factor": "the teacher's distribution takes its place; remove it",
+    "loss_watchdog_threshold": "it stops at a loss that is high for a cross-entropy, and the whole "
+    "objective is larger; remove it (a loss that is not finite stops the run anyway)",
+    "processor_type": "multimodal data has no teacher's side; remove it",
+    "use_eaft": "it weights the labels' loss in its own way; remove it",
+}
+
+
+# What shards the student over several processes.
+ENGINE_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "deepspeed")
+
+
+PARALLEL_KEYS = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
+
+
+# Sections of a DeepSpeed config that take away from the recipe what the projectors need.
+_DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
+
+
+# What kind of value the keys have that are looked at here, before axolotl's own schema sees them.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("base_model", "tokenizer_config", "lora_model_dir", "output_dir"), (str,)),
+    **dict.fromkeys(("datasets", "test_datasets", "plugins"), (list,)),
+    **dict.fromkeys(PARALLEL_KEYS, (int,)),
+    "resume_from_checkpoint": (str, bool),
+    "fsdp_config": (dict,),
+    "deepspeed": (str, dict),
+}
+
+
+_IN_WORDS = {str: "text", list: "a list", int: "a whole number", bool: "true", dict: "a mapping"}
+
+
+def check_kinds(recipe: Any) -> None:
+    """Raises UserError that names every key whose value is of another kind than it must be."""
+    problems = []
+    for key, kinds in _KINDS.items():
+        value = recipe.get(key)
+        if value is None or value is False:
+            continue
+        if not isinstance(value, kinds):
+            wanted = " or ".join(_IN_WORDS[kind] for kind in kinds)
+            problems.append(f"  {key}: must be {wanted} ({as_found(value)})")
+        elif isinstance(value, str) and (problem := name_problem(value)) is not None:
+            problems.append(f"  {key}: {problem} ({as_found(value)})")
+    for key in ("datasets", "test_datasets"):
+        for index, dataset in enumerate(entries(recipe.get(key))):
+            if not isinstance(dataset, dict):
+                problems.append(
+                    f"  {key}[{index}]: must be a mapping with `path` and `type` "
+                    f"({as_found(dataset)})"
+                )
+            elif isinstance(path := dataset.get("path"), str) and name_problem(path) is not None:
+                problems.append(f"  {key}[{index}].path: {name_problem(path)} ({as_found(path)})")
+    if problems:
+        raise UserError("The recipe cannot be read:\n" + "\n".join(problems))
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raises UserError that names every setting distillation does not go with."""
+    check_kinds(recipe)
+    problems = [
+        f"  {key}: {recipe.get(key)} — {remedy}"
+        for key, remedy in _CONFLICTS.items()
+        if recipe.get(key)
+    ]
+    for key in PARALLEL_KEYS:
+        if (recipe.get(key) or 1) > 1:
+            problems.append(f"  {key}: {recipe.get(key)} — sequences must be whole; set it to 1")
+    problems += _engine_problems(recipe)
+    if not recipe.get("datasets"):
+        problems.append("  datasets: none given — add the rows to train on")
+    if problems:
+        raise UserError(
+            "The recipe asks for what does not go with `distillation: dwakd`:\n"
+            + "\n".join(problems)
+        )
+
+
+def _engine_problems(recipe: Any) -> Iterator[str]:
+    """What distillation cannot do under FSDP and DeepSpeed, with what to do about it."""
+    fsdp = recipe.get("fsdp_config") or {}
+    stage: Any = 0
+    if fsdp or recipe.get("fsdp"):
+        version = recipe.get("fsdp_version") or _fsdp(fsdp, "version") or 1
+        if str(version) != "2":
+            yield (
+                f"  fsdp_version: {version} — FSDP1 flattens a student's weights together with the "
+                "projectors'; set `fsdp_version: 2`"
+            )
+        policy = _fsdp(fsdp, "auto_wrap_policy")
+        if policy == "SIZE_BASED_WRAP":
+            yield (
+                f"  fsdp_config.auto_wrap_policy: {policy} — it may part head and embeddings from "
+                "the decoder, and the loss needs them together; set TRANSFORMER_BASED_WRAP and "
+                "`transformer_layer_cls_to_wrap`"
+            )
+    if recipe.get("deepspeed"):
+        try:
+            config = _deepspeed_config(recipe["deepspeed"])
+        except (OSError, ValueError) as error:
+            yield (
+                f"  deepspeed: {recipe['deepspeed']} — cannot be read ({error}); give a JSON file, "
+                "such as `axolotl fetch deepspeed_configs` brings"
+            )
+            return
+        stage = _section(config, "zero_optimization").get("stage")
+        for section in _DEEPSPEED_SECTIONS:
+            if config.get(section):
+                yield (
+                    f"  deepspeed: its `{section}` section — it has one learning rate for student "
+                    f"and projectors; remove it: axolotl's own {section} is used then"
+                )
+        if _section(config, "tensor_parallel").get("autotp_size") not in (None, 0, 1):
+            yield "  deepspeed: tensor_parallel.autotp_size — heads must be whole; remove it"
+    block = recipe.get("dwakd")
+    block = block if isinstance(block, dict) else {}
+    sharded = fsdp or recipe.get("fsdp") or stage == 3
+    exact = _section(block, "loss").get("matching") == "exact"
+    if sharded and (exact or block.get("variant") in ("dskdv2", "dwakdv2")):
+        yield (
+            "  dwakd.loss.matching: exact — its map between the heads follows the whole student, "
+            "which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
+        )
+    steps = _section(block, "projectors").get("warmup_steps")
+    if steps and sharded:
+        yield (
+            f"  dwakd.projectors.warmup_steps: {steps} — no process holds the whole student under "
+            "FSDP and ZeRO-3; run `dwakd warmup RECIPE` before, and give its file as "
+            "dwakd.projectors.path"
+        )
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    """A mapping within a mapping; empty where it is not there, or no mapping."""
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _fsdp(config: Any, key: str) -> Any:
+    """A key of `fsdp_config`, which may have axolotl's old prefix."""
+    return config.get(key) or config.get(f"fsdp_{key}")
+
+
+def _deepspeed_config(value: Any) -> Any:
+    """The DeepSpeed config of a recipe, given as a file or whole. Raises OSError, ValueError."""
+    if isinstance(value, dict):
+        return value
+    config = json.loads(Path(value).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("it holds no mapping")
+    return config
+
+
+def check_data_types(recipe: dict[str, Any]) -> None:
+    """Raises UserError where the data is plain text, which the tokenising would refuse later."""
+    for dataset in entries(recipe.get("datasets")):
+        kind = str(dataset.get("type")) if isinstance(dataset, dict) else ""
+        if kind.startswith(("completion", "pretrain")):
+            raise UserError(
+                f"datasets: {dataset.get('path')} has `type: {kind}`, which is plain text to "
+                "continue, cut into chunks of tokens, and the chunks of two tokenizers do not "
+                "match. Distillation needs rows with a response: `type: alpaca`, "
+                "`type: chat_template`, ..."
+            )
+
+
+def entries(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

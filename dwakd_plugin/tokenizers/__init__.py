@@ -1,0 +1,6 @@
+"""Two tokenizers: their pieces as bytes, figures of a pair, which tokens are the same text.
+
+Token ids and strings only; nothing of models.
+"""
+
+__all__ = ["alignment", "findings", "pair"]

@@ -1,0 +1,209 @@
+"""Which tokens of the two sides stand at the same bytes of the response.
+
+Two tokens are a pair when they begin and end at the same byte of the same text: all bytes before
+them, and their own, are equal (DSKDv2, arXiv 2504.11426). Where the teacher's probabilities are
+mapped to the student's tokens it is enough that the teacher's token begins with the student's.
+Strings of the vocabularies are never compared: a walk along strings loses its place where one side
+writes a byte as `<0x0A>` and the other as `Ċ`, and never finds it again.
+
+This works on token ids, when a batch is laid out, and adds nothing to the prepared rows: every
+variant trains on the very same ones, and on the same teacher cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate, pairwise
+from typing import Any
+
+from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary
+
+Pairs = list[tuple[int, int]]
+
+# What a text may follow without being joined with it: words and spaced words, white space, marks.
+_BEFORE = ("\n", "a", ".")
+
+
+class TokenAligner:
+    """Pairs the response tokens of two tokenizers. Raises UserError for kinds without bytes.
+
+    whole: only tokens of the same bytes; otherwise also a student's with a longer one of the
+    teacher's that begins with it.
+    """
+
+    def __init__(
+        self, student_tokenizer: Any, teacher_tokenizer: Any, *, whole: bool = True
+    ) -> None:
+        self._whole = whole
+        self._student = _Spelling(student_tokenizer, "student")
+        self._teacher = _Spelling(teacher_tokenizer, "teacher")
+
+    def pairs(
+        self,
+        student_ids: Sequence[int],
+        student_labels: Sequence[int],
+        teacher_ids: Sequence[int],
+        teacher_labels: Sequence[int],
+    ) -> Pairs:
+        """(student, teacher) response positions of one row whose predicted tokens pair, in order.
+
+        Positions count those whose shifted label is not −100, from 0. A *turn* is a run of them
+        without a gap; the k-th turns of both sides are compared, and each from its own beginning.
+        A turn that one side cuts short is compared as far as it goes.
+        """
+        turns = zip(
+            _turns(student_ids, student_labels), _turns(teacher_ids, teacher_labels), strict=False
+        )
+        pairs: Pairs = []
+        for (student_start, student_turn), (teacher_start, teacher_turn) in turns:
+            pairs += [
+                (student_start + i, teacher_start + j)
+                for i, j in self._pairs_of_a_turn(student_turn, teacher_turn)
+            ]
+        return pairs
+
+    def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> Pairs:
+        """Special tokens (the end of the turn) pair with each other, in order, where all before
+        them is the same; the text before each is compared byte by byte."""
+        pairs: Pairs = []
+        student_at = teacher_at = 0
+        segments = zip(
+            self._student.segments(student_turn), self._teacher.segments(teacher_turn), strict=False
+        )
+        for (student_pieces, student_ended), (teacher_pieces, teacher_ended) in segments:
+            found, same = _pairs_of_a_text(student_pieces, teacher_pieces, self._whole)
+            pairs += [(student_at + i, teacher_at + j) for i, j in found]
+            student_at += len(student_pieces)
+            teacher_at += len(teacher_pieces)
+            if not (same and student_ended and teacher_ended):
+                break
+            pairs.append((student_at, teacher_at))
+            student_at, teacher_at = student_at + 1, teacher_at + 1
+        return pairs
+
+
+class _Spelling:
+    """A tokenizer's tokens as bytes, and which of them are special and so no text."""
+
+    def __init__(self, tokenizer: Any, role: str) -> None:
+        self._pieces = ByteCutter(tokenizer, role).pieces
+        self._special = {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    def segments(self, ids: list[int]) -> list[tuple[list[bytes], bool]]:
+        """The text's pieces up to each special token, and whether one ends them."""
+        segments: list[tuple[list[bytes], bool]] = []
+        pieces: list[bytes] = []
+        for index in ids:
+            if index in self._special:
+                segments.append((pieces, True))
+                pieces = []
+            else:
+                pieces.append(self._pieces.get(index, b""))
+        return [*segments, (pieces, False)]
+
+
+def _turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Runs of predicted tokens, each with the number of response positions before it."""
+    turns: list[tuple[int, list[int]]] = []
+    count, inside = 0, False
+    for token, label in zip(ids[1:], labels[1:], strict=True):
+        if label == -100:
+            inside = False
+            continue
+        if not inside:
+            turns.append((count, []))
+        turns[-1][1].append(token)
+        count, inside = count + 1, True
+    return turns
+
+
+def _pairs_of_a_text(student: list[bytes], teacher: list[bytes], whole: bool) -> tuple[Pairs, bool]:
+    """Pairs of pieces with the same place in the text (unless `whole`, with the same first byte and
+    the teacher's no shorter), and whether the whole text is the same.
+
+    SentencePiece may have put a space before the text, which is not the text's: it is not counted
+    where both sides have more in common without it. The token that holds it has no counterpart
+    then: it stands for a byte more than the other side's.
+    """
+    student_text, teacher_text = b"".join(student), b"".join(teacher)
+    without = [(0, 0)]
+    if student_text != teacher_text:
+        without += [(1, 0)] * student_text.startswith(b" ")
+        without += [(0, 1)] * teacher_text.startswith(b" ")
+    (same, common), (student_extra, teacher_extra) = max(
+        ((_in_common(student_text[s:], teacher_text[t:]), (s, t)) for s, t in without),
+        key=lambda found: found[0],
+    )
+    places = {
+        begin: (j, end)
+        for j, (begin, end) in enumerate(_spans(teacher, teacher_extra))
+        if begin < end
+    }
+    pairs = []
+    for i, (begin, end) in enumerate(_spans(student, student_extra)):
+        j, other_end = places.get(begin, (0, -1))
+        if begin < end <= common and (end == other_end or (not whole and end < other_end)):
+            pairs.append((i, j))
+    return pairs, same
+
+
+def _spans(pieces: list[bytes], extra: int) -> list[tuple[int, int]]:
+    """First and last byte (exclusive) of each piece in a text that starts `extra` bytes later."""
+    return list(pairwise(accumulate(map(len, pieces), initial=-extra)))
+
+
+def _in_common(one: bytes, other: bytes) -> tuple[bool, int]:
+    """Whether two texts are the same, and how many bytes both begin with."""
+    if one == other:
+        return True, len(one)
+    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return False, next(differ, min(len(one), len(other)))
+
+
+def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
+    """For each row of the teacher's head the student's token of the same bytes, −1 where none.
+
+    Added tokens go by their text, and the end of a sequence is the end of a sequence.
+    """
+    found = [-1] * rows
+    for teacher_id, student_id in shared_vocabulary(teacher_tokenizer, student_tokenizer):
+        found[teacher_id] = student_id
+    added = student_tokenizer.get_added_vocab()
+    for token, teacher_id in teacher_tokenizer.get_added_vocab().items():
+        if token in added:
+            found[teacher_id] = added[token]
+    if teacher_tokenizer.eos_token_id is not None and student_tokenizer.eos_token_id is not None:
+        found[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
+    return found
+
+
+def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
+    """For each row of the teacher's head the student's token that its bytes begin with, −1 where
+    none is known.
+
+    That is the first token of the student's own cut of these bytes: where the teacher predicts
+    ` photosynthesis`, the student is to predict ` photo`. A token that is not cut off by itself is
+    cut after something that no tokenizer joins it with. Where the bytes are no text (a part of a
+    character), only a token of the same bytes counts.
+    """
+    found = token_map(teacher_tokenizer, student_tokenizer, rows)
+    cutter = ByteCutter(student_tokenizer, "student")
+    special = {
+        index for index, token in teacher_tokenizer.added_tokens_decoder.items() if token.special
+    }
+    missing: dict[int, str] = {}
+    for index, piece in ByteCutter(teacher_tokenizer, "teacher").pieces.items():
+        if index < rows and found[index] < 0 and index not in special:
+            with suppress(UnicodeDecodeError):
+                missing[index] = piece.decode()
+    for before in _BEFORE:
+        texts = [before + text for text in missing.values()]
+        cuts = zip(list(missing), cutter.cut(texts), strict=True)
+        for index, cut in cuts:
+            if isinstance(cut, Cut) and len(before) in cut.ends[:-1]:
+                found[index] = cut.ids[cut.ends.index(len(before)) + 1]
+                del missing[index]
+    return found

@@ -1,0 +1,16 @@
+"""A run: checks before it, its parts put together, the step, what it logs, warns of and writes.
+
+`assembly` makes a `Distillation`, and `trainer` trains with it.
+"""
+
+__all__ = [
+    "assembly",
+    "health",
+    "open_run",
+    "preflight",
+    "report",
+    "run_folder",
+    "signals",
+    "trainer",
+    "warmup",
+]

@@ -1,0 +1,203 @@
+"""Opens what a recipe would train with, models, rows and projectors, without training it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.io import run_lock
+from dwakd_plugin.recipe.checks import ENGINE_KEYS
+from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.train.preflight import check_all
+
+if TYPE_CHECKING:
+    from dwakd_plugin.train.trainer import Distillation
+
+
+@dataclass
+class OpenRun:
+    """A recipe's run, ready to train and not started.
+
+    `trainer` has the student (`trainer.model`), its tokenizer (`processing_class`), both data sets
+    with the rows of both sides, and the collator; `distillation` the teacher and the projectors.
+    """
+
+    cfg: Any
+    config: DWAKDConfig
+    trainer: Any
+    distillation: Distillation
+
+
+@contextlib.contextmanager
+def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator[OpenRun]:
+    """Loads all that a recipe's training would, through axolotl, and trains nothing.
+
+    `recipe` is an effective recipe, plugin and switch included. `checkpoint` is a run's output
+    folder or one of its checkpoints: its student (weights or LoRA adapter) and its projectors
+    take the place of the recipe's. The recipe's output folder is neither looked at nor written to,
+    and projectors are not warmed up. What axolotl says goes nowhere, unless it fails.
+
+    Raises UserError where the recipe or the checkpoint cannot be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        own = _without_a_run(recipe, folder)
+        if checkpoint is not None:
+            own = _from_checkpoint(own, checkpoint)
+        config, file = _checked(own, Path(folder))
+        try:
+            with _quiet():
+                cfg, trainer = _load(file)
+            distillation = trainer.distillation
+            if checkpoint is not None:
+                from dwakd_plugin.models.projectors import PROJECTOR_FILE, load_projectors
+
+                # The file has the signature of the head that the run began with.
+                pair = distillation.pair | {"student": str(recipe["base_model"])}
+                del pair["student_head"]
+                load_projectors(distillation.projectors, checkpoint / PROJECTOR_FILE, pair)
+                distillation.pair = pair
+            yield OpenRun(cfg, config, trainer, distillation)
+        finally:
+            _close()
+
+
+@contextlib.contextmanager
+def open_rows(recipe: dict[str, Any]) -> Iterator[tuple[DWAKDConfig, list[Any]]]:
+    """The settings, and the data sets to train and to evaluate on, with both sides of each row.
+
+    As `open_run` has them, and without loading a model. A data set may be None. Raises UserError.
+    """
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        config, file = _checked(_without_a_run(recipe, folder), Path(folder))
+        try:
+            with _quiet(), _axolotl(file) as (cfg, manager):
+                rows = manager.load_datasets(cfg, preprocess=False)
+            yield config, [rows.train_dataset, rows.eval_dataset]
+        finally:
+            _close()
+
+
+def _checked(recipe: dict[str, Any], folder: Path) -> tuple[DWAKDConfig, Path]:
+    """The recipe's settings, and its file for axolotl."""
+    config = check_all(recipe)
+    file = folder / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    # It hangs at exit where it is offline, and its copy of the output would be one of ours.
+    os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+    os.environ["AXOLOTL_TEE_STDOUT"] = "0"
+    return config, file
+
+
+def _without_a_run(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The recipe for one process, with an output folder of its own.
+
+    No run is refused, resumed or signed, and nothing is sharded.
+    """
+    own = recipe | {"output_dir": str(Path(folder) / "out")}
+    for key in ("resume_from_checkpoint", *ENGINE_KEYS):
+        own.pop(key, None)
+    own["auto_resume_from_checkpoints"] = False
+    return _with_projectors(own, warmup_steps=0)
+
+
+def _from_checkpoint(recipe: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    from dwakd_plugin.models.projectors import PROJECTOR_FILE
+
+    adapter = (checkpoint / "adapter_config.json").is_file()
+    if not adapter and not (checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{checkpoint} holds neither a student (config.json) nor its adapter "
+            "(adapter_config.json). Give a run's output folder or one of its checkpoints."
+        )
+    if not (checkpoint / PROJECTOR_FILE).is_file():
+        raise UserError(
+            f"{checkpoint} holds no {PROJECTOR_FILE}: it was not written by a run with a teacher."
+        )
+    # The checkpoint's projectors are read in the end, for the pair that the recipe names.
+    recipe = _with_projectors(recipe, path=None, init="random")
+    if adapter:
+        return recipe | {"lora_model_dir": str(checkpoint)}
+    tokenizer = recipe.get("tokenizer_config") or recipe["base_model"]
+    return recipe | {"base_model": str(checkpoint), "tokenizer_config": tokenizer}
+
+
+def _with_projectors(recipe: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The recipe with `dwakd.projectors` changed, where there is such a block to change."""
+    block = recipe.get("dwakd")
+    if not isinstance(block, dict):
+        return recipe
+    own = block.get("projectors") or {}
+    if not isinstance(own, dict):
+        return recipe  # the schema will say so
+    return recipe | {"dwakd": block | {"projectors": own | settings}}
+
+
+def _load(file: Path) -> tuple[Any, Any]:
+    """axolotl's way to a trainer, up to where `axolotl train` would start it."""
+    from axolotl.train import setup_model_and_trainer
+
+    with _axolotl(file) as (cfg, manager):
+        trainer, *_ = setup_model_and_trainer(cfg, manager.load_datasets(cfg, preprocess=False))
+    if getattr(trainer, "distillation", None) is None:
+        raise UserError("axolotl did not load dwakd's plugin, so there is no teacher.")
+    return cfg, trainer
+
+
+@contextlib.contextmanager
+def _axolotl(file: Path) -> Iterator[tuple[Any, Any]]:
+    """axolotl's settings and plugins for a recipe; its errors become UserError."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+
+    manager = PluginManager.get_instance()
+    manager.plugins.clear()
+    try:
+        yield load_cfg(str(file)), manager
+    except SystemExit as error:
+        # The plugin's hooks end the process with a message, which axolotl's log swallows here.
+        if isinstance(error.__context__, UserError):
+            raise UserError(str(error.__context__)) from error
+        raise
+    except UserError:
+        raise
+    except Exception as error:  # axolotl and the libraries below it raise whatever they like
+        raise UserError(
+            f"axolotl cannot load what the recipe asks for: {type(error).__name__}: {error}\n"
+            "`dwakd --debug` before the command shows where."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what axolotl and its libraries print, and shows it only where they fail."""
+    said = io.StringIO()  # never closed: loggers made meanwhile keep writing to it
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _close() -> None:
+    # Only what was imported: after Ctrl-C in the midst of it, another try would take seconds and
+    # fail on what is half there.
+    base = sys.modules.get("axolotl.integrations.base")
+    tee = sys.modules.get("axolotl.utils.tee")
+    if base is not None:
+        base.PluginManager.get_instance().plugins.clear()
+    run_lock.release()
+    if tee is not None:
+        tee.close_debug_log()

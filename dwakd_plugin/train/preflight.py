@@ -1,0 +1,89 @@
+"""What can be found wrong before any model is loaded: in the recipe, and in the output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.run_lock import check_free
+from dwakd_plugin.models.teacher.quantisation import check_packages, own_quantisation
+from dwakd_plugin.recipe.checks import check_data_types, check_kinds, check_recipe
+from dwakd_plugin.recipe.places import check_files
+from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig, parse_recipe
+from dwakd_plugin.train.run_folder import check_output_folder, output_folder
+
+
+def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
+    """The distillation settings of a recipe with which a run can begin.
+
+    Raises UserError with the findings of every check at once: the schema of the `dwakd:` block,
+    settings that distillation does not go with, missing files and folders, the output folder.
+    """
+    findings: list[str] = []
+    config: DWAKDConfig | None = None
+    try:
+        config = parse_recipe(recipe)
+        if config is None:
+            findings.append("The recipe does not say `distillation: dwakd`.")
+    except UserError as error:
+        findings.append(str(error))
+
+    def check(what: Callable[[], None]) -> None:
+        try:
+            what()
+        except UserError as error:
+            findings.append(str(error))
+
+    check(lambda: check_kinds(recipe))
+    if len(findings) > (config is None):  # the rest reads these values
+        raise UserError("\n".join(findings))
+    check(lambda: check_recipe(recipe))
+    check(lambda: check_data_types(recipe))
+    check(lambda: check_files(recipe))
+    if config is not None:
+        check(lambda: check_teacher_recipe(config))
+    # What is whose run can be said of a recipe that names both models.
+    if config is not None and isinstance(recipe.get("base_model"), str):
+        check(lambda: check_free(output_folder(recipe)))
+        check(lambda: check_output_folder(recipe, config, only_look=True))
+    if findings or config is None:
+        raise UserError("\n".join(findings))
+    return config
+
+
+def check_teacher_recipe(config: DWAKDConfig) -> None:
+    """Raises UserError where the teacher's quantisation, attention or device cannot be had here.
+
+    Looks at the packages, and no further where the recipe leaves attention and device to us: only
+    then are torch and transformers not needed for it.
+    """
+    teacher = config.teacher
+    if not config.loss.needs_teacher or not loads_body(teacher):
+        return
+    file = Path(teacher.base_model) / "config.json"
+    model_config: dict[str, Any] = {}
+    if file.is_file():
+        try:
+            model_config = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"The teacher's {file} is damaged: {error}") from error
+    check_packages(teacher, own_quantisation(model_config))
+    usual = teacher.attn_implementation in ("auto", "sdpa", "eager")
+    if not usual or teacher.device is not None:
+        import torch
+
+        from dwakd_plugin.models.teacher.loaded import check_teacher
+
+        check_teacher(teacher, "cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def loads_body(teacher: TeacherConfig) -> bool:
+    """Whether a run loads more of the teacher than head and embeddings, as far as can be seen."""
+    if teacher.cache is None or not Path(teacher.cache).is_dir():
+        return True
+    from dwakd_plugin.models.teacher.cache import INDEX
+
+    return not (Path(teacher.cache) / INDEX).is_file()

@@ -1,0 +1,92 @@
+"""What a run says of itself at its start and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dwakd_plugin.models.causal_lm import causal_lm, parameter_count, size
+from dwakd_plugin.models.projectors import PROJECTOR_FILE
+from dwakd_plugin.recipe.schema import LossConfig
+
+
+def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
+    """The block at the start: both models, both tokenizers, the rows, the projectors, the loss."""
+    distillation = trainer.distillation
+    config, teacher, rows = distillation.config, distillation.teacher, distillation.rows
+    student = trainer.model
+    lm = causal_lm(student)
+    parts = [] if distillation.projectors is None else [*distillation.projectors.parameters()]
+    projectors = sum(map(size, parts))
+    # A submodule of what trains: under LoRA that is not the model itself.
+    own = parameter_count(lm) - (projectors if lm is student else 0)
+    trained = sum(size(p) for p in student.parameters() if p.requires_grad)
+    trained -= sum(size(p) for p in parts if p.requires_grad)
+    loss, dtw = config.loss, config.soft_dtw
+    evaluated = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
+    lines = {
+        "teacher": f"{config.teacher.base_model}: not loaded, as no term asks for it"
+        if teacher is None
+        else f"{config.teacher.base_model}: {_count(teacher.parameters)}, "
+        f"{teacher.precision}, attention {teacher.attention}",
+        "student": f"{cfg.base_model}: {_count(own)}, "
+        f"{_count(trained)} trained ({cfg.adapter or 'full fine-tuning'}), "
+        f"{str(lm.dtype).removeprefix('torch.')}, attention "
+        f"{lm.config._attn_implementation}, on {student.device}",
+        "tokenizers": f"teacher {facts['teacher_vocabulary']:,} tokens, student "
+        f"{facts['student_vocabulary']:,}; {facts['shared_tokens']:,} in both",
+        "rows": f"{len(trainer.train_dataset):,} to train on, {evaluated:,} to evaluate on; "
+        + (f"packed into sequences of {cfg.sequence_len:,} tokens; " if cfg.sample_packing else "")
+        + "; ".join(f"{count:,} {status}" for status, count in sorted(rows.counts.items())),
+        "projectors": "none"
+        if distillation.projectors is None
+        else f"{_count(projectors)}, learning rate {config.projectors.learning_rate:g}, "
+        f"{facts['initialisation']}",
+        "loss": f"{loss.ce_weight:g} CE + {loss.kd_weight:g} {_distillation(loss)}, "
+        f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
+        f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
+        + ("" if config.variant == "full" else f"; variant {config.variant}"),
+        "processes": facts["processes"],
+        "cache": config.teacher.cache or "none: the teacher runs in every step",
+    }
+    width = max(map(len, lines))
+    block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
+    if teacher is None:
+        return f"Distillation is off: no term asks for the teacher\n{block}"
+    name = "DWA-KD" if config.variant == "full" else f"variant {config.variant}"
+    return f"Distillation is on ({name})\n{block}"
+
+
+def _distillation(loss: LossConfig) -> str:
+    if loss.matching == "order":
+        return "ULD (sorted probabilities"
+    pairs = {
+        "exact": "tokens of the same bytes, ",
+        "mapped": "the teacher's probabilities by the student's tokens, ",
+    }.get(loss.matching, "")
+    return f"KD ({pairs}{loss.divergence}"
+
+
+def final_words(cfg: Any) -> str:
+    """Where the student is, and how to go on."""
+    folder = Path(cfg.output_dir)
+    kind = "The student's adapter" if cfg.adapter else "The student"
+    if not (folder / PROJECTOR_FILE).is_file():
+        return f"{kind} is in {folder}."
+    return (
+        f"{kind} is in {folder}, without projectors. "
+        f"They are in {folder / PROJECTOR_FILE}, for `dwakd.projectors.path` of a later run."
+    )
+
+
+def standing_warnings(warnings: list[str]) -> str:
+    """The warnings about a run's health that stood at its end, one a line."""
+    lines = "\n".join(f"  - {warning}" for warning in warnings)
+    return f"What stood in the way of distillation at the end of the run:\n{lines}"
+
+
+def _count(parameters: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= limit:
+            return f"{parameters / limit:.1f}{unit} parameters"
+    return f"{parameters} parameters"

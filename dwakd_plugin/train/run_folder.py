@@ -1,0 +1,153 @@
+"""A run's output folder: whose it is, and what of it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dwakd_plugin.errors import UserError, without_credentials
+from dwakd_plugin.io.files import json_checksum
+from dwakd_plugin.recipe.places import is_a_path
+from dwakd_plugin.recipe.schema import DWAKDConfig
+
+RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
+
+
+CHECKSUM = "crc32"  # of all else in that file
+
+
+_TRAINING_KEYS = (
+    "adapter",
+    "lora_r",
+    "lora_alpha",
+    "learning_rate",
+    "lr_scheduler",
+    "optimizer",
+    "num_epochs",
+    "max_steps",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "sequence_len",
+    "seed",
+)
+
+
+def run_identity(recipe: Any, config: DWAKDConfig) -> dict[str, str]:
+    """Which run an output folder belongs to."""
+    return {
+        "student": str(recipe["base_model"]),
+        "teacher": config.teacher.base_model,
+        "adapter": str(recipe.get("adapter") or "none"),
+    }
+
+
+def run_facts(recipe: Any) -> dict[str, Any]:
+    """What a run was trained on and how, for its records. Local files go by their last name."""
+    data = []
+    for dataset in recipe.get("datasets") or []:
+        path = str(dataset.get("path"))
+        name = Path(path).name if Path(path).exists() or is_a_path(path) else path
+        data.append(f"{without_credentials(name)} ({dataset.get('type')})")
+    return {
+        "data": data,
+        "training": {
+            key: recipe.get(key) for key in _TRAINING_KEYS if recipe.get(key) not in (None, "")
+        },
+    }
+
+
+def check_output_folder(recipe: Any, config: DWAKDConfig, *, only_look: bool = False) -> None:
+    """Raises UserError where the output folder holds a run that this one would overwrite.
+
+    Checkpoints that were cut off while being written are set aside, so that a resumed run takes the
+    last whole one; `only_look` changes nothing.
+    """
+    folder = output_folder(recipe)
+    _check_writable(folder)
+    resumes = bool(
+        recipe.get("resume_from_checkpoint") or recipe.get("auto_resume_from_checkpoints")
+    )
+    own = run_identity(recipe, config)
+    record = read_run_file(folder / RUN_FILE)
+    found = None if record is None else record.get("identity")
+    if resumes:
+        if found is not None and found != own:
+            differing = "\n".join(
+                f"  {key}: {found.get(key)} there, {value} in this recipe"
+                for key, value in own.items()
+                if found.get(key) != value
+            )
+            raise UserError(
+                f"output_dir {folder} holds another run, which this one cannot resume:\n"
+                f"{differing}\nGive another output_dir."
+            )
+        if not only_look:
+            _set_incomplete_checkpoints_aside(folder)
+        return
+    held = [
+        path.name
+        for pattern in ("checkpoint-*", "*.safetensors")
+        for path in sorted(folder.glob(pattern))
+    ]
+    if held:
+        whose = f" ({found['teacher']} teaching {found['student']})" if found else ""
+        raise UserError(
+            f"output_dir {folder} holds a run already{whose}: {', '.join(held[:4])}. Resume it "
+            "with `auto_resume_from_checkpoints: true`, give another output_dir, or remove it."
+        )
+
+
+def output_folder(recipe: Any) -> Path:
+    """Where axolotl writes the run."""
+    return Path(recipe.get("output_dir") or "./model-out")  # axolotl's own default
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError where the folder, or the nearest that exists above it, takes no files."""
+    nearest = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    if not nearest.is_dir():
+        raise UserError(f"output_dir {folder}: {nearest} is a file. Give another output_dir.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder}: {nearest} is not writable. Give another output_dir.")
+
+
+def read_run_file(file: Path) -> dict[str, Any] | None:
+    """What a run says of itself; None where there is none. Raises UserError where it is damaged."""
+    try:
+        record = dict(json.loads(file.read_text(encoding="utf-8")))
+        expected = record.pop(CHECKSUM, None)
+        if expected is not None and expected != json_checksum(record):
+            raise ValueError("its checksum does not match")
+        if not isinstance(record.get("identity", {}), dict):
+            raise TypeError("its `identity` is no mapping")
+        return record
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}). Give another output_dir; or remove the file, if the "
+            "folder is the run that you mean."
+        ) from error
+
+
+def _set_incomplete_checkpoints_aside(folder: Path) -> None:
+    """Renames checkpoints whose last file was never written, so that none is resumed from.
+
+    Removes what a kill left of a student that was being written: safetensors' own partial file.
+    """
+    for left in folder.glob(".tmp??????"):
+        left.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
+            suffix = 1
+            while aside.exists():
+                suffix += 1
+                aside = checkpoint.with_name(f"incomplete-{checkpoint.name}.{suffix}")
+            checkpoint.rename(aside)
