@@ -142,7 +142,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_resumes_exactly(
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that trains in tmp_path/out, as far as its lock says, with a worker of its own."""
     script = (
-        "import os, pathlib, sys, time; from dwakd_plugin import run_lock\n"
+        "import os, pathlib, sys, time; from dwakd_plugin.io import run_lock\n"
         "run_lock.hold(pathlib.Path(sys.argv[1]))\n"
         "if os.fork() == 0: time.sleep(20); os._exit(0)\n"  # as a data-loader worker
         "print('held', flush=True); time.sleep(60)"
