@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,6 @@ UNLOGGED = tuple(
     for name in names
 )
 LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
-
-
-# accelerate numbers the CPUs of several processes; torch would not know where to load an optimizer.
-torch.serialization.register_package(
-    99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-)
 
 
 class NonFiniteLoss(Exception):
@@ -501,6 +495,11 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         if self.args.should_save:
             save_projectors(tensors, folder / PROJECTOR_FILE, self.distillation.pair)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu" and self.args.device.index is not None:
+            _have_torch_load_to_numbered_cpus()
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
@@ -508,6 +507,16 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         if self.distillation is not None and self.distillation.projectors is not None:
             file = Path(resume_from_checkpoint) / PROJECTOR_FILE
             load_projectors(self.distillation.projectors, file, self.distillation.pair)
+
+
+@cache  # torch refuses a second one
+def _have_torch_load_to_numbered_cpus() -> None:
+    """accelerate numbers the CPUs of several processes, and `torch.load` knows only `cpu`."""
+    torch.serialization.register_package(
+        99,
+        lambda storage: None,
+        lambda storage, place: storage if place.startswith("cpu:") else None,
+    )
 
 
 # The terms of `kd_weight`, by `loss.matching`.
