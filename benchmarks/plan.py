@@ -46,11 +46,12 @@ RUNTIME = "tiny pair, batch 1"  # what is not tensors: the source of CPU_RUNTIME
 
 def prepare(folder: Path) -> None:
     """The quickstart's models, two random pairs, and rows longer than any run's."""
-    from dwakd_cli import embedded, quickstart
+    from dwakd_cli import quickstart
+    from dwakd_plugin.data.library_docs import documentation_rows
 
     folder.mkdir(parents=True, exist_ok=True)
     quickstart.prepare(folder / "quickstart")
-    texts = embedded.documentation_rows(quickstart.HELD_OUT_ROWS).pretraining_texts
+    texts = documentation_rows(quickstart.HELD_OUT_ROWS).pretraining_texts
     rows = [
         {"instruction": "Read.", "input": "", "output": " ".join(texts[index::ROWS])[:12_000]}
         for index in range(ROWS)
@@ -107,9 +108,9 @@ def create_model(dest: Path, config: Any, texts: list[str], vocabulary: int) -> 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dwakd_cli import embedded
+    from dwakd_plugin.tokenizers.training import train_tokenizer
 
-    tokenizer = embedded.train_tokenizer(texts, vocabulary)
+    tokenizer = train_tokenizer(texts, vocabulary)
     torch.manual_seed(0)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))

@@ -23,11 +23,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dwakd_cli import embedded
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
+from dwakd_plugin.data.library_docs import Row, documentation_rows
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.evaluate.held_out import alpaca_prompt, held_out_bits_per_byte, sample_answers
 from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.models.small_student import create_student
+from dwakd_plugin.models.smollm2 import prepare_teacher
+from dwakd_plugin.tokenizers.training import train_tokenizer
 from dwakd_plugin.train.health import standing_in
 
 TRAIN_ROWS = 300
@@ -90,22 +94,20 @@ def run(folder: Path, *, json_output: bool) -> None:
         show(report, console)
 
 
-def prepare(folder: Path) -> list[embedded.Row]:
+def prepare(folder: Path) -> list[Row]:
     """Teacher, data, tokenizer, untrained student and recipes; returns the held-out rows."""
-    embedded.prepare_teacher(folder / "teacher")
-    documentation = embedded.documentation_rows(HELD_OUT_ROWS)
+    prepare_teacher(folder / "teacher")
+    documentation = documentation_rows(HELD_OUT_ROWS)
     train = documentation.train[:TRAIN_ROWS]
-    texts = [embedded.alpaca_prompt(row) + row["output"] for row in train]
+    texts = [alpaca_prompt(row) + row["output"] for row in train]
     # The recipes' data: rows for fine-tuning, plain text for the student's first reading.
     _write_lines(folder / "data" / "train.jsonl", train)
     _write_lines(folder / "data" / "held_out.jsonl", documentation.held_out)
     pretraining = [{"text": text} for text in documentation.pretraining_texts]
     _write_lines(folder / "data" / "pretraining.jsonl", pretraining)
     if not (folder / "untrained").is_dir():
-        tokenizer = embedded.train_tokenizer([*texts, *documentation.pretraining_texts], VOCABULARY)
-        embedded.create_student(
-            folder / "untrained", tokenizer, **STUDENT, teacher=folder / "teacher"
-        )
+        tokenizer = train_tokenizer([*texts, *documentation.pretraining_texts], VOCABULARY)
+        create_student(folder / "untrained", tokenizer, **STUDENT, teacher=folder / "teacher")
     for name in RECIPES:
         recipe = resources.files("dwakd_recipes").joinpath(f"quickstart-{name}.yml").read_text()
         (folder / f"{name}.yml").write_text(recipe, encoding="utf-8")
@@ -160,7 +162,7 @@ def train(folder: Path, name: str, on_step: Callable[[int, int], None]) -> None:
 
 
 def measure(
-    folder: Path, held_out: list[embedded.Row], on_step: Callable[[int, int], None]
+    folder: Path, held_out: list[Row], on_step: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Held-out bits per byte of the student's stages and of the teacher, and sampled answers."""
     stages = {
@@ -173,10 +175,10 @@ def measure(
     questions = held_out[:ANSWERS]
     answers: dict[str, list[str]] = {}
     for index, (title, name) in enumerate(stages.items()):
-        bits = embedded.held_out_bits_per_byte(folder / name, held_out)
+        bits = held_out_bits_per_byte(folder / name, held_out)
         report["bits_per_byte"][title] = round(bits, 4)
         if title != "student before":
-            answers[title] = embedded.sample_answers(folder / name, questions, 40, seed=None)
+            answers[title] = sample_answers(folder / name, questions, 40, seed=None)
         on_step(index + 1, len(stages))
     for index, question in enumerate(questions):
         report["answers"].append(

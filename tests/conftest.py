@@ -55,7 +55,8 @@ def make_lab(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dwakd_cli.embedded import create_student, train_tokenizer
+    from dwakd_plugin.models.small_student import create_student
+    from dwakd_plugin.tokenizers.training import train_tokenizer
 
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in ROWS]
     student_tokenizer = train_tokenizer(texts, 400)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dwakd_cli.embedded import alpaca_prompt
+from dwakd_plugin.evaluate.held_out import alpaca_prompt
 from tests.conftest import ROWS
 
 Recipe = Callable[..., dict[str, Any]]

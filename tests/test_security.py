@@ -110,14 +110,10 @@ def test_nothing_of_a_file_is_executed(file: Path) -> None:
         assert _given(call, "safe_serialization") != "False"
 
 
-# Models that `dwakd quickstart` has made itself a moment before.
-OWN_MODELS = ("embedded.py",)
-
-
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_loading_says_whether_it_trusts(file: Path) -> None:
     """Where nothing is said, transformers asks on the terminal, and takes a `y`."""
-    if file.name in OWN_MODELS or "benchmarks" in file.parts:
+    if "benchmarks" in file.parts:
         return
     for name, call in _calls(file):
         kind, _, method = name.rpartition(".")

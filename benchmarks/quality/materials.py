@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.measure import say
-from dwakd_cli import embedded
 from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.io.folders import new_folder
+from dwakd_plugin.models.small_student import create_student
+from dwakd_plugin.models.smollm2 import prepare_teacher
+from dwakd_plugin.tokenizers.training import train_tokenizer
 
 Row = dict[str, Any]
 
@@ -75,7 +78,7 @@ def prepare(folder: Path, instructions: Path, student: str, teacher: str) -> Mat
     own = folder / student if made_here else Path(student).resolve()
     materials = Materials(folder, own, folder / teacher)
     if not (folder / "untrimmed").is_dir():
-        embedded.prepare_teacher(folder / "untrimmed")
+        prepare_teacher(folder / "untrimmed")
     if not materials.rows("train").is_file():
         _write_rows(materials, instructions)
     rows = _read(materials.rows("train"))
@@ -87,8 +90,8 @@ def prepare(folder: Path, instructions: Path, student: str, teacher: str) -> Mat
         texts = ["".join(rendered(row)) for row in _read(materials.rows("pretraining"))]
         few, _ = PRETRAINING["small"]
         if not (folder / "untrained").is_dir():
-            tokenizer = embedded.train_tokenizer(texts[:few], VOCABULARY)
-            embedded.create_student(folder / "untrained", tokenizer, **STUDENT)
+            tokenizer = train_tokenizer(texts[:few], VOCABULARY)
+            create_student(folder / "untrained", tokenizer, **STUDENT)
         count, epochs = PRETRAINING[student]
         pretrain(folder / "untrained", texts[:count], materials.student, epochs=epochs)
     return materials
@@ -173,7 +176,7 @@ def trim_vocabulary(source: Path, texts: Sequence[str], dest: Path) -> None:
     ]
     for token in rules["added_tokens"]:
         token["id"] = rules["model"]["vocab"][token["content"]]
-    with embedded.new_folder(dest) as folder:
+    with new_folder(dest) as folder:
         tokenizer.save_pretrained(folder)
         (folder / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
         trimmed = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -219,7 +222,7 @@ def pretrain(
     steps = len(ids) // (length * batch)
     blocks = torch.tensor(ids[: steps * length * batch]).view(steps, batch, length)
     _train(model, [{"input_ids": block, "labels": block} for block in blocks], learning_rate)
-    with embedded.new_folder(dest) as folder:
+    with new_folder(dest) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -254,7 +257,7 @@ def fine_tune(
     )
     batches = [collate([examples[index] for index in group]) for group in groups]
     _train(model, batches, learning_rate, weight_decay=0.0)
-    with embedded.new_folder(dest) as folder:
+    with new_folder(dest) as folder:
         model.merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

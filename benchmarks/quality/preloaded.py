@@ -4,7 +4,7 @@ import axolotl.cli.config
 import axolotl.cli.train
 import axolotl.core.builders  # noqa: F401
 
-import dwakd_cli.embedded  # noqa: F401
+import dwakd_plugin.evaluate.held_out
 import dwakd_plugin.plugin
 import dwakd_plugin.train.assembly
 import dwakd_plugin.train.trainer  # noqa: F401

@@ -122,7 +122,7 @@ def _train(materials: Materials, run: Run) -> Settings:
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
 
-    from dwakd_cli.embedded import held_out_bits_per_byte
+    from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 
     begun = time.monotonic()
     folder = materials.runs / run.name

@@ -3,4 +3,14 @@
 A teacher is a loaded model or a cache of its states; what uses it cannot tell which.
 """
 
-__all__ = ["batches", "causal_lm", "folder", "out_of_memory", "projectors", "student", "teacher"]
+__all__ = [
+    "batches",
+    "causal_lm",
+    "folder",
+    "out_of_memory",
+    "projectors",
+    "small_student",
+    "smollm2",
+    "student",
+    "teacher",
+]
