@@ -163,7 +163,7 @@ class Watch(TrainerCallback):
         from dwakd_plugin.loss import dwakd_loss
         from dwakd_plugin.models.projectors import Projectors
         from dwakd_plugin.models.student import student_states
-        from dwakd_plugin.train.trainer import PROJECTORS
+        from dwakd_plugin.train.distillation import PROJECTORS
 
         ours, theirs = trainer.model.state_dict(), f"{PROJECTORS}."
         own = {name: value for name, value in ours.items() if not name.startswith(theirs)}

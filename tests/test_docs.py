@@ -19,7 +19,7 @@ from dwakd_plugin.recipe.schema import DWAKDConfig, configuration_table
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "dwakd_plugin").rglob("*.py")), *sorted((ROOT / "cli").glob("*.py"))]
-TRAINER = ROOT / "dwakd_plugin" / "train" / "trainer.py"
+METRICS = ROOT / "dwakd_plugin" / "train" / "metrics.py"
 CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)")
 
 
@@ -126,7 +126,7 @@ def test_functions_of_the_method_exist() -> None:
 
 
 def test_every_logged_figure_is_explained() -> None:
-    metrics = re.findall(r'^    \("(\w+)", "\w+", "\w+"\),', read(TRAINER), re.MULTILINE)
+    metrics = re.findall(r'^    \("(\w+)", "\w+", "\w+"\),', read(METRICS), re.MULTILINE)
     page = read(ROOT / "docs" / "reading_the_curves.md")
     assert len(metrics) >= 10
     assert [name for name in (*metrics, "gamma") if f"| `{name}` |" not in page] == []

@@ -39,6 +39,7 @@ from dwakd_plugin.recipe.schema import DWAKDConfig, Matching
 from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
 from dwakd_plugin.tokenizers.findings import ENOUGH_SHARED_TOKENS
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
+from dwakd_plugin.train.distillation import Distillation
 from dwakd_plugin.train.run_folder import CHECKSUM, RUN_FILE, run_facts, run_identity
 from dwakd_plugin.train.sharding import (
     describe_processes,
@@ -48,7 +49,6 @@ from dwakd_plugin.train.sharding import (
     tables,
     whole,
 )
-from dwakd_plugin.train.trainer import Distillation
 from dwakd_plugin.train.warmup import warm_up
 
 LOG = get_logger("axolotl.dwakd")

@@ -21,7 +21,7 @@ from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.preflight import check_all
 
 if TYPE_CHECKING:
-    from dwakd_plugin.train.trainer import Distillation
+    from dwakd_plugin.train.distillation import Distillation
 
 
 @dataclass

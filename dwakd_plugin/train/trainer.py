@@ -7,9 +7,7 @@ and the student is saved without them.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dwakd_plugin.data.collator import DISTILLATION_KEYS
-from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS, RowReport
+from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS
 from dwakd_plugin.data.packing import SeededOrder
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes
@@ -33,65 +30,19 @@ from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.projectors import (
     PROJECTOR_FILE,
-    HeadFollower,
-    Projectors,
     load_projectors,
     save_projectors,
 )
 from dwakd_plugin.models.student import student_states
-from dwakd_plugin.models.teacher.loaded import Teacher
-from dwakd_plugin.recipe.schema import DWAKDConfig
-from dwakd_plugin.train.health import Health, shares, write_report
+from dwakd_plugin.train.callbacks import HealthReport, StopWhenAsked
+from dwakd_plugin.train.distillation import PROJECTORS, Distillation, give_their_rate
+from dwakd_plugin.train.health import Health, write_report
+from dwakd_plugin.train.metrics import Sums, logged, mean_cross_entropy, means, perplexity
+from dwakd_plugin.train.non_finite import NonFiniteLoss, non_finite_parameter, non_finite_row
 from dwakd_plugin.train.sharding import check_gathered, gathered, is_sharded, prepare_for_engine
-from dwakd_plugin.train.signals import end_run, is_last_step, stopping_on_sigterm
+from dwakd_plugin.train.signals import end_run, stopping_on_sigterm
 
 LOG = get_logger("axolotl.dwakd")
-
-PROJECTORS = "dwakd_projectors"  # the submodule's name on the student
-
-# What is logged, as (name, sum, count): both are fields of LossTerms.
-METRICS = (
-    ("ce", "ce", "student_tokens"),
-    ("t2s_ce", "t2s_ce", "distilled_tokens"),
-    ("student_kd", "student_kd", "distilled_tokens"),
-    ("teacher_kd", "teacher_kd", "teacher_tokens"),
-    ("hidden_dtw", "hidden_dtw", "distilled_tokens"),
-    ("embed_dtw", "embed_dtw", "distilled_tokens"),
-    ("uld", "uld", "distilled_tokens"),
-    ("paired_share", "paired_tokens", "distilled_tokens"),
-    ("t2s_accuracy", "t2s_correct", "paired_tokens"),
-    ("gate", "gate", "paired_tokens"),
-    ("teacher_ce", "teacher_ce", "paired_tokens"),
-    ("paired_ce", "paired_ce", "paired_tokens"),
-    ("attention_entropy", "attention_entropy", "distilled_tokens"),
-    ("band_share", "band_cells_inside", "band_cells"),
-)
-# What `health` asks for beyond them.
-UNLOGGED = tuple(
-    (name, name, count)
-    for count, names in (
-        ("distilled_tokens", ("attention_spread", "attention_limit")),
-        ("end_tokens", ("teacher_end_ce", "end_ce")),
-    )
-    for name in names
-)
-LOSS_TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw", "uld")
-
-
-class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; the message names the term and the row."""
-
-
-@dataclass
-class Distillation:
-    """What a run distils with; no teacher and no projectors where no term asks for them."""
-
-    config: DWAKDConfig
-    teacher: Teacher | None
-    projectors: Projectors | None
-    rows: RowReport
-    pair: dict[str, str]  # which two models the projectors belong to
-    head_follower: HeadFollower | None = None  # where `s2t` follows a head that trains
 
 
 class _DistillationLog(Trainer):
@@ -103,44 +54,14 @@ class _DistillationLog(Trainer):
             super().log(logs, start_time)
             return
         prefix = "" if "loss" in logs else "eval_"
-        figures = self._take_figures(prefix)
-        logs.update(self._metrics(figures, prefix))
+        figures = self._figures(prefix)
+        logs.update(logged(figures, distillation.config, prefix))
+        if distillation.config.loss.dtw_weight > 0 and not prefix:
+            logs["gamma"] = round(self._last_gamma, 5)
         if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
-            logs[f"{prefix}ppl"] = round(_exp(logs[f"{prefix}ce"]), 5)
+            logs[f"{prefix}ppl"] = round(perplexity(logs[f"{prefix}ce"]), 5)
         super().log(logs, start_time)
         self._watch_health(figures, prefix)
-
-
-class _StopWhenAsked(TrainerCallback):
-    """Ends training with a checkpoint, on all ranks after the same step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if is_last_step(state.global_step, first_rank=args.process_index == 0):
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class _HealthReport(TrainerCallback):
-    """Begins a run's report where it is known whether the run resumes, and ends it."""
-
-    def __init__(self, trainer: DWAKDTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._trainer.distillation is not None
-        config = self._trainer.distillation.config
-        untrained = config.projectors.path is None and config.projectors.warmup_steps == 0
-        # A ramp that outlasts the run is a low weight, not a time to wait for.
-        ramp = min(config.loss.kd_warmup_steps, state.max_steps // 2)
-        self._trainer.health = Health(
-            config,
-            settled_after=max(ramp, args.get_warmup_steps(state.max_steps)),
-            cold_start=untrained and state.global_step == 0,
-        )
-        self._trainer.write_health()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.write_health()
 
 
 class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
@@ -160,7 +81,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
                 "CUDA_VISIBLE_DEVICES=0."
             )
         self.distillation = distillation
-        self._sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._sums: dict[str, Sums] = defaultdict(Sums)  # by prefix: of training, of evaluation
         # Of the last forward; not among its outputs, which FSDP2 rounds to its compute dtype.
         self.terms: dict[str, Tensor] = {}
         # Sums are divided by the label count of the whole optimizer step (method, section 6), which
@@ -177,11 +98,11 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
                 *(f"{PROJECTORS}.{name}" for name in distillation.projectors.state_dict()),
             }
         prepare_for_engine(self, distillation.projectors)
-        self.add_callback(_StopWhenAsked)
+        self.add_callback(StopWhenAsked)
         tokens = max(lm.config.get_text_config().vocab_size, len(self.processing_class))
         self._label_counts = torch.zeros(tokens, dtype=torch.int32, device=self.args.device)
         if distillation.teacher is not None:
-            self.add_callback(_HealthReport(self))
+            self.add_callback(HealthReport(self))
         self._student_forward = self.model.forward
 
         @wraps(self._student_forward)  # the trainer reads its signature
@@ -225,7 +146,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         terms = self.loss_terms(batch, **inputs)
         self.terms = {name: value.detach() for name, value in vars(terms).items()}
         if not self.model.training:
-            loss = _mean_cross_entropy(self.terms)
+            loss = mean_cross_entropy(self.terms)
         else:
             assert self.distillation is not None
             count = terms.student_tokens if label_tokens is None else label_tokens
@@ -276,12 +197,10 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if not model.training:
-            loss = _mean_cross_entropy(self.terms)
+            loss = mean_cross_entropy(self.terms)
         if not torch.isfinite(loss):
             raise NonFiniteLoss(self._explain_non_finite(inputs))
-        sums = self._sums["" if model.training else "eval_"]
-        for name, value in self.terms.items():
-            sums[name] = sums.get(name, 0) + value.double()
+        self._sums["" if model.training else "eval_"].add(self.terms)
         if model.training:
             labels = inputs["labels"].flatten()
             self._label_counts.scatter_add_(0, labels.clamp(min=0), labels.ne(-100).int())
@@ -320,7 +239,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             sources = inputs[SOURCE_COLUMN].tolist()
             found = "one of " + ", ".join(map(self.distillation.rows.locate, sources))
         else:
-            found = self._non_finite_row(inputs)
+            found = self._non_finite_place(inputs)
         return (
             f"The loss is not finite at step {self.state.global_step + 1}: {found}\n"
             f"{self._how_to_go_on()}"
@@ -335,75 +254,33 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         )
 
     @torch.no_grad()
-    def _non_finite_row(self, inputs: dict[str, Any]) -> str:
+    def _non_finite_place(self, inputs: dict[str, Any]) -> str:
         """Term, place and text of the first row whose loss, by itself, is not finite."""
         assert self.distillation is not None
-        if (parameter := _non_finite_parameter(self.model)) is not None:
+        if (parameter := non_finite_parameter(self.model)) is not None:
             return f"{parameter} is not finite (before the first step: as it was loaded)"
         inputs = dict(inputs)
         batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
-        student = student_states(self.model, batch, **inputs)
         frozen = self.distillation.teacher
-        teacher = None if frozen is None else frozen.states(batch)
-        for index, source in enumerate(batch[SOURCE_COLUMN].tolist()):
-            terms = self._terms(
-                student.sample(index), None if teacher is None else teacher.sample(index)
-            )
-            bad = [
-                f"{name} = {getattr(terms, name).item()}"
-                for name in LOSS_TERMS
-                if not torch.isfinite(getattr(terms, name))
-            ]
-            if bad:
-                place = self.distillation.rows.locate(source) if source >= 0 else f"row {index}"
-                assert student.labels is not None
-                labels = student.labels[index]
-                text = self.processing_class.decode(labels[labels != -100][:200])
-                whose = "" if teacher is None else _non_finite_states(teacher.sample(index))
-                return f"{', '.join(bad)} in {place}: {text!r}{whose}"
-        return "no single row by itself"
+        return non_finite_row(
+            student_states(self.model, batch, **inputs),
+            None if frozen is None else frozen.states(batch),
+            self._terms,
+            lambda index: self._place_of(index, int(batch[SOURCE_COLUMN][index])),
+            self.processing_class.decode,
+        )
+
+    def _place_of(self, index: int, source: int) -> str:
+        assert self.distillation is not None
+        return self.distillation.rows.locate(source) if source >= 0 else f"row {index}"
 
     # -- metrics ----------------------------------------------------------------------------------
 
-    def _take_figures(self, prefix: str) -> dict[str, float]:
-        """Means since the last log line, over the tokens of all ranks; forgets the sums.
-
-        Beside those of `METRICS` there are those that `health` judges.
-        """
+    def _figures(self, prefix: str) -> dict[str, float]:
+        """Means since the last log line, over the tokens of all ranks; forgets the sums."""
         assert self.distillation is not None
-        sums = self._sums.pop(prefix, {})
-        if not sums:
-            return {}
-        names = list(sums)
-        values = torch.stack([torch.as_tensor(sums[name]).float() for name in names])
-        totals = dict(
-            zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True)
-        )
-        absent = _absent_figures(self.distillation.config)
-        figures = {
-            name: totals[total] / totals[count]
-            for name, total, count in METRICS + UNLOGGED
-            if totals[count] > 0 and name not in absent
-        }
-        weights = LossTerms.weights(self.distillation.config.loss, self._kd_ramp())
-        return figures | shares({name: weight * totals[name] for name, weight in weights.items()})
-
-    def _metrics(self, figures: dict[str, float], prefix: str) -> dict[str, float]:
-        """What of them is logged, by its name in the log."""
-        assert self.distillation is not None
-        config = self.distillation.config
-        active = _active_terms(config)
-        metrics = {
-            prefix + name: round(figures[name], 5)
-            for name, _, _ in METRICS
-            if name in figures
-            and (name not in LOSS_TERMS or name in active or prefix)
-            # Else it is `ce`.
-            and (name != "paired_ce" or config.loss.matching in ("exact", "mapped"))
-        }
-        if config.loss.dtw_weight > 0 and not prefix:
-            metrics["gamma"] = round(self._last_gamma, 5)
-        return metrics
+        totals = self._sums.pop(prefix, Sums()).over_ranks(self.accelerator)
+        return means(totals, self.distillation.config, self._kd_ramp())
 
     def _watch_health(self, figures: dict[str, float], prefix: str) -> None:
         """Warns, on the first rank, of what the figures say is wrong."""
@@ -467,14 +344,14 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         optimizer = super().create_optimizer(model=model)
         if self.distillation is not None:
             rate = self.distillation.config.projectors.learning_rate
-            _give_projectors_their_rate(optimizer, self.model if model is None else model, rate)
+            give_their_rate(optimizer, self.model if model is None else model, rate)
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
         if self.distillation is None:
             super()._save_checkpoint(model, trial, **kwargs)
             return
-        if (parameter := _non_finite_parameter(self.model)) is not None:
+        if (parameter := non_finite_parameter(self.model)) is not None:
             raise NonFiniteLoss(
                 f"{parameter} is not finite after step {self.state.global_step}, and a checkpoint "
                 f"of it would be of no use.\n{self._how_to_go_on()}"
@@ -517,96 +394,3 @@ def _have_torch_load_to_numbered_cpus() -> None:
         lambda storage: None,
         lambda storage, place: storage if place.startswith("cpu:") else None,
     )
-
-
-# The terms of `kd_weight`, by `loss.matching`.
-_DISTILLING = {
-    "attention": {"t2s_ce", "student_kd", "teacher_kd"},
-    "exact": {"t2s_ce", "student_kd", "teacher_kd"},
-    "mapped": {"student_kd"},
-    "order": {"uld"},
-}
-
-
-def _active_terms(config: DWAKDConfig) -> set[str]:
-    """The terms that the settings ask for; the others are 0 and not worth a line."""
-    active = set()
-    if config.loss.ce_weight > 0:
-        active.add("ce")
-    if config.loss.kd_weight > 0:
-        active |= _DISTILLING[config.loss.matching]
-    if config.loss.dtw_weight > 0:
-        active |= {"hidden_dtw", "embed_dtw"}
-    return active
-
-
-def _absent_figures(config: DWAKDConfig) -> set[str]:
-    """Figures of what the settings do not have, in training and in evaluation."""
-    attends = config.loss.needs_teacher and config.loss.matching == "attention"
-    attention = {"attention_entropy", "attention_spread", "attention_limit"}
-    absent = {"paired_share"} if attends else attention
-    if not config.loss.trained_projectors:
-        kept = _DISTILLING[config.loss.matching] if config.loss.needs_teacher else set()
-        absent |= set(LOSS_TERMS) - {"ce"} - kept
-    if not config.loss.needs_teacher or config.loss.matching == "order":
-        absent |= {"t2s_accuracy", "gate", "teacher_ce", "paired_ce", "teacher_end_ce", "end_ce"}
-    if not config.loss.needs_teacher:
-        absent |= {"paired_share"}
-    if config.loss.matching != "order":
-        absent |= {"uld"}
-    return absent
-
-
-def _give_projectors_their_rate(
-    optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float
-) -> None:
-    """Moves the projectors' parameters into parameter groups of their own."""
-    projectors = {
-        id(parameter) for name, parameter in model.named_parameters() if f"{PROJECTORS}." in name
-    }
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in projectors]
-        if not mine:
-            continue
-        group["params"] = [
-            parameter for parameter in group["params"] if id(parameter) not in projectors
-        ]
-        optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
-    # DeepSpeed cannot flatten a group of none.
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def _non_finite_parameter(student: nn.Module) -> str | None:
-    """The name of the first weight, projectors included, that has NaN or infinity on this rank."""
-    for name, parameter in student.named_parameters():
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        # Other dtypes are those of quantised weights, which do not train.
-        if own.dtype.itemsize > 1 and own.is_floating_point() and not own.isfinite().all():
-            whose = "The projectors'" if f"{PROJECTORS}." in name else "The student's"
-            return f"{whose} {name.removeprefix(f'{PROJECTORS}.')}"
-    return None
-
-
-def _non_finite_states(teacher: ResponseStates) -> str:
-    """Says so where it is the teacher's side of a row that is not finite; else nothing."""
-    length = int(teacher.lengths[0])  # padding may hold anything
-    names = {
-        "hidden states": teacher.hidden[0, :length],
-        "embeddings": teacher.input_embeds[0, :length],
-        "head": teacher.head.weight,
-    }
-    bad = [name for name, tensor in names.items() if not tensor.isfinite().all()]
-    if not bad:
-        return ""
-    return f"\nThe teacher's {' and '.join(bad)} are not finite there: check its weights."
-
-
-def _mean_cross_entropy(terms: dict[str, Tensor]) -> Tensor:
-    return terms["ce"] / terms["student_tokens"].clamp(min=1)
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
