@@ -115,16 +115,17 @@ def evaluate(folder: Path, lab: Path) -> None:
 
 
 def export(folder: Path, lab: Path) -> None:
-    from dwakd_plugin.export import export as module
+    from dwakd_plugin.export import verify
+    from dwakd_plugin.export.export import export as export_run
 
     def in_this_process(command: list[str], input: str, **_: Any) -> Any:
         from subprocess import CompletedProcess
 
         # Another would import for ten seconds, and it reads alone.
-        return CompletedProcess(command, 0, json.dumps(module._verify(json.loads(input))), "")
+        return CompletedProcess(command, 0, json.dumps(verify._verify(json.loads(input))), "")
 
-    module.subprocess.run = in_this_process  # type: ignore[assignment]
-    module.export(lab / "run" / "out", folder / "student", force=True)
+    verify.subprocess.run = in_this_process  # type: ignore[assignment]
+    export_run(lab / "run" / "out", folder / "student", force=True)
 
 
 def recipe_file(folder: Path, lab: Path) -> Path:

@@ -30,8 +30,9 @@ from dwakd_cli import quickstart
 from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.causal_lm import gather_positions
-from dwakd_plugin.models.teacher.cache import TeacherCache, row_key
+from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.models.teacher.cached import fill, missing_rows, open_cache, teacher_rows
+from dwakd_plugin.models.teacher.kept_states import row_key
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.train.open_run import OpenRun, open_run

@@ -188,16 +188,14 @@ def write(
         state_figures,
         token_summaries,
     )
-    from dwakd_plugin.io.files import replace_file
+    from dwakd_plugin.io.files import explaining_writes, replace_file
 
     drawn = [(sample, png_image(sample, tokens)) for sample in samples]
     files = {sample.number: output / f"sample-{sample.number}.png" for sample in samples}
-    try:
+    with explaining_writes(output):
         for sample, image in drawn:
             replace_file(files[sample.number], image)
         replace_file(output / PAGE, html_page(facts, drawn, tokens))
-    except OSError as error:
-        raise UserError(f"{output} cannot be written to: {error.strerror}") from error
     return {
         **facts,
         "samples": [

@@ -18,11 +18,11 @@ from rich.text import Text
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import replace_file, user_path
+from dwakd_plugin.io.files import explaining_writes, replace_file, user_path
 
 if TYPE_CHECKING:
-    from dwakd_plugin.tokenizers.findings import Side
     from dwakd_plugin.tokenizers.pair import PairCut
+    from dwakd_plugin.tokenizers.verdict import Side
 
 # What a folder with a tokenizer has at least one of.
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
@@ -73,11 +73,13 @@ def run(
         from dwakd_cli.token_picture import html_page, png_image
 
         if png:
-            _write(png, png_image(pictures[0][1], (teacher_name, student_name)))
+            with explaining_writes(png):
+                replace_file(png, png_image(pictures[0][1], (teacher_name, student_name)))
         if html:
             tokenizers = (teacher.tokenizer, student.tokenizer)
             page = html_page(report, figure_rows(report), pictures, tokenizers)
-            _write(html, page.encode())
+            with explaining_writes(html):
+                replace_file(html, page)
     if json_output:
         print(json.dumps(report, indent=1))
     else:
@@ -106,35 +108,29 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"The {role}'s folder {name} does not exist. Give a folder or a hub id.")
 
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from dwakd_plugin.tokenizers.findings import Side
+    from dwakd_plugin.tokenizers.loading import load_tokenizer
     from dwakd_plugin.tokenizers.pair import ByteCutter
+    from dwakd_plugin.tokenizers.verdict import Side
 
     logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        reason = str(error).strip().splitlines()
-        advice = (
-            "--trust-remote-code lets its repository run code of its own on this machine."
-            if "trust_remote_code" in str(error)
-            else "Give a folder that AutoTokenizer can load, or a hub id (name/model)."
-        )
-        raise UserError(
-            f"The {role}'s tokenizer {name} cannot be loaded: "
-            f"{reason[0] if reason else type(error).__name__}\n{advice}"
-        ) from error
+    title = f"The {role}'s tokenizer `{name}`"
+    tokenizer = load_tokenizer(
+        name,
+        title,
+        "Give a folder that AutoTokenizer can load, or a hub id (name/model).",
+        trust_remote_code=trust_remote_code,
+    )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"The {role}'s tokenizer {name} ({type(tokenizer).__name__}) is a slow one, in Python "
+            f"{title} ({type(tokenizer).__name__}) is a slow one, in Python "
             "alone. Convert it to a tokenizer.json first (transformers' convert_slow_tokenizer), "
             "or choose a model that ships one."
         )
     if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
         raise UserError(
-            f"The {role}'s tokenizer {name} has no vocabulary but its special tokens: its "
+            f"{title} has no vocabulary but its special tokens: its "
             "tokenizer.json or vocabulary file is missing."
         )
     return Side(role, tokenizer, ByteCutter(tokenizer, role), head_rows(name))
@@ -244,8 +240,9 @@ def _refuse_surrogates(text: str, where: str) -> None:
 
 def examine(teacher: Side, student: Side, texts: Sequence[str] | None) -> dict[str, Any]:
     """All figures, findings and the verdict; texts None: over the built-in sample."""
-    from dwakd_plugin.tokenizers.findings import findings_of, verdict_of
-    from dwakd_plugin.tokenizers.pair import measure, vocabulary_figures
+    from dwakd_plugin.tokenizers.figures import measure, vocabulary_figures
+    from dwakd_plugin.tokenizers.findings import findings_of
+    from dwakd_plugin.tokenizers.verdict import verdict_of
 
     vocabulary = vocabulary_figures(teacher.tokenizer, student.tokenizer)
     groups = {
@@ -299,13 +296,6 @@ def pictures_of(
         for title, pair in zip(drawn, cuts, strict=True)
         if pair is not None and pair.teacher.ends and pair.student.ends
     ]
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        replace_file(file, content)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def figure_rows(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -20,12 +20,13 @@ from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import replace_file, user_path
+from dwakd_plugin.io.files import explaining_writes, replace_file, user_path
 
 if TYPE_CHECKING:
     from dwakd_plugin.evaluate.figures import Amounts, Reading
-    from dwakd_plugin.evaluate.generation import Response, Sampling
+    from dwakd_plugin.evaluate.generation import Sampling
     from dwakd_plugin.evaluate.model import Held, Source
+    from dwakd_plugin.evaluate.responses import Response
     from dwakd_plugin.evaluate.rows import Encoded
 
 METRICS = ("rouge_l", "bits_per_byte", "agreement", "structure")
@@ -145,12 +146,10 @@ def run(
     report["seconds"] = round(time.monotonic() - started, 1)
     from dwakd_cli.evaluation_report import picture, show
 
-    try:
+    with explaining_writes(output):
         output.mkdir(parents=True, exist_ok=True)
         replace_file(output / PICTURE, picture(report))
         replace_file(output / REPORT, json.dumps(report, indent=1))
-    except OSError as error:
-        raise UserError(f"The results cannot be written to {output}: {error}") from error
     if json_output:
         print(json.dumps(report, indent=1))
     else:
@@ -204,9 +203,9 @@ def open_models(
         choose_device,
         find_model,
         load_config,
-        load_tokenizer,
         stop_ids,
     )
+    from dwakd_plugin.tokenizers.loading import load_tokenizer
 
     choose_device(held.device)
     names = [model, *against, *([teacher] if teacher else [])]
@@ -221,7 +220,13 @@ def open_models(
     models = []
     for name, role in zip(names, roles, strict=True):
         source = find_model(name)
-        tokenizer = load_tokenizer(source, trust_remote_code=held.trust_remote_code)
+        tokenizer = load_tokenizer(
+            source.tokenizer,
+            f"The tokenizer of `{name}`",
+            "Give a folder with tokenizer files.",
+            end_remedy="Set `eos_token` in its tokenizer_config.json.",
+            trust_remote_code=held.trust_remote_code,
+        )
         config = load_config(source, trust_remote_code=held.trust_remote_code)
         own = replace(held, load_in_8bit=teacher_in_8bit) if role == "teacher" else held
         stop = stop_ids(source, tokenizer)
@@ -357,8 +362,8 @@ def _stores(models: list[Model], options: Options, *, force: bool) -> dict[str, 
     """Where each student's responses are kept; those of other models or settings are refused."""
     if "rouge_l" not in options.metrics:
         return {}
-    from dwakd_plugin.evaluate.generation import ResponseStore, discard
     from dwakd_plugin.evaluate.model import identity
+    from dwakd_plugin.evaluate.responses import ResponseStore, discard
 
     stores = {}
     for one in models:

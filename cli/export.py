@@ -32,7 +32,8 @@ def run(
     with console.status("Starting") as status:
         from transformers.utils.logging import disable_progress_bar
 
-        from dwakd_plugin.export.export import check_push, export, push
+        from dwakd_plugin.export.export import export
+        from dwakd_plugin.export.hub import check_push, push
 
         disable_progress_bar()
         if push_to is not None:

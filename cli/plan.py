@@ -14,6 +14,7 @@ from rich.text import Text
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.files import explaining_writes, whole_file
 from dwakd_plugin.recipe.checks import ENGINE_KEYS, check_recipe
 from dwakd_plugin.recipe.schema import parse_recipe
 
@@ -299,11 +300,8 @@ def _draw(now: Plan, file: Path) -> None:
     axes.axvline(now.card.usable / GIB, color="black", linestyle="--", label="usable")
     axes.set(yticks=[], xlabel="GiB", title=f"{_size(now.total)} on {now.card.name}")
     figure.legend(ncols=3, fontsize="small", loc="outside lower center")
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        figure.savefig(partial, format="png", dpi=150)
-        partial.replace(file)
-    except OSError as error:
-        raise UserError(f"--plot {file} cannot be written: {error}") from error
+        with explaining_writes(f"--plot {file}"), whole_file(file) as partial:
+            figure.savefig(partial, format="png", dpi=150)
     finally:
         pyplot.close(figure)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.io.files import explaining_writes, replace_file
 
 # The first word of a recipe's name says what it is for; in the order of the list.
 GROUPS = {
@@ -65,10 +65,8 @@ def copy(name: str, dest: Path | None, *, force: bool) -> Path:
         file = file / recipe.name
     if file.exists() and not force:
         raise UserError(f"`{file}` exists. Give another destination, or --force to overwrite it.")
-    try:
+    with explaining_writes(f"`{file}`"):
         replace_file(file, recipe.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"`{file}` cannot be written: {error}") from error
     return file
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_plugin.errors import UserError, without_credentials
-from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.io.files import explaining_writes, replace_file
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.health import standing_in
 from dwakd_plugin.train.preflight import check_all
@@ -244,13 +244,11 @@ def with_distillation(
 
 
 def _write_recipe(launch: Launch, source: Path) -> None:
-    try:
+    with explaining_writes("The output folder"):
         launch.file.parent.mkdir(parents=True, exist_ok=True)
         recipe = yaml.safe_dump(launch.recipe, sort_keys=False, allow_unicode=True)
         comment = f"# {source.name} as `dwakd train` gave it to axolotl.\n"
         replace_file(launch.file, comment + recipe)
-    except OSError as error:
-        raise UserError(f"The output folder cannot be written to: {error}") from error
 
 
 # axolotl's command --------------------------------------------------------------------------

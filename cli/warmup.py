@@ -18,7 +18,8 @@ from dwakd_cli.console import PlainConsole
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import release_lock, take_lock
+from dwakd_plugin.io.files import explaining_writes, whole_file
+from dwakd_plugin.io.locks import release, take
 from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
 from dwakd_plugin.train.run_folder import output_folder
 
@@ -273,29 +274,26 @@ def _work_folder(output: Path, inputs: str) -> Path:
         if other != work:
             with _alone(other, output):
                 shutil.rmtree(other)
-    try:
+    with explaining_writes(output, "--output names a place."):
         work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error}. --output names a place.") from error
     return work
 
 
 @contextmanager
 def _alone(work: Path, output: Path) -> Iterator[None]:
     """Keeps a work folder for this process. Raises UserError where another has it."""
-    try:
-        lock = take_lock(work / "lock")
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error}. --output names a place.") from error
-    if isinstance(lock, str):
-        raise UserError(
-            f"{output} is being made by {lock}. Let it finish, or stop it and run this again: what "
-            "it has done is kept."
+    with explaining_writes(output, "--output names a place."):
+        lock = take(
+            work / "lock",
+            lambda holder: (
+                f"{output} is being made by {holder}. Let it finish, or stop it and run this "
+                "again: what it has done is kept."
+            ),
         )
     try:
         yield
     finally:
-        release_lock(lock)
+        release(lock)
 
 
 @contextmanager
@@ -371,12 +369,10 @@ def _plot(report: dict[str, Any], file: Path) -> None:
         epochs[1:], [line["train_t2s_ce"] for line in history], linestyle="--", label="training"
     )
     axes[0].legend()
-    partial = file.with_name(f".partial-{file.name}")
     try:
-        figure.savefig(partial, dpi=120)
-        partial.replace(file)
-    except (OSError, ValueError) as error:
+        with explaining_writes(f"The plot {file}"), whole_file(file) as partial:
+            figure.savefig(partial, dpi=120)
+    except ValueError as error:  # of a suffix that is no format of images
         raise UserError(f"The plot {file} cannot be written: {error}") from error
     finally:
         pyplot.close(figure)
-        partial.unlink(missing_ok=True)

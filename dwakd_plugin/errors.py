@@ -32,6 +32,11 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """The text without what a terminal would obey: controls, lone surrogates, changes of direction.
 

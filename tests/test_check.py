@@ -31,17 +31,16 @@ from dwakd_cli.main import app
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_cli.token_picture import terminal_rows
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.tokenizers.findings import Finding, Side, findings_of, verdict_of
+from dwakd_plugin.tokenizers.figures import TextFigures, measure, vocabulary_figures
+from dwakd_plugin.tokenizers.findings import findings_of
 from dwakd_plugin.tokenizers.pair import (
     ByteCutter,
     Changed,
     Cut,
     PairCut,
-    TextFigures,
     cut_both,
-    measure,
-    vocabulary_figures,
 )
+from dwakd_plugin.tokenizers.verdict import Finding, Side, verdict_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CORPUS = [text for group in SAMPLE.values() for text in group]

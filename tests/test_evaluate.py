@@ -40,7 +40,6 @@ from dwakd_plugin.evaluate.figures import (
     without_words,
 )
 from dwakd_plugin.evaluate.generation import (
-    ResponseStore,
     Sampling,
     batches,
     draw,
@@ -50,6 +49,7 @@ from dwakd_plugin.evaluate.generation import (
 )
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 from dwakd_plugin.evaluate.model import Held, find_model, load_config, load_model
+from dwakd_plugin.evaluate.responses import ResponseStore
 from dwakd_plugin.evaluate.rows import (
     Encoded,
     Format,

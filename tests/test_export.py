@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -24,8 +25,12 @@ from typer.testing import CliRunner
 from dwakd_cli.main import app
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export import export as module
+from dwakd_plugin.export import verify
 from dwakd_plugin.export.card import model_card
-from dwakd_plugin.export.export import check_push, export, find_student, push
+from dwakd_plugin.export.export import export
+from dwakd_plugin.export.hub import check_push, push
+from dwakd_plugin.export.run_student import find_student
+from dwakd_plugin.io.folders import new_folder
 from tests.conftest import CHAT_TEMPLATE
 
 PRIVATE = "/home/somebody/models"
@@ -106,12 +111,12 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], input: str, **_: Any) -> subprocess.CompletedProcess[str]:
         try:
-            found = json.dumps(module._verify(json.loads(input)))
+            found = json.dumps(verify._verify(json.loads(input)))
         except UserError as error:
             return subprocess.CompletedProcess(command, 1, "", str(error))
         return subprocess.CompletedProcess(command, 0, found, "")
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(verify.subprocess, "run", run)
 
 
 @torch.no_grad()
@@ -233,7 +238,7 @@ def test_a_student_that_changed_is_not_kept(
 ) -> None:
     dest = tmp_path / "student"
     # As if bfloat16 had to be exact: found by the new process.
-    monkeypatch.setitem(module.TOLERANCE, torch.bfloat16, 0.0)
+    monkeypatch.setitem(verify.TOLERANCE, torch.bfloat16, 0.0)
     with pytest.raises(UserError, match="The export changed the student"):
         export(full_run, dest, dtype="bfloat16")
     # As if the adapter were left out.
@@ -278,13 +283,17 @@ def test_destinations_in_use(full_run: Path, tmp_path: Path) -> None:
 
     dest = tmp_path / "student"
     with (
-        module._new_folder(full_run, dest, force=False) as partial,
-        pytest.raises(UserError, match="Another export"),
+        new_folder(dest) as partial,
+        pytest.raises(UserError, match=f"is being written by process {os.getpid()} on"),
     ):
         (partial / "config.json").touch()
         export(full_run, dest)
+
     # A model is replaced with --force, and only once the new one is whole.
-    with module._new_folder(full_run, dest, force=True) as partial:
+    def check(dest: Path) -> None:
+        module._check_destination(full_run, dest, force=True)
+
+    with new_folder(dest, check) as partial:
         (partial / "new").touch()
         assert (dest / "config.json").exists()
     assert [path.name for path in dest.iterdir()] == ["new"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,13 +24,15 @@ from benchmarks import faults
 from dwakd_cli.warmup import _alone
 from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.evaluate.generation import Response, ResponseStore, discard
-from dwakd_plugin.export import export as export_module
-from dwakd_plugin.io import run_lock
+from dwakd_plugin.evaluate.responses import Response, ResponseStore, discard
+from dwakd_plugin.export.export import _check_destination
+from dwakd_plugin.io import locks, run_lock
 from dwakd_plugin.io.files import append_lines, explaining_writes, json_checksum
+from dwakd_plugin.io.folders import new_folder
 from dwakd_plugin.models.projectors import Projectors, read_projectors, save_projectors
-from dwakd_plugin.models.teacher.cache import TeacherCache, row_key
+from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.models.teacher.cached import fill, missing_rows, open_cache
+from dwakd_plugin.models.teacher.kept_states import row_key
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.train.preflight import check_all
 from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
@@ -99,7 +104,7 @@ def test_a_model_that_a_killed_export_put_aside_comes_back(tmp_path: Path) -> No
     (old / "config.json").write_text("{}")
     with (
         pytest.raises(RuntimeError, match="as if it failed"),
-        export_module._new_folder(run, dest, force=True),
+        new_folder(dest, lambda dest: _check_destination(run, dest, force=True)),
     ):
         raise RuntimeError("as if it failed")
     assert (dest / "config.json").is_file() and not old.exists()
@@ -219,11 +224,56 @@ def test_force_does_not_take_the_answers_of_a_running_evaluation(tmp_path: Path)
     store = ResponseStore(tmp_path / "responses.jsonl", {"weights": "abc"})
     with store.writing():
         store.add([(10, 0, [1, 2], Response("text", 3, True))])
-        with pytest.raises(UserError, match="Another evaluation is writing"):
+        who = f"is writing {store.file}: process {os.getpid()} on"
+        with pytest.raises(UserError, match=f"Another evaluation {who}"):
             discard(store.file)
     assert len(ResponseStore(store.file, {"weights": "abc"})) == 1
     discard(store.file)
     assert len(ResponseStore(store.file, {"weights": "another"})) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_file_system_knows_no_locks_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing_with(code: int) -> None:
+        error = OSError(code, "no locks here")
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
+
+    for code in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        failing_with(code)
+        for lock in [locks.take(tmp_path / "lock", str) for _ in range(2)]:
+            locks.release(lock)
+    failing_with(errno.EIO)  # another error is said
+    with pytest.raises(OSError, match="no locks here"):
+        locks.take(tmp_path / "lock", str)
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    script = (
+        "import os, pathlib, sys; from dwakd_plugin.io import locks\n"
+        "lock = locks.take(pathlib.Path(sys.argv[1]), str)\n"
+        "print(flush=True); input(); locks.release(lock, remove=True)"
+    )
+    command = [sys.executable, "-c", script, str(file)]
+    heard = []
+
+    def on_wait(who: str) -> None:
+        heard.append(who)
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        lock = locks.take(file, str, on_wait)  # of the file that is there once it is removed
+    assert heard == [f"process {other.pid} on {socket.gethostname()}"]
+    assert file.read_text().startswith(f"process {os.getpid()} on")
+    locks.release(lock, remove=True)
+    assert not file.exists()
 
 
 # Damaged files ------------------------------------------------------------------------------
@@ -359,7 +409,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(small_disk: Path) ->
 
     store = ResponseStore(small_disk / "responses.jsonl", {"weights": "abc"})
     store.add([(10, 0, [1], Response("short", 1, True))])
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"responses\.jsonl cannot be written: the disk is full"):
         store.add([(10, 1, [1], Response("long" * 100_000, 1, True))])
     assert len(ResponseStore(store.file, {"weights": "abc"})) == 1
     with (

@@ -43,9 +43,8 @@ from dwakd_plugin.evaluate.model import (
     load_model,
     run_record,
 )
-from dwakd_plugin.evaluate.model import load_tokenizer as load_evaluated_tokenizer
 from dwakd_plugin.export.card import model_card
-from dwakd_plugin.export.export import find_student
+from dwakd_plugin.export.run_student import find_student
 from dwakd_plugin.loss import Alignment
 from dwakd_plugin.models.projectors import Projectors, load_projectors, save_projectors
 from dwakd_plugin.models.teacher.cache import INDEX, LOCK, TeacherCache
@@ -53,6 +52,7 @@ from dwakd_plugin.models.teacher.loaded import load_teacher, teacher_config
 from dwakd_plugin.plan.model_sizes import model_config
 from dwakd_plugin.plan.recipe_models import shared_tokens
 from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.tokenizers.loading import load_tokenizer
 from dwakd_plugin.tokenizers.pair import ByteCutter, cut_both
 from dwakd_plugin.train.run_folder import check_output_folder, run_facts
 
@@ -198,9 +198,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "dwakd check": lambda f: load_side("teacher", str(f), False),
     "dwakd plan": lambda f: model_config(str(f), "base_model", trust_remote_code=False),
     "dwakd plan's tokenizers": lambda f: shared_tokens(str(f), str(f)),
-    "dwakd evaluate's tokenizer": lambda f: load_evaluated_tokenizer(
-        _source(f), trust_remote_code=False
-    ),
+    "dwakd evaluate's tokenizer": lambda f: load_tokenizer(f, "Its tokenizer"),
     "dwakd evaluate's config": lambda f: load_config(_source(f), trust_remote_code=False),
     "dwakd evaluate's model": lambda f: load_model(
         _source(f), transformers.LlamaConfig(), Held("cpu")

@@ -21,10 +21,12 @@ import dwakd_plugin.models.teacher.cached as cached_teacher_module
 from dwakd_cli.main import app
 from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.files import DiskFull
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.teacher import cache as teacher_cache
-from dwakd_plugin.models.teacher.cache import DiskFull, TeacherCache, encode, row_key
+from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.models.teacher.cached import cached_teacher, fill, missing_rows, open_cache
+from dwakd_plugin.models.teacher.kept_states import encode, row_key
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe.schema import TeacherConfig
 

@@ -31,12 +31,13 @@ from axolotl.utils.data.shared import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from filelock import FileLock
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.io.files import replace_file
 from dwakd_plugin.io.json_rows import json_rows
 from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.tokenizers.loading import load_tokenizer
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
@@ -77,22 +78,15 @@ class RowReport:
 def load_teacher_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
     """The teacher's own tokenizer. Raises UserError where there is none to load."""
     name = teacher.tokenizer or teacher.base_model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The teacher's tokenizer `{name}` cannot be loaded: {_first_line(error)}\n"
-            "Give a folder with tokenizer files or a hub id as dwakd.teacher.base_model (or "
-            "dwakd.teacher.tokenizer)."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The teacher's tokenizer `{name}` has no end-of-sequence token, so a response has no "
-            "end on the teacher's side. Give a tokenizer that has one as dwakd.teacher.tokenizer."
-        )
-    return tokenizer
+    return load_tokenizer(
+        name,
+        f"The teacher's tokenizer `{name}`",
+        "Give a folder with tokenizer files or a hub id as dwakd.teacher.base_model (or "
+        "dwakd.teacher.tokenizer).",
+        end_remedy="Give a tokenizer that has one as dwakd.teacher.tokenizer.",
+        revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+    )
 
 
 def teacher_recipe(
@@ -324,7 +318,7 @@ class _DualStrategy:
         except Exception as error:  # strategies and templates raise whatever they like
             raise UserError(
                 f"A row of {self.name} does not fit its type: {type(error).__name__}: "
-                f"{_first_line(error)}\nThe row: {_preview(row)}"
+                f"{first_line(error)}\nThe row: {_preview(row)}"
             ) from error
         if len(ids) != len(labels) or not all(isinstance(each, int) for each in ids):
             raise UserError(
@@ -384,10 +378,6 @@ def _keep_report(report: RowReport, folder: Path) -> None:
                 f"{file} is damaged ({error}). Remove the folder {folder}: its rows are prepared "
                 "again."
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _preview(row: dict[str, Any], limit: int = 200) -> str:

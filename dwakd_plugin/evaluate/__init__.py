@@ -3,4 +3,4 @@
 Takes any model folder, ours or not.
 """
 
-__all__ = ["figures", "generation", "held_out", "model", "rows"]
+__all__ = ["figures", "generation", "held_out", "model", "responses", "rows"]

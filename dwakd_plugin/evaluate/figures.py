@@ -98,6 +98,8 @@ def interval(*figures: Amounts) -> tuple[float, float]:
     """Bootstrap interval over rows of a figure, or of the first minus the second (paired).
 
     Percentiles of `RESAMPLES` draws of as many rows as there are; both figures see the same draws.
+    Not scipy.stats.bootstrap's: it draws rows where this draws how often each comes, so that the
+    same seed gives other numbers there, and intervals of older reports would not come again.
     """
     rows = len(figures[0].above)
     random = np.random.default_rng(0)

@@ -3,23 +3,16 @@
 Token t of row r under seed s is the inverse of the cumulative distribution at a uniform number that
 depends on (s, r, t) alone. So neither the batch nor its order nor an interruption decides what is
 drawn; only rounding in the model's own logits can, where a number falls on a token's edge.
-
-Responses are written to a file of JSON lines as they are made: first what they depend on, then one
-line a response with a checksum. A line that a kill cut off counts as not written.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import append_lines, json_checksum, whole_lines
-
-FORMAT = 1
+from dwakd_plugin.evaluate.responses import Response, ResponseStore
 
 
 @dataclass(frozen=True)
@@ -39,14 +30,6 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256
-
-
-class Response(NamedTuple):
-    """A response: its text, how many tokens it has, and whether the model ended it."""
-
-    text: str
-    tokens: int
-    ended: bool
 
 
 # Drawing ------------------------------------------------------------------------------------
@@ -183,148 +166,6 @@ def with_vllm(
         return [_up_to_stop(list(each.outputs[0].token_ids), stop) for each in outputs]
 
     yield generate
-
-
-# The file -----------------------------------------------------------------------------------
-
-
-class ResponseStore:
-    """Responses on disk, of one model with one way of sampling.
-
-    `identity` names all that they depend on beside their prompt, whose checksum is in each line.
-    """
-
-    def __init__(self, file: Path, identity: dict[str, Any]) -> None:
-        """Raises UserError where the file holds other responses, or is damaged."""
-        self.file = file
-        self.head = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
-        self._responses: dict[tuple[int, int], Response] = {}
-        self._prompts: dict[tuple[int, int], int] = {}
-        self._read_file()
-
-    def __len__(self) -> int:
-        return len(self._responses)
-
-    def get(self, seed: int, row: int, prompt: Sequence[int]) -> Response | None:
-        """The response to a prompt, None where there is none yet.
-
-        Raises UserError where it was made for another prompt.
-        """
-        key = seed, row
-        if key not in self._responses:
-            return None
-        if self._prompts[key] != _prompt_checksum(prompt):
-            raise UserError(
-                f"{self.file} holds responses to other prompts: row {row + 1} is another one here. "
-                "The data or the prompt template has changed. --force begins anew; --output names "
-                "another folder."
-            )
-        return self._responses[key]
-
-    def add(self, made: Sequence[tuple[int, int, Sequence[int], Response]]) -> None:
-        """Appends (seed, row, prompt, response). Raises UserError where they cannot be written."""
-        lines = []
-        for seed, row, prompt, response in made:
-            line = {"seed": seed, "row": row, "prompt": _prompt_checksum(prompt)}
-            line |= response._asdict()
-            lines.append(line | {"crc32": json_checksum(line)})
-        try:
-            append_lines(self.file, self.head, lines)
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be written: {error}") from error
-        for seed, row, prompt, response in made:
-            self._responses[seed, row] = response
-            self._prompts[seed, row] = _prompt_checksum(prompt)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Holds the file for this process. Raises UserError where another one has it."""
-        with _alone(self.file):
-            self._read_file()  # what another process wrote meanwhile
-            yield
-
-    def _read_file(self) -> None:
-        try:
-            content = self.file.read_bytes() if self.file.exists() else b""
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be read: {error}") from error
-        lines = whole_lines(content)
-        if lines:
-            self._check_head(lines[0])
-        for number, line in enumerate(lines[1:], 2):
-            self._read(number, line)
-
-    def _check_head(self, line: bytes) -> None:
-        try:
-            head = json.loads(line)
-            found, version = dict(head["identity"]), head["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.file} holds no responses of `dwakd evaluate`: its first line says nothing "
-                "of a model. Move it away."
-            ) from error
-        if version != FORMAT:
-            raise UserError(f"{self.file} has format {version}, and this version reads {FORMAT}.")
-        wanted = self.head["identity"]
-        differing = [
-            f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here"
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.file} holds responses that were made otherwise:\n"
-                + "\n".join(differing)
-                + "\n--force begins anew; --output names another folder."
-            )
-
-    def _read(self, number: int, line: bytes) -> None:
-        try:
-            content = json.loads(line)
-            checksum = content.pop("crc32")
-            key = int(content["seed"]), int(content["row"])
-            response = Response(content["text"], content["tokens"], content["ended"])
-            prompt = content["prompt"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(self._damaged(number)) from error
-        if checksum != json_checksum(content):
-            raise UserError(self._damaged(number))
-        self._responses[key], self._prompts[key] = response, prompt
-
-    def _damaged(self, number: int) -> str:
-        return (
-            f"{self.file} is damaged in line {number}: its checksum does not match. Remove the "
-            "line to have its response made again, or begin anew with --force."
-        )
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[int]:
-    """Holds a file of responses; yields its handle. Raises UserError where another one has it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
-    except BlockingIOError:
-        raise UserError(
-            f"Another evaluation is writing {file}. Let it finish, or stop it."
-        ) from None
-    finally:
-        os.close(handle)
-
-
-def discard(file: Path) -> None:
-    """Forgets the responses in a file. Raises UserError where another evaluation writes it."""
-    with _alone(file) as handle:
-        os.ftruncate(handle, 0)
-
-
-def _prompt_checksum(prompt: Sequence[int]) -> int:
-    return zlib.crc32(np.array(prompt, dtype=np.int64).tobytes())
 
 
 # All of it ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.data.library_docs import Row
+from dwakd_plugin.tokenizers.loading import load_tokenizer
 
 Prompt = Callable[[Row], str]
 
@@ -110,7 +111,7 @@ def sample_answers(
 
 def _load(model_dir: Path) -> tuple[Any, Any, str]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = (
@@ -120,4 +121,4 @@ def _load(model_dir: Path) -> tuple[Any, Any, str]:
         .eval()
         .to(device)
     )
-    return model, AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False), device
+    return model, load_tokenizer(model_dir, f"The tokenizer of `{model_dir}`"), device

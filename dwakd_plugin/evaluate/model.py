@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.io.files import user_path
 from dwakd_plugin.models.causal_lm import causal_lm, short_dtype, weights_dtype
 from dwakd_plugin.models.folder import (
@@ -108,31 +108,13 @@ def run_record(source: Source) -> dict[str, Any]:
     return {}
 
 
-def load_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
-    """Raises UserError where there is none to load, or one that ends no text."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.tokenizer, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        raise UserError(
-            f"The tokenizer of `{source.name}` cannot be loaded: {_first_line(error)}"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer of `{source.name}` has no end-of-sequence token, so a response has no "
-            "end. Set `eos_token` in its tokenizer_config.json."
-        )
-    return tokenizer
-
-
 def load_config(source: Source, *, trust_remote_code: bool) -> Any:
     """The model's transformers config. Raises UserError."""
     try:
         return AutoConfig.from_pretrained(source.weights, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"The model `{source.weights}` cannot be found: {_first_line(error)}"
+            f"The model `{source.weights}` cannot be found: {first_line(error)}"
         ) from error
 
 
@@ -172,7 +154,7 @@ def choose_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise UserError(f"--device {device}: {_first_line(error)}") from error
+        raise UserError(f"--device {device}: {first_line(error)}") from error
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"--device {device}, and this machine has {count or 'no'} such GPU.")
@@ -213,7 +195,7 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
         raise
     except Exception as error:  # of a damaged file each library raises what it likes
         raise UserError(
-            f"The model `{source.name}` cannot be loaded: {_first_line(error)}"
+            f"The model `{source.name}` cannot be loaded: {first_line(error)}"
         ) from error
     lm = causal_lm(model)
     # Its own settings (a repetition penalty, a temperature) would slip into ours.
@@ -231,7 +213,3 @@ def stop_ids(source: Source, tokenizer: Any) -> list[int]:
     named = config.eos_token_id
     named = named if isinstance(named, list) else [] if named is None else [named]
     return sorted(ends | {int(index) for index in named})
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

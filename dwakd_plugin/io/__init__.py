@@ -3,4 +3,4 @@
 Knows nothing of models or recipes; torch only where tensors are saved.
 """
 
-__all__ = ["files", "folders", "json_rows", "run_lock"]
+__all__ = ["files", "folders", "json_rows", "locks", "run_lock"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,22 +27,45 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
-def replace_file(file: Path, content: str | bytes) -> None:
-    """Writes `content` beside `file` and renames it: a reader sees the old content or the new.
+@contextmanager
+def whole_file(file: Path, *, alone: bool = False) -> Iterator[Path]:
+    """A path to write to, which becomes `file` where the block ends well: a reader sees the old
+    content or the new.
 
-    Text is written as UTF-8. Raises OSError, and leaves nothing behind then.
+    It lies in a folder of its own, as libraries write to files of other names first. `alone` says
+    that one process writes at a time: what a kill leaves then goes with the next writing.
+    Raises OSError, and leaves nothing behind then.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    partial = Path(name)
+    if alone:
+        folder = file.with_name(f"{file.name}.partial")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    else:
+        folder = Path(tempfile.mkdtemp(prefix=f".{file.name}-", dir=file.parent))
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
+        partial = folder / file.name
+        yield partial
+        if file.exists():
+            partial.chmod(file.stat().st_mode & 0o777)
+        sync(partial)
         partial.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Writes `content`, text as UTF-8, as `whole_file` does."""
+    with whole_file(file) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def whole_lines(content: bytes) -> list[bytes]:
@@ -78,25 +99,14 @@ def append_lines(file: Path, head: Any, lines: Sequence[Any]) -> None:
 def save_tensors(
     tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes tensors (contiguous, on the CPU) as safetensors, beside `file` and then renamed.
+    """Writes tensors (contiguous, on the CPU) as safetensors, as `whole_file` does.
 
-    Raises OSError and SafetensorError, and leaves nothing behind then.
+    One process writes at a time. Raises OSError and SafetensorError.
     """
     from safetensors.torch import save_file
 
-    # A folder of one name, as safetensors writes to a file of a name of its own first: what a kill
-    # leaves goes with the next writing. One process writes at a time.
-    folder = file.with_name(f"{file.name}.partial")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        partial = folder / file.name
+    with whole_file(file, alone=True) as partial:
         save_file(tensors, partial, metadata)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def json_checksum(content: Any) -> int:
@@ -116,9 +126,16 @@ def is_full_disk(error: BaseException) -> bool:
     return "No space left" in text or "quota" in text or "inline_container.cc" in text
 
 
+class DiskFull(UserError):
+    """The disk took no more; what was written before is whole."""
+
+
 @contextmanager
-def explaining_writes(place: Path, remedy: str) -> Iterator[None]:
-    """Turns an error of writing to `place`, a file or folder, into UserError with what to do."""
+def explaining_writes(place: Path | str, remedy: str = "") -> Iterator[None]:
+    """Turns an error of writing to `place`, a file or folder, into UserError with what to do.
+
+    DiskFull, a UserError, where the disk is full.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -127,40 +144,10 @@ def explaining_writes(place: Path, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers raises a bare one of a full disk
         if is_full_disk(error):
-            raise UserError(f"{place} cannot be written: the disk is full. {remedy}") from error
+            text = f"{place} cannot be written: the disk is full. {remedy}"
+            raise DiskFull(text.rstrip()) from error
         if not isinstance(error, OSError | SafetensorError):
             raise
-        raise UserError(f"{place} cannot be written: {error}. {remedy}") from error
-
-
-# Who writes ---------------------------------------------------------------------------------
-
-
-def take_lock(file: Path) -> int | str:
-    """Locks a file, made where it is not there: its handle, or else who has it.
-
-    The lock is a record lock: the system releases it with the process, and processes forked from
-    it, which may live on for a while, do not hold it. Within a process it keeps nobody out, and
-    closing any handle of the file releases it. Where the file system knows no locks, nobody is
-    kept out. Raises OSError where the file cannot be opened.
-    """
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # of either, as the system likes
-        holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        os.close(handle)
-        return holder
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            os.close(handle)
-            raise
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return handle
-
-
-def release_lock(handle: int) -> None:
-    """Gives a lock back, and its file says so."""
-    os.ftruncate(handle, 0)
-    os.close(handle)
+        raise UserError(
+            f"{place} cannot be written: {error}. {remedy}".rstrip(" .") + "."
+        ) from error

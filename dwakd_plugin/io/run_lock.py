@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import release_lock, take_lock
+from dwakd_plugin.io.files import explaining_writes
+from dwakd_plugin.io.locks import release as release_lock
+from dwakd_plugin.io.locks import take
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LOCK = Path("dwakd") / "lock"  # within the output folder
 
-_held: dict[Path, int] = {}  # handles of this process: closing another of the file would release it
+_held: dict[Path, FileLock] = {}
 
 
 def hold(folder: Path) -> None:
@@ -20,14 +26,9 @@ def hold(folder: Path) -> None:
     file = (folder / LOCK).resolve()
     if file in _held:
         return
-    try:
+    with explaining_writes(f"output_dir {folder}"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        taken = take_lock(file)
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error}") from error
-    if isinstance(taken, str):
-        raise _in_use(folder, taken)
-    _held[file] = taken
+        _held[file] = take(file, lambda holder: _in_use(folder, holder))
 
 
 def release() -> None:
@@ -39,19 +40,13 @@ def release() -> None:
 def check_free(folder: Path) -> None:
     """Raises UserError where another process holds an output folder."""
     file = (folder / LOCK).resolve()
-    if file in _held or not file.is_file():
-        return
-    try:
-        taken = take_lock(file)
-    except OSError:
-        return  # what cannot be written is said by who writes
-    if isinstance(taken, str):
-        raise _in_use(folder, taken)
-    release_lock(taken)
+    if file not in _held and file.is_file():
+        with suppress(OSError):  # what cannot be written is said by who writes
+            release_lock(take(file, lambda holder: _in_use(folder, holder)))
 
 
-def _in_use(folder: Path, holder: str) -> UserError:
-    return UserError(
+def _in_use(folder: Path, holder: str) -> str:
+    return (
         f"output_dir {folder} is in use: {holder} trains there. Let it finish, stop it, or give "
         "another output_dir."
     )

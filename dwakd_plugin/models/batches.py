@@ -72,6 +72,7 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
     What is longer than `capacity` has a sequence of its own.
     """
+    # axolotl's pack_group gives the same packs, and is compiled anew in each process: 2.7 s.
     sequences: list[list[int]] = []
     rooms: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):

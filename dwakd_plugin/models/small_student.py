@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwakd_plugin.io.folders import new_folder
+from dwakd_plugin.tokenizers.loading import load_tokenizer
 from dwakd_plugin.tokenizers.pair import vocabulary_bytes
 
 if TYPE_CHECKING:
@@ -63,12 +64,12 @@ def _compress_embeddings(weight: Any, tokenizer: PreTrainedTokenizerFast, teache
     A token that the teacher lacks gets the mean of the tokens that the teacher writes it with.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     theirs = AutoModelForCausalLM.from_pretrained(teacher, **options)
     rows = theirs.get_input_embeddings().weight.detach().double()
-    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+    teacher_tokenizer = load_tokenizer(teacher, f"The tokenizer of `{teacher}`")
     known = vocabulary_bytes(teacher_tokenizer)
     spelled: dict[int, list[int]] = {}
     for piece, index in vocabulary_bytes(tokenizer).items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.plan.trace import Bytes
 
 FLOAT = 4  # bytes
@@ -31,7 +31,7 @@ def model_config(name: str, place: str, **options: Any) -> Any:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"The model `{name}` has no config to plan with: {str(error).splitlines()[0]}\n"
+            f"The model `{name}` has no config to plan with: {first_line(error)}\n"
             f"{place} takes a folder with a config.json, or a hub id."
         ) from error
 
@@ -93,7 +93,7 @@ def measure_model(name: str, config: Any, adapter: dict[str, Any] | None = None)
     except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"The model `{name}` ({config.model_type}) cannot be built from its config: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     kept = get_keys_to_not_convert(model)
     tables = {
@@ -180,7 +180,7 @@ def with_lora(model: Any, settings: dict[str, Any]) -> Any:
         )
     except ValueError as error:
         raise UserError(
-            f"The recipe's LoRA cannot be put on the student: {str(error).splitlines()[0]}\n"
+            f"The recipe's LoRA cannot be put on the student: {first_line(error)}\n"
             "Name its layers in lora_target_modules, or set lora_target_linear: true."
         ) from error
 

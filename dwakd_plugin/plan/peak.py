@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.models.teacher.cache import bytes_per_token
+from dwakd_plugin.models.teacher.kept_states import bytes_per_token
 from dwakd_plugin.plan.cards import Card
 from dwakd_plugin.plan.moments import BEFORE, moments
 from dwakd_plugin.plan.parts import Lengths, Parts, total

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.plan.model_sizes import Model, measure_model, model_config, with_lora
 from dwakd_plugin.plan.trace import (
     BodyTrace,
@@ -21,6 +22,8 @@ from dwakd_plugin.plan.trace import (
     vocabulary_tensors,
 )
 from dwakd_plugin.recipe.schema import LossConfig
+from dwakd_plugin.tokenizers.loading import load_tokenizer
+from dwakd_plugin.tokenizers.pair import shared_vocabulary
 
 
 @functools.cache
@@ -90,16 +93,9 @@ def vocabulary_trace(
 @functools.cache
 def shared_tokens(student: str, teacher: str) -> int | None:
     """How many tokens both vocabularies have; None where a tokenizer is not at hand."""
-    from transformers import AutoTokenizer
-
-    from dwakd_plugin.tokenizers.pair import shared_vocabulary
-
     try:
-        tokenizers = [
-            AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            for name in (teacher, student)
-        ]
-    except (OSError, ValueError):
+        tokenizers = [load_tokenizer(name, name) for name in (teacher, student)]
+    except UserError:
         return None
     return len(shared_vocabulary(*tokenizers))
 

@@ -3,4 +3,4 @@
 Token ids and strings only; nothing of models.
 """
 
-__all__ = ["alignment", "findings", "pair", "training"]
+__all__ = ["alignment", "figures", "findings", "loading", "pair", "training", "verdict"]

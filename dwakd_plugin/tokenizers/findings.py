@@ -1,47 +1,31 @@
-"""Whether a pair of tokenizers is fit for distillation: findings with what to do, and a verdict."""
+"""Findings on a pair of tokenizers, each with what to do: those of texts, and all together."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from dwakd_plugin.tokenizers.pair import ByteCutter, Changed, TextFigures, cut_both
+from dwakd_plugin.tokenizers.figures import TextFigures
+from dwakd_plugin.tokenizers.model_findings import (
+    added_token_findings,
+    end_findings,
+    head_findings,
+    template_findings,
+)
+from dwakd_plugin.tokenizers.pair import Changed, cut_both
+from dwakd_plugin.tokenizers.verdict import Finding, Side
 
-# Thresholds: docs/checking_a_pair.md says why.
-GOOD = {"length_ratio": 1.5, "boundary_agreement": 0.8, "identical_span_share": 0.7}
-WORKABLE = {"length_ratio": 2.5, "boundary_agreement": 0.4, "identical_span_share": 0.25}
 # Below this many shared tokens the projectors' least squares have little to go by, and
 # `projectors.init: auto` starts them at random.
 ENOUGH_SHARED_TOKENS = 300
 LONG = 2.0  # times the other side's tokens for one language or format
 OFTEN = 0.05  # share of the characters from which on digits or white space weigh
 PRESENT = 0.01  # share of the letters from which on a script is in the data
-
-
-Severity = Literal["info", "warning", "problem"]
-Verdict = Literal["good", "workable", "poor"]
-
-
-class Finding(NamedTuple):
-    """Something to know about a pair: a stable code, how much it matters, and what to do."""
-
-    code: str
-    severity: Severity
-    message: str
-
-
-class Side(NamedTuple):
-    """One of the two tokenizers. `head_rows`: the model's `vocab_size`, where it is known."""
-
-    role: Literal["teacher", "student"]
-    tokenizer: Any
-    cutter: ByteCutter
-    head_rows: int | None
 
 
 def findings_of(
@@ -60,10 +44,10 @@ def findings_of(
     """
     sides = (teacher, student)
     findings = [
-        *(finding for side in sides for finding in _head_findings(side)),
-        *(finding for side in sides for finding in _end_findings(side)),
-        *_added_token_findings(teacher, student),
-        *_template_findings(teacher, student),
+        *(finding for side in sides for finding in head_findings(side)),
+        *(finding for side in sides for finding in end_findings(side)),
+        *added_token_findings(teacher, student),
+        *template_findings(teacher, student),
         *_changed_text_findings(teacher, student),
         *_left_out_findings(figures),
         *_length_findings(figures),
@@ -73,170 +57,6 @@ def findings_of(
     ]
     order = ("problem", "warning", "info")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
-
-
-def _head_findings(side: Side) -> list[Finding]:
-    rows, tokens = side.head_rows, len(side.tokenizer)
-    if rows is None or rows == tokens:
-        return []
-    if rows < tokens:
-        return [
-            Finding(
-                f"{side.role}_head_too_small",
-                "problem",
-                f"The {side.role}'s tokenizer has {tokens:,} tokens, its model's head only "
-                f"{rows:,} rows: ids from {rows} on will fail. Take the tokenizer that belongs to "
-                "the model, or resize the model's embeddings and train the new rows first.",
-            )
-        ]
-    return [
-        Finding(
-            f"{side.role}_head_padded",
-            "info",
-            f"The {side.role}'s head has {rows:,} rows for {tokens:,} tokens: {rows - tokens:,} "
-            "rows that no id reaches. Nothing to do: they stay in the softmax, as the model itself "
-            "computes it. Size nothing by the tokenizer.",
-        )
-    ]
-
-
-def _end_findings(side: Side) -> list[Finding]:
-    tokenizer, role = side.tokenizer, side.role
-    if tokenizer.eos_token_id is None:
-        return [
-            Finding(
-                f"{role}_no_eos",
-                "problem",
-                f"The {role}'s tokenizer has no end-of-sequence token, so its responses have no "
-                "end. Set `eos_token` in its tokenizer_config.json"
-                + (", or special_tokens.eos_token in the recipe." if role == "student" else "."),
-            )
-        ]
-    if tokenizer.pad_token_id is None:
-        message = (
-            f"The {role}'s tokenizer has no padding token. axolotl pads with the end-of-sequence "
-            "token then; labels and attention mask keep the two apart. To have one of its own, set "
-            "special_tokens.pad_token to a token that the vocabulary has."
-            if role == "student"
-            else "The teacher's tokenizer has no padding token. Nothing to do: its rows are "
-            "padded by their lengths."
-        )
-        return [Finding(f"{role}_no_pad", "info", message)]
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        return [
-            Finding(
-                f"{role}_pad_is_eos",
-                "info",
-                f"The {role} pads with its end-of-sequence token `{tokenizer.eos_token}`. Own code "
-                "that masks padding by its id would mask the real ends of responses too, and the "
-                "model would never learn to stop: mask by the attention mask, as dwakd does.",
-            )
-        ]
-    return []
-
-
-def _added_around(tokenizer: Any) -> tuple[str, str]:
-    """What the tokenizer puts before and after a text on its own."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    begin = next(
-        (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0
-    )
-    names = tokenizer.convert_ids_to_tokens(full)
-    return "".join(names[:begin]), "".join(names[begin + len(bare) :])
-
-
-def _added_token_findings(teacher: Side, student: Side) -> list[Finding]:
-    findings = []
-    around = [_added_around(side.tokenizer) for side in (teacher, student)]
-    for index, (name, where) in enumerate((("bos", "before"), ("eos", "after"))):
-        ours, theirs = (bool(each[index]) for each in around)
-        if ours != theirs:
-            side, other = (teacher, student) if ours else (student, teacher)
-            token = around[0 if ours else 1][index]
-            findings.append(
-                Finding(
-                    f"{name}_on_one_side",
-                    "info",
-                    f"Only the {side.role} puts `{token}` {where} every text, the {other.role} "
-                    "puts nothing. Nothing to do: rows are tokenised for each side by its own "
-                    "rules, and these figures count no special tokens.",
-                )
-            )
-    return findings
-
-
-def _template_findings(teacher: Side, student: Side) -> list[Finding]:
-    findings = []
-    have = [bool(side.tokenizer.chat_template) for side in (teacher, student)]
-    if have == [False, False]:
-        findings.append(
-            Finding(
-                "no_chat_template",
-                "info",
-                "Neither side has a chat template. Train on alpaca or another prompt format; for "
-                "conversations set chat_template and dwakd.teacher.chat_template.",
-            )
-        )
-    elif have == [False, True]:
-        findings.append(
-            Finding(
-                "teacher_no_chat_template",
-                "warning",
-                "The teacher has no chat template, the student has one. The teacher may be a base "
-                "model: its instruct version teaches conversations better. Otherwise set "
-                "dwakd.teacher.chat_template, for conversations.",
-            )
-        )
-    elif have == [True, False]:
-        findings.append(
-            Finding(
-                "student_no_chat_template",
-                "info",
-                "The student has no chat template, the teacher has one. For conversations set "
-                "chat_template in the recipe; its markers should be tokens that the student has.",
-            )
-        )
-    for side in (teacher, student):
-        if side.tokenizer.chat_template and side.tokenizer.eos_token is not None:
-            findings += _turn_end_findings(side)
-    return findings
-
-
-def _turn_end_findings(side: Side) -> list[Finding]:
-    """Whether the chat template ends the assistant's turn with the end-of-sequence token."""
-    answer = "The answer is forty-two."
-    chat = [
-        {"role": "user", "content": "What is the answer?"},
-        {"role": "assistant", "content": answer},
-    ]
-    try:
-        text = side.tokenizer.apply_chat_template(chat, tokenize=False)
-    except (
-        Exception
-    ) as error:  # a template is code of the tokenizer's author: it may raise anything
-        return [
-            Finding(
-                f"{side.role}_chat_template_fails",
-                "warning",
-                f"The {side.role}'s chat template cannot render a question and its answer "
-                f"({error}). Set another one in the recipe if you train on conversations.",
-            )
-        ]
-    end = text.rpartition(answer)[2]
-    if side.tokenizer.eos_token in end:
-        return []
-    key = "special_tokens.eos_token" if side.role == "student" else "its tokenizer's eos_token"
-    return [
-        Finding(
-            f"{side.role}_eos_not_in_template",
-            "warning",
-            f"The {side.role}'s chat template ends an answer with {end!r}, not with its "
-            f"end-of-sequence token `{side.tokenizer.eos_token}`. Prompt formats that append that "
-            f"token (alpaca) then end answers otherwise than conversations do: set {key} to the "
-            "template's own end, and stop generation on it.",
-        )
-    ]
 
 
 # What a tokenizer may change before it cuts: a short text that shows it, and whether it is lost.
@@ -463,43 +283,3 @@ def _vocabulary_findings(
             )
         ]
     return []
-
-
-def verdict_of(
-    figures: Mapping[str, Any], findings: Sequence[Finding]
-) -> tuple[Verdict, list[str]]:
-    """`good`, `workable` or `poor`, and why it is not better; thresholds: GOOD and WORKABLE.
-
-    figures: TextFigures.as_dict(). A finding of severity `problem` makes the verdict poor.
-    """
-    problems = [finding.code for finding in findings if finding.severity == "problem"]
-    if figures["length_ratio"] is None:
-        return "poor", ["no text could be compared", *problems]
-    ratio = figures["length_ratio"]["mean"]
-    agreement = min(figures["boundary_agreement_student"], figures["boundary_agreement_teacher"])
-    identical = figures["identical_span_share"]
-
-    def short_of(bar: Mapping[str, float]) -> list[str]:
-        reasons = []
-        if not 1 / bar["length_ratio"] <= ratio <= bar["length_ratio"]:
-            reasons.append(
-                f"the student has {ratio:.2f} times the teacher's tokens (between "
-                f"{1 / bar['length_ratio']:.2f} and {bar['length_ratio']:.2f} wanted)"
-            )
-        if agreement < bar["boundary_agreement"]:
-            reasons.append(
-                f"{agreement:.0%} of one side's tokens end where one of the other ends "
-                f"({bar['boundary_agreement']:.0%} wanted)"
-            )
-        if identical < bar["identical_span_share"]:
-            reasons.append(
-                f"{identical:.0%} of the student's tokens are also tokens of the teacher in place "
-                f"({bar['identical_span_share']:.0%} wanted)"
-            )
-        return reasons
-
-    if reasons := [*problems, *short_of(WORKABLE)]:
-        return "poor", reasons
-    if reasons := short_of(GOOD):
-        return "workable", reasons
-    return "good", []

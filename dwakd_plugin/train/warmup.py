@@ -28,7 +28,8 @@ from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.models.causal_lm import embedding_table
 from dwakd_plugin.models.projectors import Projectors, read_projectors, save_projectors
 from dwakd_plugin.models.student import student_states
-from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache, row_key
+from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache
+from dwakd_plugin.models.teacher.kept_states import row_key
 from dwakd_plugin.models.teacher.loaded import Teacher
 from dwakd_plugin.recipe.schema import DWAKDConfig
 

@@ -17,32 +17,32 @@ named by a line at the end of the index: after a kill, what the index names is w
 off at its end counts as not written.
 
 Sizes are compared when a cache is opened, and a checksum when its tensor is read: opening takes no
-time, and no value is used unchecked. Tensors are read and not mapped: pages of a map would count as
-the process's own, more with every row, until an epoch holds the whole cache.
+time, and no value is used unchecked. Tensors are read, and not mapped as `safe_open` does: pages
+of a map that stays open count as the process's own, more with every row, until an epoch holds the
+whole cache, and one that is opened for each row reads the header for each (figures:
+docs/teacher.md).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
 import os
 import shutil
-import socket
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from hashlib import sha256
-from io import RawIOBase
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import append_lines, is_full_disk, save_tensors, whole_lines
+from dwakd_plugin.io.files import append_lines, explaining_writes, save_tensors, whole_lines
+from dwakd_plugin.io.locks import release, take
+from dwakd_plugin.models.teacher.kept_states import KEPT_DTYPES, decode, encode, row_key
 
 FORMAT = 2
 INDEX = "index.jsonl"
@@ -50,8 +50,6 @@ WEIGHTS = "teacher.safetensors"
 LOCK = "lock"
 # Rows per shard are bounded by bytes: a kill loses at most this much of the model's work.
 SHARD_BYTES = 64 * 2**20
-FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-KEPT_DTYPES = ("auto", "float16", "bfloat16", "float8_e4m3")  # as `encode` takes them
 
 # The dtypes that a cache's files have, by their names in a safetensors header.
 _DTYPES = {
@@ -62,54 +60,6 @@ _DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
-
-
-class DiskFull(UserError):
-    """The disk took no more; what the index names before is whole."""
-
-
-def row_key(teacher_ids: Tensor, teacher_labels: Tensor) -> str:
-    """Names a row by its teacher token ids and by which of its labels count, both (L,)."""
-    digest = sha256(teacher_ids.to(torch.int64).numpy().tobytes())
-    digest.update(teacher_labels.ne(-100).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def encode(states: Tensor, dtype: str) -> Tensor:
-    """States (T, D) as they are kept: as computed (auto), in another dtype, or packed.
-
-    float8_e4m3 has a scale per token, so that large and small tokens keep their relative precision:
-    uint8 (T, D + 4), the token's numbers divided by its scale and then the scale, a float32.
-    """
-    if dtype == "auto":
-        return states
-    if dtype != "float8_e4m3":
-        kept = states.to(getattr(torch, dtype))
-        if kept.isinf().any() and not states.isinf().any():
-            raise UserError(
-                f"The teacher's states reach {states.abs().max().item():.3g}, beyond float16's "
-                "range. Keep them in bfloat16 or float8_e4m3 (dwakd.teacher.cache_dtype), in a new "
-                "folder."
-            )
-        return kept
-    scale = states.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / FLOAT8_LARGEST
-    numbers = (states.float() / scale).to(torch.float8_e4m3fn)
-    return torch.cat([numbers.view(torch.uint8), scale.view(torch.uint8)], dim=1)
-
-
-def decode(kept: Tensor) -> Tensor:
-    """States (T, D) from what `encode` made of them; float32 where they were packed."""
-    if kept.dtype != torch.uint8:
-        return kept
-    numbers = kept[:, :-4].view(torch.float8_e4m3fn).float()
-    return numbers * kept[:, -4:].contiguous().view(torch.float32)
-
-
-def bytes_per_token(hidden_size: int, dtype: str, computed: torch.dtype) -> int:
-    """Bytes that one token's states take on disk; `computed` is the dtype that `auto` keeps."""
-    if dtype == "float8_e4m3":
-        return hidden_size + 4
-    return hidden_size * (computed if dtype == "auto" else getattr(torch, dtype)).itemsize
 
 
 class TeacherCache:
@@ -204,36 +154,25 @@ class TeacherCache:
         Where another holds it, waits and tells `on_wait` who, or, with `wait` false, raises
         UserError. The system releases the lock of a process that has died.
         """
-        try:
+
+        def in_use(holder: str) -> str:
+            return (
+                f"The teacher cache {self.folder} is being written by {holder}. Let it finish, or "
+                "stop it and run this again: what it has written is kept."
+            )
+
+        def say(holder: str) -> None:
+            on_wait(f"Waiting for {holder}, which writes the teacher cache {self.folder}")
+
+        with self._explaining_writes():
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise UserError(
-                f"The teacher cache {self.folder} cannot be written: {error}"
-            ) from error
+            lock = take(self.folder / LOCK, in_use, say if wait else None)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-                if not wait:
-                    raise UserError(
-                        f"The teacher cache {self.folder} is being written by {holder}. Let it "
-                        "finish, or stop it and run this again: what it has written is kept."
-                    ) from None
-                on_wait(f"Waiting for {holder}, which writes the teacher cache {self.folder}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             self._read_index()
             self._remove_leftovers()
             yield
         finally:
-            # Not by closing alone: a forked worker would hold it on.
-            with suppress(OSError):
-                os.ftruncate(handle, 0)
-                fcntl.flock(handle, fcntl.LOCK_UN)
-            os.close(handle)
+            release(lock)
 
     def _remove_leftovers(self) -> None:
         """Removes files that a killed writer left without naming them in the index."""
@@ -245,11 +184,12 @@ class TeacherCache:
         """A tensor, read from its file, whose checksum is right."""
         path = self.folder / file
         try:
-            with path.open("rb", buffering=0) as stream:
-                if file not in self._headers:
-                    self._headers[file] = _header(stream)
-                tensor = _read_tensor(stream, self._headers[file][name])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if file not in self._headers:
+                self._headers[file] = _header(path)
+            dtype, shape, place, size = self._headers[file][name]
+            content = np.fromfile(path, np.uint8, size, offset=place)
+            tensor = torch.from_numpy(content).view(dtype).reshape(shape)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(_damaged(path, f"{type(error).__name__}: {error}")) from error
         if _crc32(tensor) != self._files[file]["crc32"][name]:
             raise UserError(_damaged(path, f"the checksum of {name} does not match"))
@@ -326,7 +266,7 @@ class TeacherCache:
     def _add(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Writes a file, and then the index's line that names it."""
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        with self._explaining_a_full_disk():
+        with self._explaining_writes():
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, self.folder / name)
             entry = {
@@ -339,16 +279,8 @@ class TeacherCache:
         self._files[name] = entry
         self._headers.pop(name, None)
 
-    @contextmanager
-    def _explaining_a_full_disk(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            if not is_full_disk(error):
-                raise UserError(
-                    f"The teacher cache {self.folder} cannot be written: {error}"
-                ) from error
-            raise DiskFull(f"The disk of {self.folder} is full.") from error
+    def _explaining_writes(self) -> AbstractContextManager[None]:
+        return explaining_writes(f"The teacher cache {self.folder}")
 
 
 def _is_ours(name: str) -> bool:
@@ -359,47 +291,21 @@ def _crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _header(stream: RawIOBase) -> dict[str, Any]:
-    """Of a safetensors file: per tensor its dtype, shape and first byte.
+def _header(file: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """Of a safetensors file: per tensor its dtype, shape, first byte and number of bytes.
 
-    The format: the header's length as 8 bytes, little-endian; the header, JSON; the tensors' bytes.
-    Raises ValueError where these are not there.
+    Raises SafetensorError, KeyError and OSError.
     """
-    size = os.fstat(stream.fileno()).st_size
-    length = bytearray(8)
-    _fill(stream, length)
-    begin = 8 + int.from_bytes(length, "little")
-    if begin > size:
-        raise ValueError("its header has no end")
-    content = bytearray(begin - 8)
-    _fill(stream, content)
-    entries = json.loads(content)
+    with safe_open(file, framework="pt"), file.open("rb") as stream:  # which checks the header
+        # Its length as 8 bytes, little-endian; the header, JSON; the tensors' bytes.
+        begin = 8 + int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(begin - 8))
     entries.pop("__metadata__", None)
-    found = {}
-    for name, entry in entries.items():
-        dtype, shape, (first, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if end - first != math.prod(shape) * dtype.itemsize or begin + end > size:
-            raise ValueError(f"{name} is not where the header says")
-        found[name] = dtype, shape, begin + first
-    return found
-
-
-def _read_tensor(stream: RawIOBase, entry: tuple[torch.dtype, list[int], int]) -> Tensor:
-    dtype, shape, begin = entry
-    tensor = torch.empty(shape, dtype=dtype)
-    stream.seek(begin)
-    _fill(stream, tensor.flatten().view(torch.uint8).numpy())
-    return tensor
-
-
-def _fill(stream: RawIOBase, buffer: Any) -> None:
-    """Reads until the buffer is full; a single call reads at most 2 GiB."""
-    rest = memoryview(buffer)
-    while rest:
-        count = stream.readinto(rest)
-        if not count:
-            raise ValueError(f"it ends {len(rest)} bytes too early")
-        rest = rest[count:]
+    return {
+        name: (_DTYPES[entry["dtype"]], entry["shape"], begin + first, end - first)
+        for name, entry in entries.items()
+        for first, end in [entry["data_offsets"]]
+    }
 
 
 def _damaged(file: Path, why: str) -> str:

@@ -13,17 +13,13 @@ import torch
 from torch import Tensor
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.files import DiskFull
 from dwakd_plugin.loss import Head
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.causal_lm import EmbeddingTable
 from dwakd_plugin.models.folder import fingerprint_of_folder
-from dwakd_plugin.models.teacher.cache import (
-    SHARD_BYTES,
-    DiskFull,
-    TeacherCache,
-    bytes_per_token,
-    row_key,
-)
+from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache
+from dwakd_plugin.models.teacher.kept_states import bytes_per_token, row_key
 from dwakd_plugin.models.teacher.loaded import (
     Teacher,
     load_teacher,

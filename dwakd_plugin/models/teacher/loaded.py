@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 from transformers.integrations import deepspeed
 
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.loss import Head, ResponseStates
 from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.models.causal_lm import (
@@ -210,7 +210,7 @@ def teacher_config(config: TeacherConfig) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"The teacher `{config.base_model}` cannot be found: {str(error).splitlines()[0]}\n"
+            f"The teacher `{config.base_model}` cannot be found: {first_line(error)}\n"
             "dwakd.teacher.base_model takes a folder with a config.json, or a hub id."
         ) from error
 
