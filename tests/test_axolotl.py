@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def test_without_distillation_weights_it_is_plain_sft(
     off = {"loss": {"ce_weight": 1.0, "kd_weight": 0.0, "dtw_weight": 0.0}}
     through_plugin = losses(train(recipe(off, output_dir=str(tmp_path / "plugin"))))
     assert through_plugin == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, version("axolotl").split(".")[:2])) < (0, 21),
+    reason="axolotl 0.21 finds plugins",
+)
+def test_the_plugins_line_may_be_left_out(recipe: Recipe, train: Train) -> None:
+    config = recipe()
+    del config["plugins"]
+    assert any("t2s_ce" in line for line in train(config))
 
 
 def test_the_plugin_is_inert_without_the_switch(

