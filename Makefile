@@ -56,13 +56,13 @@ VERSIONS := $(patsubst constraints/py3%.txt,%,$(wildcard constraints/py3*.txt))
 
 constraints: setup
 	$(BIN)/python -m pip install --quiet uv
-	set -e; for each in $(VERSIONS); do \
+	@set -e; for each in $(VERSIONS); do \
 	  $(RESOLVE) $(UPGRADE) --python-version 3.$$each --output-file constraints/py3$$each.txt; done
 
 # A dry run of each set-up: every version fits the others, and none is missing. Installs nothing.
 check-constraints: setup
 	$(BIN)/python -m pip install --quiet uv
-	set -e; for each in $(VERSIONS); do \
-	  $(RESOLVE) --python-version 3.$$each --constraint constraints/py3$$each.txt \
-	    | diff constraints/py3$$each.txt -; \
+	@set -e; for each in $(VERSIONS); do \
+	  found=$$($(RESOLVE) --python-version 3.$$each --constraint constraints/py3$$each.txt); \
+	  echo "$$found" | diff constraints/py3$$each.txt -; \
 	  echo "constraints/py3$$each.txt fits"; done

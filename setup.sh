@@ -73,7 +73,7 @@ try .venv/bin/python -m pip install --quiet --upgrade pip
 install() { try .venv/bin/python -m pip install --constraint "$versions" "$@"; }
 
 step 'torch'
-echo "It takes $room in all; $(free .) are free."
+echo "$(free .) are free; all of it takes $room."
 kept='.venv and what pip has downloaded; `make setup` goes on from there'
 install torch
 
