@@ -1,4 +1,4 @@
-"""Many cases of `tests/test_fuzz.py`, counted as they end: targets, cases, failures, seconds.
+"""Many cases of `tests/fuzz`, counted as they end: targets, cases, failures, seconds.
 
     python -m benchmarks.fuzz [--seed 7] [--few] [--out FOLDER]
 
@@ -19,7 +19,7 @@ import typer
 
 from benchmarks import measure
 
-TESTS = Path(__file__).parents[1] / "tests" / "test_fuzz.py"
+TESTS = Path(__file__).parents[1] / "tests" / "fuzz"
 LEAST = 10_000  # cases in all
 
 
@@ -50,7 +50,7 @@ def main(
     arguments = [str(TESTS), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     arguments += [] if few else ["--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}"]
     code = pytest.main(arguments, plugins=[recorder])
-    from tests.test_fuzz import CASES
+    from tests.fuzz.cases import CASES
 
     outcomes = [test["outcome"] for test in recorder.tests.values()]
     results = {

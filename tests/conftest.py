@@ -24,8 +24,10 @@ import pytest
 import yaml
 from hypothesis import settings
 
-settings.register_profile("fuzz")  # many cases: tests/test_fuzz.py, benchmarks/fuzz.py
+settings.register_profile("fuzz")  # many cases: tests/fuzz, benchmarks/fuzz.py
 
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # published tokenizers and texts, which may not be there
 ROWS = [
     {
         "instruction": f"What does function number {index} do?",

@@ -110,7 +110,7 @@ def understand(command: click.Command, words: list[str]) -> None:
 
 def test_functions_of_the_method_exist() -> None:
     page = read(ROOT / "docs" / "method.md")
-    everything = "\n".join(map(read, [*SOURCES, *sorted((ROOT / "tests").glob("*.py"))]))
+    everything = "\n".join(map(read, [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]))
     named = 0
     for _, span in CODE_SPAN.findall(page):
         if place := re.fullmatch(r"((?:tests/)?[\w/]+(?:\.py|/)): ([\w.]+)", span):

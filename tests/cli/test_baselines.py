@@ -1,0 +1,58 @@
+"""The commands on a recipe of a baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dwakd_cli.main import app
+from dwakd_cli.plan import as_planned
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.schema import LossConfig, parse_recipe
+
+Recipe = Callable[..., dict[str, Any]]
+
+
+def test_plan_says_what_it_takes_the_baselines_for(recipe: Recipe) -> None:
+    plain = recipe({})
+    assert as_planned(plain) == (plain, [])
+    planned, assumed = as_planned(recipe({"variant": "dwakdv2"}))
+    config = parse_recipe(planned)
+    assert config is not None
+    assert config.loss == LossConfig()
+    assert "dwakdv2 is reckoned as if it attended" in assumed[0]
+    with pytest.raises(UserError, match="trains without a teacher"):
+        as_planned(recipe({"variant": "sft"}))
+
+
+@pytest.mark.parametrize(
+    ("command", "variant", "message"),
+    [
+        ("align", "uld", "nothing to draw"),
+        ("align", "mapped", "nothing to draw"),
+        ("warmup", "uld", "no projectors to train"),
+        ("warmup", "mapped", "no projectors to train"),
+    ],
+)
+def test_commands_say_where_they_make_no_sense(
+    command: str, variant: str, message: str, recipe: Recipe, write: Any
+) -> None:
+    file = write(recipe({"variant": variant}))
+    with pytest.raises(UserError, match=message):
+        CliRunner().invoke(app, [command, str(file)], catch_exceptions=False)
+
+
+def test_align_and_warmup_work_on_pairs(recipe: Recipe, write: Any) -> None:
+    projectors = {"init": "random", "warmup_learning_rate": 0.05}
+    file = write(recipe({"variant": "dwakdv2", "projectors": projectors}))
+    report = json.loads(
+        CliRunner().invoke(app, ["align", str(file), "--json"], catch_exceptions=False).stdout
+    )
+    assert report["samples"][0]["states"]["before training"]["attention_entropy"] == 0
+    arguments = ["warmup", str(file), "--json", "--epochs", "2"]
+    course = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
+    assert course["after"]["t2s_ce"] < course["before"]["t2s_ce"] - 0.3

@@ -1,0 +1,167 @@
+"""The losses of the baselines that match tokens, written plainly: sample by sample, in loops."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
+from tests.loss.cases import TERMS, Case, Sample
+from tests.loss.references import reference_divergence, reference_soft_dtw
+
+Pairs = list[tuple[int, int]]
+ALL_TERMS = (*TERMS, "uld")
+COMPARED = ("paired_ce", "teacher_ce")  # both models' nats for the same text
+
+
+def entropy_of(p: Tensor) -> float:
+    return -sum(x * math.log(x) for x in p.tolist())
+
+
+def reference_exact(
+    student: Sample,
+    teacher: Sample,
+    pairs: Pairs,
+    mapped: Tensor,
+    case: Case,
+    loss: LossConfig,
+    soft_dtw: SoftDTWConfig,
+) -> dict[str, Tensor]:
+    zero = torch.zeros((), dtype=torch.float64)
+    terms = dict.fromkeys((*ALL_TERMS, *COMPARED), zero)
+    S, T, P, tau = len(student.hidden), len(teacher.hidden), case.projectors, loss.temperature
+    fixed, theirs = case.student_head.detached(), case.teacher_head
+    for i in range(S):
+        p = case.student_head.logits(student.hidden[i : i + 1])[0].softmax(-1)
+        terms["ce"] = terms["ce"] - p[student.labels[i]].log()
+    if S == 0 or T == 0:
+        return terms
+
+    used = []
+    for i, j in pairs:
+        best = int(theirs.logits(teacher.hidden[j : j + 1])[0].argmax())
+        if mapped[best] >= 0:
+            used.append((i, j, int(mapped[best])))
+    taught, teaching = [], []
+    for i, j, target in used:
+        z_s = case.student_head.logits(student.hidden[i : i + 1])[0]
+        z_t2s = fixed.logits(P.t2s(teacher.hidden[j : j + 1]))[0]
+        terms["t2s_ce"] = terms["t2s_ce"] - z_t2s.softmax(-1)[target].log() * S / len(used)
+        for name, head, sample, place in (
+            ("paired_ce", case.student_head, student, i),
+            ("teacher_ce", theirs, teacher, j),
+        ):
+            p = head.logits(sample.hidden[place : place + 1])[0].softmax(-1)
+            terms[name] = terms[name] - p[sample.labels[place]].log()
+        if int(z_t2s.argmax()) == target:
+            weight = {
+                "none": 1.0,
+                "entropy": entropy_of(z_s.softmax(-1)),
+                "entropy_gate": entropy_of(z_s.softmax(-1)) * float(z_t2s.softmax(-1).max()),
+            }[loss.student_weighting]
+            p_t2s = (z_t2s / tau).softmax(-1).detach()
+            value = reference_divergence(loss.divergence, p_t2s, (z_s / tau).softmax(-1))
+            taught.append((weight, value))
+        z_t = theirs.logits(teacher.hidden[j : j + 1])[0].detach()
+        z_s2t = theirs.detached().logits(P.s2t(student.hidden[i : i + 1]))[0]
+        sure = 1 - entropy_of(z_t.softmax(-1)) / math.log(len(z_t))
+        weight = sure if loss.teacher_weighting == "confidence" else 1.0
+        p_t, p_s2t = (z_t / tau).softmax(-1), (z_s2t / tau).softmax(-1)
+        teaching.append((weight, reference_divergence("forward_kl", p_t, p_s2t)))
+    for name, length, weighted in (("student_kd", S, taught), ("teacher_kd", T, teaching)):
+        for weight, value in weighted:
+            share = weight * length / sum(other for other, _ in weighted)
+            terms[name] = terms[name] + share * value
+    if loss.dtw_weight == 0:
+        return terms
+
+    penalty = torch.zeros(S, T, dtype=torch.float64)
+    ends = [(0, 0), *((i + 1, j + 1) for i, j in pairs), (S + 1, T + 1)]
+    for i in range(1, S + 1):
+        (i0, j0), (i1, j1) = next(
+            (before, after) for before, after in pairwise(ends) if before[0] <= i < after[0]
+        )
+        center = j0 + (i - i0) * (j1 - j0) / (i1 - i0)
+        for j in range(1, T + 1):
+            if soft_dtw.band and abs(j - center) > soft_dtw.band_width:
+                penalty[i - 1, j - 1] = soft_dtw.band_penalty
+    gamma = soft_dtw.gamma_start
+    for name, x, y in (
+        ("hidden_dtw", student.hidden, P.t2s(teacher.hidden)),
+        ("embed_dtw", student.target_embeds, P.embed_t2s(teacher.target_embeds)),
+    ):
+        own = reference_soft_dtw(x, x, gamma) + reference_soft_dtw(y, y, gamma)
+        terms[name] = reference_soft_dtw(x, y, gamma, penalty) - own / 2
+    return terms
+
+
+def reference_uld(
+    student: Sample, teacher: Sample, case: Case, loss: LossConfig
+) -> dict[str, Tensor]:
+    terms = dict.fromkeys(ALL_TERMS, torch.zeros((), dtype=torch.float64))
+    S, T = len(student.hidden), len(teacher.hidden)
+    for i in range(S):
+        z = case.student_head.logits(student.hidden[i : i + 1])[0]
+        terms["ce"] = terms["ce"] - z.softmax(-1)[student.labels[i]].log()
+        if i >= T:
+            continue
+        p = (z / loss.temperature).softmax(-1)
+        q = (case.teacher_head.logits(teacher.hidden[i : i + 1])[0] / loss.temperature).softmax(-1)
+        ours = sorted(p, key=lambda x: -float(x))
+        theirs = sorted((float(x) for x in q), reverse=True)
+        for rank in range(max(len(ours), len(theirs))):
+            mine = ours[rank] if rank < len(ours) else torch.zeros((), dtype=torch.float64)
+            other = theirs[rank] if rank < len(theirs) else 0.0
+            terms["uld"] = terms["uld"] + (mine - other).abs() * S / min(S, T)
+    return terms
+
+
+def reference_mapped(
+    student: Sample,
+    teacher: Sample,
+    pairs: Pairs,
+    mapped: Tensor,
+    case: Case,
+    loss: LossConfig,
+) -> dict[str, Tensor]:
+    zero = torch.zeros((), dtype=torch.float64)
+    terms = dict.fromkeys((*ALL_TERMS, *COMPARED), zero)
+
+    def summed(j: int, temperature: float) -> Tensor:
+        z = case.teacher_head.logits(teacher.hidden[j : j + 1])[0].detach() / temperature
+        found = [0.0] * case.student_head.weight.shape[0]
+        for token, p in enumerate(z.softmax(-1).tolist()):
+            if mapped[token] >= 0:
+                found[mapped[token]] += p
+        smallest = torch.finfo(torch.float64).tiny
+        return torch.tensor([max(p / sum(found), smallest) for p in found], dtype=torch.float64)
+
+    partner = dict(pairs)
+    taught = []
+    for i in range(len(student.hidden)):
+        z = case.student_head.logits(student.hidden[i : i + 1])[0]
+        nll = -z.softmax(-1)[student.labels[i]].log()
+        terms["ce"] = terms["ce"] + nll
+        if i in partner:
+            p = summed(partner[i], 1.0)
+            terms["paired_ce"] = terms["paired_ce"] + nll
+            terms["teacher_ce"] = terms["teacher_ce"] - p[student.labels[i]].log()
+            weight = {
+                "none": 1.0,
+                "entropy": entropy_of(z.softmax(-1)),
+                "entropy_gate": entropy_of(z.softmax(-1)) * float(p.max()),
+            }[loss.student_weighting]
+            tau = loss.temperature
+            value = reference_divergence(
+                loss.divergence, summed(partner[i], tau), (z / tau).softmax(-1)
+            )
+            taught.append((weight, value))
+        elif len(teacher.hidden):
+            terms["student_kd"] = terms["student_kd"] + nll
+    for weight, value in taught:
+        share = weight * len(taught) / sum(weight for weight, _ in taught)
+        terms["student_kd"] = terms["student_kd"] + share * value
+    return terms

@@ -1,0 +1,249 @@
+"""The losses of the baselines that match tokens, against references and alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dwakd_plugin.loss import LossTerms, alignment_of, dwakd_loss
+from dwakd_plugin.loss.divergence import sorted_distance
+from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
+from tests.loss.cases import FIGURES, Case, assert_same, collate, gradients, make_case, single
+from tests.loss.matched_references import (
+    ALL_TERMS,
+    COMPARED,
+    Pairs,
+    reference_exact,
+    reference_mapped,
+    reference_uld,
+)
+
+
+def loss_of(variant: str, **settings_: Any) -> LossConfig:
+    return LossConfig(**VARIANTS[variant].get("loss", {}) | settings_)
+
+
+def some_pairs(lengths: list[tuple[int, int]], seed: int) -> list[Pairs]:
+    """Ascending, unique, of some of the positions; none of every fourth sample."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index, (S, T) in enumerate(lengths):
+        most = 0 if index % 4 == 3 else min(S, T)
+        count = int(torch.randint(most + 1, (), generator=generator)) if most > 2 else most
+        chosen = [
+            torch.randperm(size, generator=generator)[:count].sort().values for size in (S, T)
+        ]
+        found.append(list(zip(*(side.tolist() for side in chosen), strict=True)))
+    return found
+
+
+def some_map(case: Case, pairs: list[Pairs], seed: int) -> Tensor:
+    """A third of the teacher's tokens have no counterpart; of the pairs, every other agrees."""
+    generator = torch.Generator().manual_seed(seed)
+    student_rows, teacher_rows = (
+        head.weight.shape[0] for head in (case.student_head, case.teacher_head)
+    )
+    found = torch.randint(student_rows, (teacher_rows,), generator=generator)
+    found[torch.randperm(teacher_rows, generator=generator)[: teacher_rows // 3]] = -1
+    for teacher, own in zip(case.teacher, pairs, strict=True):
+        for _, j in own[::2]:
+            best = case.teacher_head.logits(teacher.hidden[j : j + 1]).argmax()
+            projected = case.projectors.t2s(teacher.hidden[j : j + 1])
+            found[best] = case.student_head.logits(projected).argmax()
+    return found
+
+
+def evaluate(
+    case: Case,
+    loss: LossConfig,
+    pairs: list[Pairs],
+    mapped: Tensor,
+    soft_dtw: SoftDTWConfig,
+    *,
+    order: list[int] | None = None,
+    pad: tuple[int, int] = (0, 0),
+    fill: float = 0.0,
+) -> LossTerms:
+    order = list(range(len(case.student))) if order is None else order
+    student = collate([case.student[i] for i in order], case.student_head, pad=pad[0], fill=fill)
+    teacher = collate([case.teacher[i] for i in order], case.teacher_head, pad=pad[1], fill=fill)
+    S, T = student.hidden.shape[1], teacher.hidden.shape[1]
+    flat = [(k * S + i, k * T + j) for k, own in enumerate(order) for i, j in pairs[own]]
+    ours, theirs = torch.tensor(flat, dtype=torch.long).view(-1, 2).T
+    return dwakd_loss(
+        replace(student, pairs=ours),
+        replace(teacher, pairs=theirs, token_map=mapped),
+        case.projectors,
+        loss=loss,
+        soft_dtw=soft_dtw,
+    )
+
+
+LENGTHS = [(6, 7), (5, 4), (1, 3), (4, 5), (3, 1), (2, 0), (0, 4), (4, 4)]
+# No centre is a whole number of tenths away from a cell, so that rounding decides nothing.
+BAND = SoftDTWConfig(band_width=0.937, band_penalty=0.7)
+
+
+@pytest.mark.parametrize(
+    ("variant", "further", "soft_dtw"),
+    [
+        ("dskdv2", {}, {}),
+        ("dskdv2", {"divergence": "reverse_kl", "chunk_size": 2}, {}),
+        ("dwakdv2", {}, {}),
+        ("dwakdv2", {"divergence": "js", "student_weighting": "entropy", "chunk_size": 3}, {}),
+        ("dwakdv2", {"temperature": 1.0, "kd_weight": 0.7}, {"band": False}),
+        ("uld", {}, {}),
+        ("uld", {"temperature": 1.7, "chunk_size": 3}, {}),
+        ("mapped", {}, {}),
+        ("mapped", {"student_weighting": "entropy_gate", "temperature": 1.7, "chunk_size": 3}, {}),
+        ("mapped", {"student_weighting": "entropy", "divergence": "reverse_kl"}, {}),
+    ],
+)
+def test_agrees_with_the_plain_reference(
+    variant: str, further: dict[str, Any], soft_dtw: dict[str, Any]
+) -> None:
+    seed = len(variant) + len(further)
+    softcap = 5.0 if further else None
+    # ULD's vocabularies: the student's is the smaller one in one case, the larger in the other.
+    vocab = (17, 13) if further else (13, 17)
+    case = make_case(LENGTHS, seed=seed, vocab=vocab, softcap=softcap)
+    pairs = some_pairs(LENGTHS, seed)
+    mapped = some_map(case, pairs, seed)
+    loss, band = loss_of(variant, **further), BAND.model_copy(update=soft_dtw)
+    terms = evaluate(case, loss, pairs, mapped, band, pad=(2, 1), fill=math.nan)
+    expected = dict.fromkeys((*ALL_TERMS, *COMPARED), torch.zeros((), dtype=torch.float64))
+    for index, (student, teacher) in enumerate(zip(case.student, case.teacher, strict=True)):
+        found = (
+            reference_uld(student, teacher, case, loss)
+            if variant == "uld"
+            else reference_mapped(student, teacher, pairs[index], mapped, case, loss)
+            if variant == "mapped"
+            else reference_exact(student, teacher, pairs[index], mapped, case, loss, band)
+        )
+        for name, value in found.items():
+            expected[name] = expected[name] + value
+    if variant != "uld":
+        assert expected["student_kd"] > 0  # some agree
+    for name in COMPARED:
+        assert_same(getattr(terms, name), expected[name].detach(), name)
+    for name in ALL_TERMS:
+        assert_same(getattr(terms, name), expected[name], name)
+        if not expected[name].requires_grad:
+            assert expected[name] == 0
+            continue
+        ours, theirs = gradients(case, getattr(terms, name)), gradients(case, expected[name])
+        for leaf in ours:
+            assert_same(ours[leaf], theirs[leaf], f"∂{name}/∂{leaf}")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), min_size=1, max_size=4),
+    variant=st.sampled_from(["uld", "dskdv2", "dwakdv2", "mapped"]),
+    pad=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    fill=st.sampled_from([0.0, 1e30, math.nan]),
+    chunk_size=st.sampled_from([1, 3, "auto"]),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_padding_batching_order_and_chunks_change_nothing(
+    lengths: list[tuple[int, int]],
+    variant: str,
+    pad: tuple[int, int],
+    fill: float,
+    chunk_size: int | str,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    case, pairs, loss = make_case(lengths, seed=seed), some_pairs(lengths, seed), loss_of(variant)
+    mapped = some_map(case, pairs, seed)
+    order = data.draw(st.permutations(range(len(lengths))))
+    chunked = loss.model_copy(update={"chunk_size": chunk_size})
+    batch = evaluate(case, chunked, pairs, mapped, BAND, order=list(order), pad=pad, fill=fill)
+    alone = [evaluate(single(case, i), loss, [pairs[i]], mapped, BAND) for i in range(len(lengths))]
+    for name in ALL_TERMS + FIGURES:
+        expected = torch.stack([getattr(terms, name) for terms in alone]).sum()
+        assert_same(getattr(batch, name), expected, name, tolerance=1e-10)
+    total = torch.stack([terms.total(loss) for terms in alone]).sum()
+    ours, theirs = gradients(case, batch.total(loss)), gradients(case, total)
+    for leaf in ours:
+        assert_same(ours[leaf], theirs[leaf], leaf, tolerance=1e-10)
+
+
+def test_each_term_trains_its_own() -> None:
+    lengths = [(6, 6)]
+    case = make_case(lengths, seed=2)
+    pairs = [[(i, i) for i in range(6)]]
+    mapped = some_map(case, pairs, 2)
+    terms = evaluate(case, loss_of("dskdv2"), pairs, mapped, BAND)
+
+    def trained(term: Tensor) -> set[str]:
+        return {name for name, grad in gradients(case, term).items() if grad.any()}
+
+    assert trained(terms.student_kd) == {"head", "head.bias", "hidden.0"}
+    assert trained(terms.t2s_ce) == {"t2s.weight", "t2s.bias"}
+    assert trained(terms.teacher_kd) == {"hidden.0", "s2t.weight", "s2t.bias"}
+    others = evaluate(case, loss_of("mapped"), pairs, mapped, BAND)
+    assert trained(others.student_kd) == {"head", "head.bias", "hidden.0"}
+    uld = evaluate(case, loss_of("uld"), pairs, mapped, BAND)
+    assert trained(uld.uld) == {"head", "head.bias", "hidden.0"}
+    for leaf in case.leaves().values():
+        leaf.retain_grad()
+    uld.total(loss_of("uld")).backward()
+    # Zeros, not None, for what nothing reaches.
+    assert all(leaf.grad is not None for leaf in case.leaves().values())
+
+
+def test_gradient_of_the_sorted_distance() -> None:
+    generator = torch.Generator().manual_seed(4)
+    student, larger, smaller = (
+        torch.randn(3, size, generator=generator, dtype=torch.float64) for size in (7, 11, 5)
+    )
+    student.requires_grad_()
+    for teacher in (larger, smaller):
+        assert torch.autograd.gradcheck(lambda z, t=teacher: sorted_distance(z, t, 1.3), (student,))
+    assert_same(sorted_distance(student, student.flip(-1), 1.0), torch.zeros(3).double(), "equal")
+    apart = torch.tensor([[50.0, 0.0]]), torch.zeros(1, 1000)
+    assert sorted_distance(*apart, 1.0) == pytest.approx(2 - 2 / 1000, rel=1e-5)
+
+
+def test_without_a_teacher_the_loss_is_the_labels_cross_entropy() -> None:
+    case = make_case([(4, 3), (2, 2)])
+    student = collate(case.student, case.student_head, pad=1, fill=math.nan)
+    terms = dwakd_loss(student, None, None, loss=loss_of("sft"))
+    expected = sum(
+        torch.nn.functional.cross_entropy(
+            case.student_head.logits(sample.hidden), sample.labels, reduction="sum"
+        )
+        for sample in case.student
+    )
+    assert isinstance(expected, Tensor)
+    assert_same(terms.total(loss_of("sft")), expected, "ce")
+    ours, theirs = gradients(case, terms.ce), gradients(case, expected)
+    for leaf in ours:
+        assert_same(ours[leaf], theirs[leaf], leaf)
+    assert terms.distilled_tokens == 0
+    with pytest.raises(ValueError, match="teacher is None"):
+        dwakd_loss(student, None, None, loss=LossConfig())
+    with pytest.raises(ValueError, match="needs"):
+        teacher = collate(case.teacher, case.teacher_head)
+        dwakd_loss(student, teacher, case.projectors, loss=loss_of("dskdv2"))
+
+
+def test_an_alignment_of_pairs_is_their_matrix() -> None:
+    case = make_case([(3, 4)])
+    student = replace(collate(case.student, case.student_head), pairs=torch.tensor([0, 2]))
+    teacher = replace(collate(case.teacher, case.teacher_head), pairs=torch.tensor([1, 3]))
+    found = alignment_of(student, teacher, case.projectors, soft_dtw=SoftDTWConfig(band_width=0.2))
+    expected = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
+    assert torch.equal(found.attention[0].long(), expected)
+    assert found.inside is not None
+    # Half way between the pairs lies the third position.
+    assert found.inside[0].long().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]

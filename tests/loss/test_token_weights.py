@@ -1,0 +1,35 @@
+"""Token weights sum to a sample's length, at any scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dwakd_plugin.loss.alignment import (
+    valid_positions,
+)
+from dwakd_plugin.loss.token_weights import (
+    normalise_per_sample,
+    student_token_weights,
+    teacher_token_weights,
+)
+
+
+def test_weights_of_a_sample_sum_to_its_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    valid = valid_positions(torch.tensor([4, 1, 0]), 6)
+    entropy, gate = torch.rand(2, 3, 6, generator=generator)
+    for weighting in ("entropy_gate", "entropy", "none"):
+        weights = student_token_weights(entropy, gate, valid, weighting)
+        torch.testing.assert_close(weights.sum(-1), torch.tensor([4.0, 1.0, 0.0]))
+        assert (weights[~valid] == 0).all()
+    for weighting in ("confidence", "none"):
+        weights = teacher_token_weights(entropy, 10, valid, weighting)
+        torch.testing.assert_close(weights.sum(-1), torch.tensor([4.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1.0, 1e38])
+def test_weights_normalise_at_any_scale(scale: float) -> None:
+    valid = valid_positions(torch.tensor([3]), 4)
+    weights = normalise_per_sample(torch.full((1, 4), scale), valid)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 1.0, 1.0, 0.0]]))

@@ -1,0 +1,416 @@
+"""`dwakd plan`: counts against real models, the trace against real memory, and the command."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
+from typer.testing import CliRunner
+
+from dwakd_cli.main import app
+from dwakd_plugin.data.collator import DualCollator
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss.divergence import tokens_per_chunk
+from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
+from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB
+from dwakd_plugin.plan.model_sizes import (
+    Layer,
+    lora_settings,
+    measure_model,
+    optimizer_bytes,
+    weight_bytes,
+)
+from dwakd_plugin.plan.parts import Parts
+from dwakd_plugin.plan.trace import Bytes, trace_body
+from dwakd_plugin.recipe.schema import parse_recipe
+from dwakd_plugin.train.trainer import DWAKDTrainer
+from tests.conftest import ROOT
+
+Recipe = Callable[..., dict[str, Any]]
+CPU = Card("a test's", "cpu", 64 * GIB, 1e11, 1e10, "made up")
+
+
+def config_only(folder: Path, config: Any) -> str:
+    """A model's folder without weights: all that a plan may read."""
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of a Llama-like teacher and a GPT-2-like student that exist as configs alone."""
+    folder = tmp_path_factory.mktemp("pair")
+    teacher = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+    )
+    student = GPT2Config(n_embd=256, n_layer=4, n_head=4)
+    return {
+        "base_model": config_only(folder / "student", student),
+        "distillation": "dwakd",
+        "dwakd": {"teacher": {"base_model": config_only(folder / "teacher", teacher)}},
+        "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
+        "sequence_len": 64,
+        "micro_batch_size": 4,
+        "optimizer": "adamw_torch",
+        "bf16": False,
+    }
+
+
+# Weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_weights_are_counted_exactly(lab: Path, side: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(lab / side)
+    counted = measure_model(str(lab / side), model.config)
+    assert counted.parameters == model.num_parameters()
+    assert counted.trained == counted.parameters
+
+
+def test_lora_is_counted_exactly(lab: Path, recipe: Recipe) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = recipe(None, adapter="lora", lora_r=4, lora_target_linear=True)
+    lora = lora_settings(settings)
+    counted = measure_model("", AutoConfig.from_pretrained(lab / "student"), lora)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(lab / "student"),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    )
+    assert counted.trained == model.get_nb_trainable_parameters()[0]
+    assert counted.parameters == AutoModelForCausalLM.from_config(model.config).num_parameters()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(
+            vocab_size=500,
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        ),
+        GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1),
+    ],
+    ids=["llama", "gpt2"],
+)
+def test_quantised_weights_take_what_bitsandbytes_makes_of_them(
+    tmp_path: Path, config: Any, bits: int
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    quantisation = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == 8
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantisation, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    real = 0
+    for parameter in model.parameters():
+        real += parameter.numel() * parameter.element_size()
+        if isinstance(parameter, bitsandbytes.nn.Int8Params):
+            assert parameter.SCB is not None
+            real += parameter.SCB.numel() * 4
+        elif isinstance(parameter, bitsandbytes.nn.Params4bit):
+            state = parameter.quant_state
+            for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code):
+                real += tensor.numel() * tensor.element_size()
+            real += 4  # the offset
+    counted = measure_model(str(tmp_path), config)
+    planned = weight_bytes(counted, lambda _: torch.bfloat16, bits)
+    assert sum(size.total for size in planned) == real
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ("adamw_torch", 2 * 4),
+        ("adamw_torch_fused", 2 * 4),
+        ("adamw_bnb_8bit", 2 * (1 + 4 / 256)),
+        ("paged_adamw_8bit", 2 * (1 + 4 / 256)),
+        ("lion_8bit", 1 + 4 / 256),
+        ("lion_pytorch", 4),
+        ("sgd", 0),
+        ("adafactor", 4 * 2 / 100),
+    ],
+)
+def test_optimizer_state(optimizer: str, expected: float) -> None:
+    size, assumed = optimizer_bytes(optimizer, Layer("w", 100, 100), 4)
+    assert size / 100**2 == pytest.approx(expected)
+    assert assumed is None
+    assert optimizer_bytes("new", Layer("w", 9, 9), 4)[1] is not None
+
+
+# The trace ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_trace_holds_what_a_real_forward_pass_keeps(checkpointing: bool, batch: int) -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    trace = trace_body(
+        AutoModelForCausalLM.from_config, config, 48, training=True, checkpointing=checkpointing
+    )
+    model = AutoModelForCausalLM.from_config(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(0, 64, (batch, 48))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # the trace is of a batch with some padding
+        output = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    if checkpointing:  # what is kept are the layers' inputs, which are no saved tensors
+        real = 5 * output.last_hidden_state.untyped_storage().nbytes()
+        assert real <= trace.at(batch)[0].total <= 2.2 * real
+    else:
+        assert trace.at(batch)[0].total == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_blocks_of_the_heap_and_mapped_ones_are_told_apart() -> None:
+    assert Bytes.of(2**20, 3) == Bytes(3 * 2**20, 3 * 2**20, 0)
+    assert Bytes.of(2**26) + Bytes.of(1) == Bytes(2**26 + 1, 1, 2**26)
+    assert Bytes.peak([Bytes(3, 1, 2), Bytes(4, 4, 0)]) == Bytes(4, 4, 2)
+
+
+# The plan -----------------------------------------------------------------------------------
+
+
+def total(recipe: dict[str, Any], **changes: Any) -> float:
+    return plan(recipe | changes, card("24GB")).total
+
+
+def test_more_of_anything_takes_more(pair: dict[str, Any], tmp_path: Path) -> None:
+    base = total(pair)
+    assert total(pair, micro_batch_size=8) > base
+    assert total(pair, sequence_len=128) > base
+    assert total(pair, optimizer="sgd") < base
+    assert total(pair, gradient_checkpointing=True) < base
+    assert total(pair, attn_implementation="eager") > base
+    wide = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=100_000)
+    assert total(pair, base_model=config_only(tmp_path / "wide", wide)) > base
+    half = plan(pair, card("24GB"), response_share=0.5)
+    assert half.total < base
+    assert half.lengths.student == 2 * half.lengths.student_response
+
+
+def test_parts_add_up_on_both_kinds_of_card(pair: dict[str, Any]) -> None:
+    for on in (CPU, card("24GB")):
+        made = plan(pair, on)
+        assert sum(made.parts.values()) == pytest.approx(made.total)
+        assert {"teacher weights", "student weights", "optimizer", "head chunks"} <= set(
+            made.largest
+        )
+        assert made.seconds_per_step > 0
+
+
+def test_the_teacher_is_held_as_the_recipe_says(pair: dict[str, Any]) -> None:
+    def teacher(**changes: Any) -> float:
+        block = {"teacher": pair["dwakd"]["teacher"] | changes}
+        return plan(pair | {"dwakd": block}, card("24GB")).largest["teacher weights"]
+
+    full = teacher(dtype="float32")
+    assert teacher(dtype="bfloat16") == full / 2
+    assert full > teacher(dtype="bfloat16") > teacher(dtype="bfloat16", load_in_8bit=True)
+    assert teacher(load_in_8bit=True) > teacher(load_in_4bit=True)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:
+    on = replace(card("24GB"), capacity=int(2.5 * GIB))
+    largest = largest_micro_batch(pair, on)
+    assert largest > 1
+    assert plan(pair, on, micro_batch=largest).fits
+    assert not plan(pair, on, micro_batch=largest + 1).fits
+    assert largest_micro_batch(pair, replace(on, capacity=GIB // 2)) == 0
+
+
+def test_suggestions_come_in_order_of_effect_and_keep_their_word(pair: dict[str, Any]) -> None:
+    on = card("24GB")
+    now = plan(pair, on)
+    found = suggestions(pair, now)
+    assert [one.saves for one in found] == sorted((one.saves for one in found), reverse=True)
+    checkpointing = next(one for one in found if one.title == "gradient checkpointing")
+    then = plan(pair | {"gradient_checkpointing": True}, on)
+    assert checkpointing.saves == now.total - then.total
+    assert checkpointing.yaml == "gradient_checkpointing: true"
+
+
+def test_chunks_on_the_cpu_are_the_losss_own(pair: dict[str, Any]) -> None:
+    config = parse_recipe(pair)
+    assert config is not None
+    run = Parts(pair, config, card("cpu"), 1)
+    for rows in (1000, 50_257, 10**8):
+        assert run.chunk(rows) == tokens_per_chunk("auto", rows, torch.device("cpu"))
+
+
+# The card -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capacity"),
+    [("24GB", 24), ("80 GiB", 80), ("7.5g", 7.5), ("A100-80GB", 80), ("a100 40gb", 40), ("h1", 80)],
+)
+def test_cards(wanted: str, capacity: float) -> None:
+    found = card(wanted)
+    assert found.capacity == capacity * GIB
+    assert found.kind == "cuda"
+    assert "TFLOPS" in found.note
+
+
+@pytest.mark.parametrize("wanted", ["24", "big", "0GB", "A100", "-3GB", ""])
+def test_what_is_no_card_is_refused(wanted: str) -> None:
+    with pytest.raises(UserError, match=r"--gpu .*24GB"):
+        card(wanted)
+
+
+def test_the_imports_take_what_was_measured() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text())
+    for one in report["results"].values():
+        assert one["measured"]["baseline"] == pytest.approx(CPU_IMPORTS, rel=0.01)
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert f"({CPU_IMPORTS / 2**20:.0f} MiB, `CPU_IMPORTS`)" in page
+
+
+# The command --------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+
+
+def test_json_of_a_plain_recipe(
+    pair: dict[str, Any], write: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    teacher = pair["dwakd"]["teacher"]["base_model"]
+    plain = {key: value for key, value in pair.items() if key not in ("dwakd", "distillation")}
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 10)
+    file = write(plain | {"num_epochs": 2, "batch_flattening": True})
+    options = ("--teacher", teacher, "--gpu", "24GB", "--plot", str(tmp_path / "parts.png"))
+    result = invoke(str(file), *options, "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert sum(report["parts"].values()) == pytest.approx(report["total_bytes"], abs=20)
+    assert report["largest_micro_batch"] > 4
+    assert report["fits"]
+    assert report["steps"] == 5
+    assert any("batch_flattening is off" in line for line in report["assumptions"])
+    assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
+    packed = write(plain | {"num_epochs": 2, "sample_packing": True})
+    report_of_packed = json.loads(invoke(str(packed), *options, "--json").stdout)
+    assert report_of_packed["steps"] is None
+    assert report_of_packed["total_bytes"] == report["total_bytes"]
+    assert any("A packed sequence" in line for line in report_of_packed["assumptions"])
+    file = write(plain | {"num_epochs": 2, "batch_flattening": True})
+    cached = json.loads(invoke(str(file), *options, "--teacher-cache", "states", "--json").stdout)
+    assert cached["parts_at_most"]["teacher weights"] == report["parts"]["teacher weights"]
+    assert cached["total_bytes"] < report["total_bytes"]
+
+
+def test_what_does_not_fit_is_said_first(
+    pair: dict[str, Any], write: Callable[[dict[str, Any]], Path]
+) -> None:
+    file = write(pair)
+    result = invoke(str(file), "--gpu", "0.5GB")
+    assert result.exit_code == 0
+    assert "does not fit" in result.stdout.splitlines()[0]
+    assert "What would help" in result.stdout
+    assert invoke(str(file), "--gpu", "0.5GB", "--strict").exit_code == 3
+    assert invoke(str(file), "--gpu", "24GB", "--strict").exit_code == 0
+
+
+def test_what_cannot_be_planned_is_refused(
+    pair: dict[str, Any], write: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    file = write(pair | {"base_model": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match=r"gone` has no config(.|\n)*base_model takes a folder"):
+        invoke(str(file), "--gpu", "24GB")
+    plain = {key: value for key, value in pair.items() if key not in ("dwakd", "distillation")}
+    with pytest.raises(UserError, match="names no teacher"):
+        invoke(str(write(plain)))
+    lora = pair | {"adapter": "lora", "lora_target_modules": ["nothing_like_it"]}
+    with pytest.raises(UserError, match="LoRA cannot be put on the student"):
+        invoke(str(write(lora)), "--gpu", "24GB")
+
+
+# Reality ------------------------------------------------------------------------------------
+
+
+def test_cached_states_wait_for_a_whole_optimizer_step(
+    recipe: Recipe, train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many batches as the plan counts, and the one at work."""
+    settings = recipe(
+        {"teacher": {"cache": str(tmp_path / "states")}}, gradient_accumulation_steps=4, max_steps=2
+    )
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    collate, compute_loss = DualCollator.__call__, DWAKDTrainer.compute_loss
+
+    def collating(collator: Any, *arguments: Any) -> Any:
+        batch = collate(collator, *arguments)
+        made.append(weakref.ref(batch["teacher_hidden"]))
+        return batch
+
+    def computing(*arguments: Any, **named: Any) -> Any:
+        alive.append(sum(one() is not None for one in made))
+        return compute_loss(*arguments, **named)
+
+    monkeypatch.setattr(DualCollator, "__call__", collating)
+    monkeypatch.setattr(DWAKDTrainer, "compute_loss", computing)
+    train(settings)
+    lengths = Lengths(256, 256, 60, 60)
+    waiting = plan(settings, CPU, lengths=lengths).largest["states that wait"]
+    assert waiting == (max(alive) - 1) * 4 * 60 * 40 * 4  # rows, tokens, features, bytes
+    on_gpu = plan(settings, card("24GB"), lengths=lengths).largest["states that wait"]
+    assert on_gpu == waiting * 3 / 4  # the data loader's is not there yet
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_plan_of_a_gpu_is_near_what_torch_allocates(
+    lab: Path, recipe: Recipe, train: Callable[..., Any]
+) -> None:
+    settings = recipe({"teacher": {"dtype": "float32"}}, micro_batch_size=4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train(settings)
+    real = torch.cuda.max_memory_allocated() - before
+    lengths = Lengths(256, 256, 60, 60)
+    made = plan(settings, card(None), lengths=lengths)
+    planned = made.total - made.parts["runtime"]
+    assert planned == pytest.approx(real, rel=0.5, abs=64 * 2**20)

@@ -1,0 +1,241 @@
+"""Two processes give what one gives: DDP and FSDP2, on the CPU over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.models.teacher.loaded import load_teacher
+from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.train.trainer import DWAKDTrainer
+from tests.conftest import ROOT, ROWS
+from tests.runs import wait_for
+from tests.train.ranks import Job, watched, without_labels
+
+Recipe = Callable[..., dict[str, Any]]
+Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
+
+PROJECTORS = Path("dwakd") / "projectors.safetensors"
+FSDP = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+    },
+}
+
+
+def run_ranks(folder: Path, jobs: list[Job], ranks: int = 2) -> None:
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([asdict(job) for job in jobs]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, f"--nproc_per_node={ranks}", "-m", "tests.train.ranks", str(file)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        check=True,
+        timeout=280,
+    )
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors") | load_file(out / PROJECTORS)
+
+
+def assert_close(found: Path, expected: Path, atol: float = 1e-5) -> None:
+    ours, theirs = tensors(found), tensors(expected)
+    assert ours.keys() >= theirs.keys()  # FSDP writes tied weights twice
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=atol, rtol=0, msg=name)
+
+
+def seen(out: Path) -> list[list[dict[str, Any]]]:
+    """What each rank noted of each micro-batch."""
+    return [json.loads(file.read_text()) for file in sorted(out.glob("rank-*.json"))]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path) -> None:
+    def settings(name: str, dwakd: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
+        own = {"output_dir": str(tmp_path / name), "max_steps": 5, "save_steps": 3}
+        return recipe(dwakd or {}, **own | others)
+
+    def batches(micro_batch: int, accumulation: int) -> dict[str, int]:
+        return {"micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+
+    one = Job(settings("one", **batches(8, 1)))
+    with watched(DWAKDTrainer, one):
+        train(one.recipe)
+    train(settings("one-by-one", **batches(1, 8)))
+    assert_close(tmp_path / "one-by-one", tmp_path / "one")
+
+    # In the first step the second rank has no label at all; the second step ends the epoch with one
+    # micro-batch instead of three.
+    uneven = {"max_steps": 2, "save_steps": 2}
+    order = [row for step in one.seen for row in step["rows"]]
+    unlabelled = [row for start in (5, 15, 25) for row in order[start : start + 5]]
+    with without_labels(unlabelled):
+        train(settings("one-uneven", **batches(10, 3) | uneven))
+
+    cache = {"teacher": {"cache": str(tmp_path / "states")}}
+    ddp, fsdp = batches(1, 4), batches(2, 2) | FSDP
+    run_ranks(
+        tmp_path,
+        [
+            Job(settings("ddp", **ddp)),
+            Job(
+                settings("ddp-resumed", **ddp, auto_resume_from_checkpoints=True),
+                checkpoint=str(tmp_path / "ddp" / "checkpoint-3"),
+            ),
+            Job(settings("ddp-uneven", **batches(5, 3) | uneven), unlabelled=unlabelled),
+            Job(settings("ddp-cached", cache, **batches(4, 1))),
+            Job(settings("fsdp", **fsdp)),
+            Job(
+                settings("fsdp-resumed", **fsdp, auto_resume_from_checkpoints=True),
+                checkpoint=str(tmp_path / "fsdp" / "checkpoint-3"),
+            ),
+            Job(settings("fsdp-uneven", **batches(5, 3) | uneven | FSDP), unlabelled=unlabelled),
+        ],
+    )
+    for engine in ("ddp", "fsdp"):
+        assert_close(tmp_path / engine, tmp_path / "one")
+        assert_close(tmp_path / f"{engine}-resumed", tmp_path / engine, atol=0)
+        assert_close(tmp_path / f"{engine}-uneven", tmp_path / "one-uneven")
+        student = load_file(tmp_path / engine / "model.safetensors")
+        assert not [name for name in student if "dwakd" in name]
+
+        first, second = seen(tmp_path / f"{engine}-uneven")
+        for start, end in ((0, 3), (3, 4)):
+            steps = first[start:end] + second[start:end]
+            assert {step["n"] for step in steps} == {sum(step["labels"] for step in steps)}
+        assert sum(step["labels"] for step in second[:3]) == 0
+        assert [step["length"] for step in first] != [step["length"] for step in second]
+        rows = [row for step in first + second for row in step["rows"]]
+        assert sorted(rows) == list(range(40))
+
+    # One of the two filled the cache, and the other waited for it.
+    assert_close(tmp_path / "ddp-cached", tmp_path / "one")
+    assert len(list((tmp_path / "states").glob("states-*.safetensors"))) == 1
+    index = [json.loads(line) for line in (tmp_path / "states" / "index.jsonl").open()]
+    keys = [key for line in index[1:] for key in line["crc32"] if line["file"].startswith("states")]
+    assert len(keys) == len(set(keys)) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_config": FSDP["fsdp_config"]}, "fsdp_version: 1 — "),
+        (
+            {"fsdp_version": 2, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}},
+            "fsdp_config.auto_wrap_policy: SIZE_BASED_WRAP — ",
+        ),
+        ({"deepspeed": "no-such.json"}, "deepspeed: no-such.json — cannot be read"),
+        (
+            {"deepspeed": {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}},
+            "its `optimizer` section",
+        ),
+        (
+            {
+                "deepspeed": {"zero_optimization": {"stage": 3}},
+                "dwakd": {"projectors": {"warmup_steps": 3}},
+            },
+            "run `dwakd warmup RECIPE`",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_by_name(
+    recipe: Recipe, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        check_recipe(recipe({}) | settings)
+    assert message in str(refused.value)
+    check_recipe(recipe({}, **FSDP))
+    check_recipe(recipe({}, deepspeed={"zero_optimization": {"stage": 3}}))
+
+
+def test_the_teacher_is_whole_where_the_student_is_not(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As axolotl leaves it for ZeRO-3, and accelerate for FSDP on a rank that loads no weights.
+    for place in (transformers.modeling_utils, transformers.integrations.deepspeed):
+        monkeypatch.setattr(place, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    config = TeacherConfig.model_validate({"base_model": str(lab / "teacher")})
+    head = load_teacher(config, "cpu").head.weight
+    assert torch.equal(head, load_file(lab / "teacher" / "model.safetensors")["lm_head.weight"])
+    assert transformers.modeling_utils.is_deepspeed_zero3_enabled()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+# Through the command ------------------------------------------------------------------------
+
+
+def start(file: Path, *further: str) -> subprocess.Popen[str]:
+    script = "from dwakd_cli.main import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "train", str(file), *further],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_said_once(
+    recipe: Recipe, write: Callable[..., Path], lab: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "broken"
+    shutil.copytree(lab / "teacher", teacher)
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    settings = recipe({"teacher": {"base_model": str(teacher)}, "projectors": {"init": "random"}})
+    run = start(write(settings), "--launcher", "torchrun", "--", "--", "--nproc_per_node", "2")
+    said, _ = run.communicate(timeout=200)
+    assert run.returncode == 1
+    assert said.count("The loss is not finite at step 1") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_two_processes(
+    recipe: Recipe, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = recipe({}, max_steps=10_000, save_steps=1)
+    run = start(write(settings), "--nproc", "2")
+    checkpoint = tmp_path / "out" / "checkpoint-1" / "trainer_state.json"
+    wait_for(lambda: checkpoint.exists() or run.poll() is not None, 180)
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=90)
+    assert run.returncode == 130, said
+    words = " ".join(said.split())  # a long path moves the line breaks
+    assert "`--resume` goes on from the last checkpoint." in words
+    assert "Traceback" not in said
+    last = max(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    student = load_file(tmp_path / "out" / "model.safetensors")
+    saved = load_file(tmp_path / "out" / f"checkpoint-{last}" / "model.safetensors")
+    assert all(torch.equal(student[name], tensor) for name, tensor in saved.items())
+    assert not [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(tmp_path) in " ".join(process.info["cmdline"] or [])
+    ]
