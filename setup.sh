@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")" || exit
 shopt -s nullglob
-number=0 doing='' kept='nothing yet'
+number=0 doing='' kept='everything as it was'
 room='7.5 GB with the CUDA build of torch, 4.5 GB with a CPU build'
 
 step() {

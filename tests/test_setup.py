@@ -109,7 +109,7 @@ def test_no_python_at_all(here: Path) -> None:
 
 
 STEPS = {
-    "-m venv .venv": ("2 of 5 (.venv)", "nothing"),
+    "-m venv .venv": ("2 of 5 (.venv)", "everything as it was"),
     "--upgrade pip": ("2 of 5 (.venv)", ".venv, still empty"),
     " torch ": ("3 of 5 (torch)", ".venv and what pip has downloaded"),
     "--editable": ("4 of 5 (axolotl", ".venv with torch"),
