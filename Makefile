@@ -59,7 +59,8 @@ constraints: setup
 	@set -e; for each in $(VERSIONS); do \
 	  $(RESOLVE) $(UPGRADE) --python-version 3.$$each --output-file constraints/py3$$each.txt; done
 
-# A dry run of each set-up: every version fits the others, and none is missing. Installs nothing.
+# A dry run of each set-up: every version fits the others, and none is missing. Installs nothing, so
+# that a package without a wheel that fails to build is seen only by `make setup`.
 check-constraints: setup
 	$(BIN)/python -m pip install --quiet uv
 	@set -e; for each in $(VERSIONS); do \

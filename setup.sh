@@ -36,7 +36,7 @@ try() {
 Free here: $(free .); in ${TMPDIR:-/tmp}, where pip unpacks (TMPDIR names another place): $(free "${TMPDIR:-/tmp}")." ;;
     *'Failed to build'* | *'Failed building'*)
       fail "a package had to be compiled here, and it failed$([ -n "$compiler" ] || echo ': there is no C compiler').
-Debian: apt-get install build-essential python3-dev (the headers of $version)." ;;
+It needs one, and the headers of Python $version (Debian: apt-get install build-essential python3-dev)." ;;
     *'from versions: none'* | *'onnection'* | *'imed out'* | *'ncomplete'* | *ProxyError* | *SSLError*)
       fail 'the package registry could not be reached, or what it sent broke off.
 Check the network, and HTTPS_PROXY or PIP_INDEX_URL where you need one.' ;;
