@@ -84,7 +84,7 @@ def _put(block: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, 
 @example(("loss", "chunk_size"), False)
 @example(("loss", "chunk_size"), 1.5)
 @example(("teacher", "sequence_len"), 16**5000)
-def test_one_wrong_value_islocated(path: tuple[str, ...], value: Any) -> None:
+def test_one_wrong_value_is_located(path: tuple[str, ...], value: Any) -> None:
     block = _put({"teacher": {"base_model": "big"}}, path, value)
     try:
         config = parse_recipe({"distillation": "dwakd", "dwakd": block})

@@ -179,7 +179,7 @@ LINES = st.one_of(
 @example(lines=["[" * 100_000], ending=b"")
 @example(lines=['{"instruction": "a", "output": ' + "1" * 5000 + "}"], ending=b"")
 @example(lines=["\ufeff", '{"instruction": "a", "output": "b"}'], ending=b"\n")
-def test_evaluation_rows_are_read_orlocated(
+def test_evaluation_rows_are_read_or_located(
     lines: list[str], ending: bytes, scratch: Path, lab: Path
 ) -> None:
     from dwakd_plugin.evaluate.rows import Format, encode, read_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from dwakd_plugin.loss.alignment import (
 )
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import FIGURES, TERMS, collate, evaluate, gradients, make_case
+
+WEIGHTS = ("ce_weight", "kd_weight", "dtw_weight")
 
 
 def test_padding_takes_no_gradient() -> None:
@@ -64,7 +67,12 @@ def test_total_leaves_weightless_terms_out_of_the_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "off", [("ce_weight",), ("kd_weight",), ("dtw_weight",), ("ce_weight",) * 2]
+    "off",
+    [
+        off
+        for count in (1, 2)
+        for off in combinations(("ce_weight", "kd_weight", "dtw_weight"), count)
+    ],
 )
 def test_every_parameter_gets_a_gradient_in_every_ablation(off: tuple[str, ...]) -> None:
     """Zeros, not None: DDP waits for parameters that backward does not reach."""

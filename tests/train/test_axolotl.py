@@ -25,7 +25,8 @@ FIGURES = {"t2s_accuracy", "gate", "teacher_ce", "attention_entropy", "band_shar
 
 
 def test_a_run_distils_and_leaves_only_the_student(recipe: Recipe, train: Train, lab: Path) -> None:
-    settings = recipe({}, val_set_size=0.2, eval_steps=2)
+    # The rows held out are one batch, whose loss is the mean over their tokens.
+    settings = recipe({}, val_set_size=4, eval_steps=2)
     log = train(settings)
 
     # The plugin was truly active: axolotl trains plain SFT where one fails to import.
@@ -33,10 +34,10 @@ def test_a_run_distils_and_leaves_only_the_student(recipe: Recipe, train: Train,
     assert set(trained[0]) >= TERMS | FIGURES
     evaluated = [line for line in log if "eval_loss" in line]
     assert {f"eval_{name}" for name in TERMS} <= set(evaluated[-1])
-    assert evaluated[-1]["eval_loss"] == pytest.approx(evaluated[-1]["eval_ce"], rel=0.05)
+    assert evaluated[-1]["eval_loss"] == pytest.approx(evaluated[-1]["eval_ce"], rel=1e-4)
     assert trained[0]["ppl"] == pytest.approx(math.exp(trained[0]["ce"]), rel=1e-3)
     assert [line["gamma"] for line in trained] == pytest.approx([2.0, 1.6, 1.2, 0.8])
-    assert trained[-1]["ce"] < trained[0]["ce"]
+    assert evaluated[-1]["eval_ce"] < evaluated[0]["eval_ce"]  # of the same rows
 
     out = Path(settings["output_dir"])
     for folder in (out, out / "checkpoint-4"):
@@ -200,7 +201,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
         train(settings)
     assert re.search(r"nan in row [123]?8 of \S+rows\.jsonl", caplog.text)
     out = Path(settings["output_dir"])
-    assert all((folder / "trainer_state.json").is_file() for folder in out.glob("checkpoint-*"))
+    checkpoints = list(out.glob("checkpoint-*"))
+    assert checkpoints and all((each / "trainer_state.json").is_file() for each in checkpoints)
 
 
 def test_warm_up_trains_the_projectors_and_not_the_student(
