@@ -3,4 +3,13 @@
 Token ids and strings only; nothing of models.
 """
 
-__all__ = ["alignment", "figures", "findings", "loading", "pair", "training", "verdict"]
+__all__ = [
+    "alignment",
+    "figures",
+    "findings",
+    "loading",
+    "pair",
+    "same_text",
+    "training",
+    "verdict",
+]

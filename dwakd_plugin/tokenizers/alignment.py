@@ -18,6 +18,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary
+from dwakd_plugin.tokenizers.same_text import Run, common_runs, spelling
 
 Pairs = list[tuple[int, int]]
 
@@ -64,8 +65,8 @@ class TokenAligner:
         return pairs
 
     def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> Pairs:
-        """Special tokens (the end of the turn) pair with each other, in order, where all before
-        them is the same; the text before each is compared byte by byte."""
+        """Special tokens (the end of the turn) pair with each other, in order, where the text
+        before them ends alike; that text is compared byte by byte."""
         pairs: Pairs = []
         student_at = teacher_at = 0
         segments = zip(
@@ -121,46 +122,41 @@ def _turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, list[in
 
 
 def _pairs_of_a_text(student: list[bytes], teacher: list[bytes], whole: bool) -> tuple[Pairs, bool]:
-    """Pairs of pieces with the same place in the text (unless `whole`, with the same first byte and
-    the teacher's no shorter), and whether the whole text is the same.
+    """Pairs of pieces of the same bytes at the same place of the text (unless `whole`, of the same
+    first byte and the teacher's no shorter), and whether both sides end alike.
 
-    SentencePiece may have put a space before the text, which is not the text's: it is not counted
-    where both sides have more in common without it. The token that holds it has no counterpart
-    then: it stands for a byte more than the other side's.
+    Places are the same within each run of bytes that both texts have; where they differ (see
+    `common_runs`) nothing pairs, and behind it pairing goes on.
     """
     student_text, teacher_text = b"".join(student), b"".join(teacher)
-    without = [(0, 0)]
-    if student_text != teacher_text:
-        without += [(1, 0)] * student_text.startswith(b" ")
-        without += [(0, 1)] * teacher_text.startswith(b" ")
-    (same, common), (student_extra, teacher_extra) = max(
-        ((_in_common(student_text[s:], teacher_text[t:]), (s, t)) for s, t in without),
-        key=lambda found: found[0],
-    )
-    places = {
-        begin: (j, end)
-        for j, (begin, end) in enumerate(_spans(teacher, teacher_extra))
-        if begin < end
+    runs = common_runs(student_text, teacher_text)
+    teacher_spans = {
+        begin: (j, end) for j, (begin, end) in enumerate(_spans(teacher)) if begin < end
     }
-    pairs = []
-    for i, (begin, end) in enumerate(_spans(student, student_extra)):
-        j, other_end = places.get(begin, (0, -1))
-        if begin < end <= common and (end == other_end or (not whole and end < other_end)):
+    pairs, at = [], 0
+    for i, (begin, end) in enumerate(_spans(student)):
+        while at < len(runs) and runs[at][0] + runs[at][2] < end:
+            at += 1
+        if at == len(runs) or begin == end or begin < runs[at][0]:
+            continue
+        shift = runs[at][1] - runs[at][0]
+        j, other_end = teacher_spans.get(begin + shift, (0, -1))
+        if end + shift == other_end or (not whole and end + shift < other_end):
             pairs.append((i, j))
-    return pairs, same
+    return pairs, _end_alike(student_text, teacher_text, runs)
 
 
-def _spans(pieces: list[bytes], extra: int) -> list[tuple[int, int]]:
-    """First and last byte (exclusive) of each piece in a text that starts `extra` bytes later."""
-    return list(pairwise(accumulate(map(len, pieces), initial=-extra)))
+def _spans(pieces: list[bytes]) -> list[tuple[int, int]]:
+    """First and last byte (exclusive) of each piece in the text."""
+    return list(pairwise(accumulate(map(len, pieces), initial=0)))
 
 
-def _in_common(one: bytes, other: bytes) -> tuple[bool, int]:
-    """Whether two texts are the same, and how many bytes both begin with."""
-    if one == other:
-        return True, len(one)
-    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return False, next(differ, min(len(one), len(other)))
+def _end_alike(student: bytes, teacher: bytes, runs: list[Run]) -> bool:
+    """Whether what follows the last run on either side is white space, or written otherwise."""
+    begin, other_begin, count = runs[-1] if runs else (0, 0, 0)
+    rests = student[begin + count :], teacher[other_begin + count :]
+    one, other = (spelling(rest.decode(errors="replace")).strip() for rest in rests)
+    return one == other
 
 
 def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
