@@ -27,7 +27,7 @@ import yaml
 
 from benchmarks import measure
 from dwakd_cli import quickstart
-from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.causal_lm import gather_positions
 from dwakd_plugin.models.teacher.cache import TeacherCache

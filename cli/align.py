@@ -106,7 +106,8 @@ def align(
 
     with open_run(recipe, checkpoint) as opened:
         # axolotl is imported by now, and quietly so.
-        from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN, load_teacher_tokenizer
+        from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
+        from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
         from dwakd_plugin.loss import Alignment, alignment_of
         from dwakd_plugin.train.warmup import both_sides
 

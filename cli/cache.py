@@ -61,7 +61,7 @@ def _cache(
     """Fills or verifies; returns the report."""
     import torch
 
-    from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+    from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
     from dwakd_plugin.models.teacher.cached import (
         BATCH_TOKENS,
         check_disk,

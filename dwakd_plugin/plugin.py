@@ -90,7 +90,7 @@ class DWAKDPlugin(BasePlugin):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
         efficiency = cfg.sample_packing_eff_est  # axolotl's estimate is for one side
-        with dual_tokenization(cfg, config.teacher) as rows:
+        with dual_tokenization(cfg, config) as rows:
             datasets = load_datasets(cfg=cfg)
         if cfg.sample_packing:
             from dwakd_plugin.data.packing import pack_by_pairs

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
 from dwakd_cli.warmup import _alone
-from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.responses import Response, ResponseStore, discard
 from dwakd_plugin.export.export import _check_destination

@@ -33,7 +33,7 @@ from dwakd_cli.console import PlainConsole
 from dwakd_cli.main import error_boundary, main
 from dwakd_cli.terminal import progress_bar
 from dwakd_cli.token_picture import html_page as check_page
-from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError, printable
 from dwakd_plugin.evaluate.model import (
     Held,

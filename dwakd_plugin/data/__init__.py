@@ -3,4 +3,4 @@
 Everything here happens before the first forward pass.
 """
 
-__all__ = ["collator", "dual_tokenization", "library_docs", "packing"]
+__all__ = ["collator", "dual_tokenization", "library_docs", "packing", "row_report", "teacher_side"]

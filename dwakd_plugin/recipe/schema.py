@@ -159,7 +159,14 @@ class TeacherConfig(_Block):
         description="Longest teacher sequence in tokens; default: the student's.",
     )
     chat_template: str | None = Field(
-        None, description="A Jinja chat template; default: the teacher tokenizer's own."
+        None,
+        description="A Jinja chat template, a file of it, or a name of axolotl's (`chatml`); "
+        "default: the teacher tokenizer's own.",
+    )
+    thinking_key: str | None = Field(
+        None,
+        description="What the teacher's chat template calls a message's reasoning (`thinking`, "
+        "`reasoning_content`); default: as the data set's `template_thinking_key`.",
     )
     cache: _Name | None = Field(
         None,
@@ -322,6 +329,12 @@ class DWAKDConfig(_Block):
         "full",
         description="An ablation of the paper's Table 3, or a baseline, in one word; full is "
         "DWA-KD.",
+    )
+    different_answers: Literal["labels", "drop", "stop"] = Field(
+        "labels",
+        description="What becomes of a row whose answer is another text on the teacher's side, as "
+        "its chat template leaves something out: learnt from its labels alone, dropped, or an "
+        "error before training.",
     )
     loss: LossConfig = Field(default_factory=LossConfig, description="Token level, and weights.")
     soft_dtw: SoftDTWConfig = Field(

@@ -14,8 +14,9 @@ from axolotl.utils.train import determine_last_checkpoint
 from torch import Tensor, nn
 
 import dwakd_plugin
-from dwakd_plugin.data.dual_tokenization import RowReport, load_teacher_tokenizer
 from dwakd_plugin.data.packing import check_packing
+from dwakd_plugin.data.row_report import RowReport
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes, json_checksum, replace_file
 from dwakd_plugin.models.causal_lm import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dwakd_plugin.data.dual_tokenization import RowReport
+from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.models.projectors import HeadFollower, Projectors
 from dwakd_plugin.models.teacher.loaded import Teacher
 from dwakd_plugin.recipe.schema import DWAKDConfig

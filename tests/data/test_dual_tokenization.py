@@ -13,15 +13,14 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
-from dwakd_plugin.data.dual_tokenization import (
+from dwakd_plugin.data.dual_tokenization import _find_what_is_wrong, dual_tokenization
+from dwakd_plugin.data.row_report import (
     LABELS_ONLY,
     NO_RESPONSE,
     STUDENT_TOO_LONG,
     STUDENT_TRUNCATED,
     TEACHER_TOO_LONG,
     RowReport,
-    _find_what_is_wrong,
-    dual_tokenization,
 )
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import parse_recipe
@@ -56,7 +55,7 @@ def prepare(tmp_path: Path) -> Callable[[dict[str, Any]], tuple[Any, RowReport]]
         config = parse_recipe(settings)
         if config is None:  # without a teacher
             return load_datasets(cfg=cfg), RowReport()
-        with dual_tokenization(cfg, config.teacher) as report:
+        with dual_tokenization(cfg, config) as report:
             datasets = load_datasets(cfg=cfg)
         return datasets, report
 

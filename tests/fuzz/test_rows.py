@@ -71,11 +71,11 @@ def strategies(lab: Path) -> dict[str, Any]:
     from datasets import Dataset
 
     from dwakd_plugin.data import dual_tokenization as dual
-    from dwakd_plugin.recipe.schema import TeacherConfig
+    from dwakd_plugin.recipe.schema import DWAKDConfig
 
-    teacher = TeacherConfig.model_validate(str(lab / "teacher"))
+    config = DWAKDConfig.model_validate({"teacher": str(lab / "teacher")})
     student_tokenizer = AutoTokenizer.from_pretrained(lab / "student")
-    teacher_tokenizer = dual.load_teacher_tokenizer(teacher)
+    teacher_tokenizer = dual.load_teacher_tokenizer(config.teacher)
 
     def capture(strategy: Any, *_: Any, **__: Any) -> Any:
         raise _Captured(strategy)
@@ -84,7 +84,7 @@ def strategies(lab: Path) -> dict[str, Any]:
     for name, entry in TYPES.items():
         dataset_config = DictDefault({"path": "rows.jsonl", **entry})
         cfg = DictDefault({"sequence_len": 200, "train_on_inputs": False, "datasets": [entry]})
-        teacher_cfg = dual.teacher_recipe(cfg, teacher, teacher_tokenizer)
+        teacher_cfg = dual.teacher_recipe(cfg, config.teacher, teacher_tokenizer)
         kwargs = {
             "dataset": Dataset.from_list([{"x": "y"}]),
             "dataset_base_type": entry["type"],
@@ -95,10 +95,9 @@ def strategies(lab: Path) -> dict[str, Any]:
             dual._wrap_both_sides(
                 dual.axolotl_sft.get_dataset_wrapper,
                 dataset_config,
-                student_tokenizer,
-                cfg,
-                teacher_tokenizer,
-                teacher_cfg,
+                (student_tokenizer, teacher_tokenizer),
+                (cfg, teacher_cfg),
+                config,
                 dual.RowReport(),
                 kwargs,
             )
@@ -118,11 +117,12 @@ def strategies(lab: Path) -> dict[str, Any]:
 def test_a_row_is_tokenised_twice_or_left_out(
     row: dict[str, Any], name: str, strategies: dict[str, Any]
 ) -> None:
-    from dwakd_plugin.data.dual_tokenization import (
+    from dwakd_plugin.data.dual_strategy import STATUS_COLUMN
+    from dwakd_plugin.data.row_report import (
         KEPT,
+        LABELS_DIFFERENT,
         LABELS_ONLY,
         NO_RESPONSE,
-        STATUS_COLUMN,
         STUDENT_TOO_LONG,
         STUDENT_TRUNCATED,
         TEACHER_TOO_LONG,
@@ -138,7 +138,7 @@ def test_a_row_is_tokenised_twice_or_left_out(
     assert repr(row) == repr(before)
     status = tokens[STATUS_COLUMN]
     dropped = (NO_RESPONSE, STUDENT_TOO_LONG, STUDENT_TRUNCATED, TEACHER_TOO_LONG)
-    assert status in (KEPT, LABELS_ONLY, *dropped)
+    assert status in (KEPT, LABELS_DIFFERENT, LABELS_ONLY, *dropped)
     sides = (("input_ids", "labels"), ("teacher_input_ids", "teacher_labels"))
     responses = []
     for ids, labels in sides:

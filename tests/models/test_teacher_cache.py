@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import dwakd_plugin.models.teacher.cached as cached_teacher_module
 from dwakd_cli.main import app
-from dwakd_plugin.data.dual_tokenization import load_teacher_tokenizer
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import DiskFull
 from dwakd_plugin.models.batches import teacher_batch

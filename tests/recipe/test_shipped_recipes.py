@@ -262,7 +262,7 @@ def test_a_chat_template_that_thinks_aligns_the_answers_alone(
     cfg = load_cfg("think.yml")
     config = parse_recipe(recipe)
     assert config is not None
-    with dual_tokenization(cfg, config.teacher):
+    with dual_tokenization(cfg, config):
         rows = load_datasets(cfg=cfg).train_dataset
     student, teacher = (
         AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,103 @@
+"""Whether both sides of a row have the same answers: their labelled texts, turn by turn.
+
+Each side renders a row by its own chat template, and templates leave out what they don't know: the
+reasoning of earlier turns, tool calls, a late system message. The student would then learn from
+what the teacher says about another text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dwakd_plugin.tokenizers.same_text import substance
+
+SAME = "the same"
+SPELLING = "the same but for white space or spelling"
+REASONING = "different in their reasoning"
+TURNS = "different in how many turns are answered"
+TEXT = "different in their text"
+# What is no small matter of spelling: the two sides learn from different answers.
+DIFFERENT = (REASONING, TURNS, TEXT)
+
+# The end of a reasoning, as models write it. Its opening may be missing: some templates write that
+# themselves, and it is no part of what is learnt.
+_REASONING = re.compile(r".*(?:</(?:think|thinking|reasoning)>|<\|end_of_thought\|>)", re.DOTALL)
+_LONGEST = 160  # characters of an answer in an example
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One side's answers to a row: the text of each run of labels, without what ends a turn."""
+
+    turns: tuple[str, ...]
+    has_end: bool  # whether the last turn has a labelled end
+
+
+class AnswerReader:
+    """Reads the answers of one side back from its token ids. `ends` are texts that end a turn."""
+
+    def __init__(self, tokenizer: Any, ends: Sequence[str]) -> None:
+        self._decode = tokenizer.decode
+        self._special = {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._special |= {
+            index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.content in ends
+        }
+
+    def read(self, ids: Sequence[int], labels: Sequence[int]) -> Answers:
+        """Of a row: ids and labels (L,), −100 where nothing is learnt."""
+        turns: list[list[int]] = []
+        inside = False
+        for token, label in zip(ids[1:], labels[1:], strict=True):
+            if label != -100:
+                if not inside:
+                    turns.append([])
+                turns[-1].append(token)
+            inside = label != -100
+        texts = [[token for token in turn if token not in self._special] for turn in turns]
+        return Answers(
+            tuple(self._decode(text, clean_up_tokenization_spaces=False) for text in texts),
+            bool(turns) and any(token in self._special for token in turns[-1]),
+        )
+
+
+def compare(student: Answers, teacher: Answers) -> str:
+    """How the answers of a row's two sides differ: `SAME`, ..., `TEXT`."""
+    if student.turns == teacher.turns:
+        return SAME
+    own, others = _with_text(student.turns), _with_text(teacher.turns)
+    if [substance(turn) for turn in own] == [substance(turn) for turn in others]:
+        return SPELLING
+    if [_unreasoned(turn) for turn in own] == [_unreasoned(turn) for turn in others]:
+        return REASONING
+    return TURNS if len(own) != len(others) else TEXT
+
+
+def example(student: Answers, teacher: Answers) -> tuple[str, str]:
+    """The first turn in which the sides differ, shortened to be shown: the student's, and the
+    teacher's; empty where a side has no such turn."""
+    own, others = student.turns, teacher.turns
+    for index in range(max(len(own), len(others))):
+        sides = [turns[index] if index < len(turns) else "" for turns in (own, others)]
+        if substance(sides[0]) != substance(sides[1]):
+            return _shortened(sides[0]), _shortened(sides[1])
+    return _shortened("".join(own)), _shortened("".join(others))
+
+
+def _with_text(turns: Sequence[str]) -> list[str]:
+    """A turn without text has no place to compare, and nothing to learn but its end."""
+    return [turn for turn in turns if turn.strip()]
+
+
+def _unreasoned(text: str) -> str:
+    return substance(_REASONING.sub("", text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"

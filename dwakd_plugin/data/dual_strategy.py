@@ -1,0 +1,177 @@
+"""One row tokenised for both sides by axolotl's own strategies, and judged: does it train, on what.
+
+Of each pair the first is the student's, the second the teacher's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from dwakd_plugin.data.answers import DIFFERENT, AnswerReader, compare, example
+from dwakd_plugin.data.row_report import (
+    DROPPED_DIFFERENT,
+    KEPT,
+    LABELS_DIFFERENT,
+    LABELS_ONLY,
+    NO_RESPONSE,
+    STUDENT_TOO_LONG,
+    STUDENT_TRUNCATED,
+    TEACHER_TOO_LONG,
+)
+from dwakd_plugin.errors import UserError, first_line
+
+STATUS_COLUMN = "dwakd_status"
+ANSWERS_COLUMN = "dwakd_answers"  # JSON: how the two sides' answers differ, and an example
+
+
+class DualStrategy:
+    """A tokenising strategy for axolotl's data set wrapper that runs two, and judges the row."""
+
+    supports_batched = False
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        name: str,
+        *,
+        readers: tuple[AnswerReader, AnswerReader],
+        lengths: tuple[int, int],
+        excess_length: str,
+        different_answers: str,
+        messages: str,
+        teacher_name: str,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.name = name
+        self.readers = readers
+        self.student_len, self.teacher_len = lengths
+        self.excess_length = excess_length
+        self.different_answers = different_answers
+        self.messages = messages
+        self.teacher_name = teacher_name
+        self.filter_rows = getattr(student, "filter_rows", None)
+
+    def tokenize_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = dict(row)  # which decodes it
+        # Strategies may edit the row in place, and both must see what the user wrote.
+        student = dict(self._tokenize(self.student, copy.deepcopy(row), "student"))
+        teacher = dict(self._tokenize(self.teacher, copy.deepcopy(row), "teacher"))
+        status = self._status(student, teacher, row)
+        answers: dict[str, Any] = {}
+        if status == KEPT:
+            status, answers = self._compare(student, teacher, row)
+        if self.excess_length == "truncate":
+            teacher = {key: teacher[key][: self.teacher_len] for key in ("input_ids", "labels")}
+        learns = status == KEPT
+        return {
+            **student,
+            "teacher_input_ids": teacher["input_ids"],
+            "teacher_labels": teacher["labels"] if learns else [-100] * len(teacher["labels"]),
+            STATUS_COLUMN: status,
+            ANSWERS_COLUMN: json.dumps(answers),
+        }
+
+    def _tokenize(self, strategy: Any, row: dict[str, Any], side: str) -> dict[str, Any]:
+        try:
+            tokens = strategy.tokenize_prompt(row)
+            ids, labels = tokens["input_ids"], tokens["labels"]
+        except Exception as error:  # strategies and templates raise whatever they like
+            lacking = _lacking(row, self.messages)
+            why = lacking or f"{type(error).__name__}: {first_line(error)}"
+            words = f"A row of {self.name} doesn't fit its type: {why}"
+            if lacking is None and side == "teacher":
+                words = (
+                    f"The teacher ({self.teacher_name}) cannot render a row of {self.name} that "
+                    f"the student can: {why}\nGive the teacher another template "
+                    "(dwakd.teacher.chat_template), or leave out what its own refuses."
+                )
+            raise UserError(f"{words}\nThe row: {_preview(row)}") from error
+        if len(ids) != len(labels) or not all(isinstance(each, int) for each in ids):
+            raise UserError(
+                f"A row of {self.name} does not become one sequence of tokens, so its two sides "
+                "cannot be paired. Give each field as one text, and use `type: alpaca`, "
+                f"`type: chat_template` or `type: input_output`.\nThe row: {_preview(row)}"
+            )
+        return tokens
+
+    def _status(self, student: dict[str, Any], teacher: dict[str, Any], row: Any) -> str:
+        if not _has_response(student["labels"]):
+            return NO_RESPONSE
+        truncate = self.excess_length == "truncate"
+        sides = {"student": (student, self.student_len), "teacher": (teacher, self.teacher_len)}
+        for side, (tokens, length) in sides.items():
+            if len(tokens["input_ids"]) > length and self.excess_length == "raise":
+                key = "sequence_len" if side == "student" else "dwakd.teacher.sequence_len"
+                raise UserError(
+                    f"A row of {self.name} has {len(tokens['input_ids'])} tokens on the {side}'s "
+                    f"side, and {key} is {length} (excess_length_strategy: raise). Raise it, or "
+                    f"have long rows dropped or truncated.\nThe row: {_preview(row)}"
+                )
+        if len(student["input_ids"]) > self.student_len:
+            if not truncate:
+                return STUDENT_TOO_LONG
+            if not _has_response(student["labels"][: self.student_len]):
+                return STUDENT_TRUNCATED
+        teacher_labels = teacher["labels"]
+        if len(teacher["input_ids"]) > self.teacher_len:
+            if not truncate:
+                return TEACHER_TOO_LONG
+            teacher_labels = teacher_labels[: self.teacher_len]
+        return KEPT if _has_response(teacher_labels) else LABELS_ONLY
+
+    def _compare(
+        self, student: dict[str, Any], teacher: dict[str, Any], row: Any
+    ) -> tuple[str, dict[str, Any]]:
+        """The row's status by what its two sides answer, and how these answers differ."""
+        own, others = (
+            reader.read(side["input_ids"], side["labels"])
+            for reader, side in zip(self.readers, (student, teacher), strict=True)
+        )
+        kind = compare(own, others)
+        answers: dict[str, Any] = {"kind": kind}
+        if own.has_end != others.has_end:
+            answers["end"] = "student" if own.has_end else "teacher"
+        if own.turns != others.turns:
+            answers["example"] = example(own, others)
+        if kind not in DIFFERENT:
+            return KEPT, answers
+        if self.different_answers == "stop":
+            student_text, teacher_text = answers["example"]
+            raise UserError(
+                f"The two sides of a row of {self.name} answer differently ({kind}), and "
+                f"dwakd.different_answers is stop.\n  student: {student_text!r}\n"
+                f"  teacher: {teacher_text!r}\nThe row: {_preview(row)}"
+            )
+        dropped = self.different_answers == "drop"
+        return DROPPED_DIFFERENT if dropped else LABELS_DIFFERENT, answers
+
+
+def _lacking(row: dict[str, Any], messages: str) -> str | None:
+    """What a conversation lacks that any template asks for; None where it is something else."""
+    if messages not in row:
+        return None
+    turns = row[messages]
+    if not turns:
+        return f"`{messages}` is empty, and there is nothing to learn from"
+    if not isinstance(turns, list):
+        return f"`{messages}` is {type(turns).__name__}, and must be a list of messages"
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            return f"message {number} of `{messages}` isn't a mapping with a role and a content"
+        if all(turn.get(key) is None for key in ("content", "value", "tool_calls")):
+            return f"message {number} of `{messages}` ({turn.get('role')}) has no content"
+    return None
+
+
+def _has_response(labels: list[int]) -> bool:
+    """Whether any position predicts something: the first label has no position before it."""
+    return any(label != -100 for label in labels[1:])
+
+
+def _preview(row: dict[str, Any], limit: int = 200) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[:limit] + " …"

@@ -1,0 +1,142 @@
+"""What became of the rows of the data: how many train, on what, and why the rest was left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from axolotl.utils.logging import get_logger
+
+from dwakd_plugin.data.answers import SAME
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.files import replace_file
+
+LOG = get_logger("axolotl.dwakd")
+
+KEPT = "kept"
+LABELS_ONLY = "kept for its labels only: no response left on the teacher's side"
+LABELS_DIFFERENT = "kept for its labels only: the teacher's side has another answer"
+NO_RESPONSE = "dropped: no response on the student's side"
+STUDENT_TRUNCATED = "dropped: the student's sequence_len cuts the whole response away"
+STUDENT_TOO_LONG = "dropped: longer than the student's sequence_len"
+TEACHER_TOO_LONG = "dropped: longer than the teacher's sequence_len"
+DROPPED_DIFFERENT = "dropped: the teacher's side has another answer"
+TRAINING = (KEPT, LABELS_ONLY, LABELS_DIFFERENT)
+
+# Fewer rows with a teacher than this share of all that train, and the run says so.
+FEW = 0.5
+
+
+@dataclass
+class RowReport:
+    """What became of the rows, and where a `source_row` comes from."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    sources: list[tuple[str, int]] = field(default_factory=list)  # (path, first source_row)
+    # How the two sides' answers differ, of the rows that have both: by kind, and an example each.
+    answers: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # student's, teacher's
+    unpaired_ends: dict[str, int] = field(default_factory=dict)  # by the side that has an end
+
+    @property
+    def kept(self) -> int:
+        return sum(self.counts.get(status, 0) for status in TRAINING)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def locate(self, source_row: int) -> str:
+        """`source_row` in words: which row of which data set."""
+        for path, start in reversed(self.sources):
+            if source_row >= start:
+                return f"row {source_row - start} of {path}"
+        return f"row {source_row}"
+
+    def add(self, statuses: Sequence[str], answers: Sequence[str]) -> None:
+        """Counts the rows of one data set; `answers` are JSON, as `dual_tokenization` makes it."""
+        for status, text in zip(statuses, answers, strict=True):
+            self.counts[status] = self.counts.get(status, 0) + 1
+            found = json.loads(text)
+            if "kind" in found:
+                kind = found["kind"]
+                self.answers[kind] = self.answers.get(kind, 0) + 1
+                if "example" in found:
+                    student, teacher = found["example"]
+                    self.examples.setdefault(kind, (student, teacher))
+            if "end" in found:
+                self.unpaired_ends[found["end"]] = self.unpaired_ends.get(found["end"], 0) + 1
+
+    def check(self, needs_teacher: bool) -> None:
+        """Raises UserError where no row is left to train on, or none with a teacher; warns of few.
+
+        Rows may be kept for their labels alone, and a run of such rows only would be fine-tuning
+        without a teacher that looks like one with.
+        """
+        if not self.total:
+            return
+        reasons = "\n".join(f"  {count} rows {status}" for status, count in self.counts.items())
+        if not self.kept:
+            raise UserError(f"No row of the data is left to train on:\n{reasons}{self.shown()}")
+        taught = self.counts.get(KEPT, 0)
+        if not needs_teacher:
+            return
+        if not taught:
+            raise UserError(
+                f"No row of the data has a teacher's side to learn from:\n{reasons}{self.shown()}\n"
+                "Look at the teacher's chat template (dwakd.teacher.chat_template), or train "
+                "without a teacher (dwakd.variant: sft)."
+            )
+        if taught < FEW * self.kept:
+            LOG.warning(
+                "Only %d of %d rows learn from the teacher, the others from labels alone:\n%s%s",
+                taught,
+                self.kept,
+                reasons,
+                self.shown(),
+            )
+        for side, count in self.unpaired_ends.items():
+            if count > FEW * taught:
+                other = "teacher" if side == "student" else "student"
+                LOG.warning(
+                    "In %d of %d rows the answer ends with a labelled token on the %s's side only, "
+                    "so where to stop is learnt from the labels alone. See that the %s's chat "
+                    "template ends a turn with a token that is learnt (%s).",
+                    count,
+                    taught,
+                    side,
+                    other,
+                    "dwakd.teacher.chat_template" if other == "teacher" else "eot_tokens",
+                )
+
+    def shown(self) -> str:
+        """How the sides' answers differ, an example for each kind; empty where none differ."""
+        text = ""
+        for kind, count in self.answers.items():
+            if kind != SAME:
+                text += f"\n  {count} rows: answers {kind}"
+                for side, answer in zip(("student", "teacher"), self.examples[kind], strict=True):
+                    text += f"\n    {side}: {answer!r}"
+        return text
+
+    def keep(self, folder: Path) -> None:
+        """Saves the report beside the prepared rows, or reads it back when those were reused."""
+        file = folder / "rows.json"
+        if self.sources and folder.is_dir():
+            replace_file(file, json.dumps(asdict(self), indent=1))
+        elif not self.sources and file.is_file():
+            try:
+                saved = json.loads(file.read_text(encoding="utf-8"))
+                for name in ("counts", "answers", "unpaired_ends"):
+                    getattr(self, name).update({str(k): int(n) for k, n in saved[name].items()})
+                self.sources.extend((str(path), int(start)) for path, start in saved["sources"])
+                self.examples.update(
+                    {k: (str(a), str(b)) for k, (a, b) in saved["examples"].items()}
+                )
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{file} is damaged ({error}). Remove the folder {folder}: its rows are "
+                    "prepared again."
+                ) from error

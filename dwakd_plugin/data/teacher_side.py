@@ -1,0 +1,178 @@
+"""A row as the teacher's side sees it: its tokenizer, its chat template, where its turns end."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.chat_templates import get_chat_template
+from axolotl.utils.dict import DictDefault
+from transformers import PreTrainedTokenizerBase
+
+from dwakd_plugin.errors import UserError, first_line
+from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig
+from dwakd_plugin.tokenizers.loading import load_tokenizer
+
+# Words that no template has, to see what it makes of a conversation.
+_PROBE = (
+    {"role": "user", "content": "Zq7Question"},
+    {"role": "assistant", "content": "Zq7Answer"},
+)
+
+
+def load_teacher_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
+    """The teacher's own tokenizer. Raises UserError where there is none to load."""
+    name = teacher.tokenizer or teacher.base_model
+    return load_tokenizer(
+        name,
+        f"The teacher's tokenizer `{name}`",
+        "Give a folder with tokenizer files or a hub id as dwakd.teacher.base_model (or "
+        "dwakd.teacher.tokenizer).",
+        end_remedy="Give a tokenizer that has one as dwakd.teacher.tokenizer.",
+        revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+
+
+def teacher_template(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The teacher's chat template as Jinja text; None where neither recipe nor tokenizer has one.
+
+    `dwakd.teacher.chat_template` may be Jinja, a file of it, one of axolotl's names (`chatml`), or
+    the name of one of the tokenizer's own; of several of those, `default` is taken. Raises
+    UserError where it is none of these.
+    """
+    own, asked = tokenizer.chat_template, teacher.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {}
+    if asked is None or asked == "tokenizer_default":
+        return default_template(own, "The teacher's tokenizer", "dwakd.teacher.chat_template")
+    if asked in named:
+        return named[asked]
+    if "{{" in asked or "{%" in asked:
+        return asked
+    try:
+        if Path(asked).is_file():
+            return Path(asked).read_text(encoding="utf-8")
+        return get_chat_template(asked)
+    except OSError as error:
+        raise UserError(f"dwakd.teacher.chat_template: {asked} cannot be read: {error}") from error
+    except ValueError as error:
+        others = f" The teacher's tokenizer has: {', '.join(named)}." if named else ""
+        raise UserError(
+            f"dwakd.teacher.chat_template: `{asked}` is neither Jinja, nor a file, nor the name of "
+            f"a template that axolotl has, such as chatml or llama3.{others} Leave the key out for "
+            "the teacher tokenizer's own."
+        ) from error
+
+
+def default_template(own: Any, whose: str, key: str) -> str | None:
+    """Of a tokenizer's templates the one that is meant where none is named. Raises UserError."""
+    if not isinstance(own, dict):
+        return own
+    if "default" in own:
+        return own["default"]
+    raise UserError(
+        f"{whose} has several chat templates ({', '.join(own)}) and none called `default`. Give "
+        f"one as {key}."
+    )
+
+
+def end_of_turn(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that ends the teacher's turns, found by rendering one; None where none does.
+
+    Raises UserError where the template cannot render an answer, or leaves it out.
+    """
+    place = "The teacher's chat template (dwakd.teacher.chat_template, or its tokenizer's own)"
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in _PROBE], chat_template=template, tokenize=False
+            )
+        )
+    except Exception as error:  # templates raise whatever they like
+        raise UserError(
+            f"{place} cannot render a question and its answer: {first_line(error)}\nGive another "
+            "one, such as dwakd.teacher.chat_template: chatml."
+        ) from error
+    missing = [str(message["content"]) for message in _PROBE if message["content"] not in text]
+    if missing:
+        raise UserError(
+            f"{place} leaves out what was said: asked to render a question and its answer, it "
+            f"wrote {text[:200]!r}. Give a template that renders the messages' content."
+        )
+    after = text.rpartition(str(_PROBE[1]["content"]))[2].lstrip()
+    known = sorted((str(token) for token in tokenizer.get_added_vocab()), key=len, reverse=True)
+    return next((token for token in known if after.startswith(token)), None)
+
+
+def teacher_recipe(
+    cfg: DictDefault, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase
+) -> DictDefault:
+    """The recipe as the teacher's side of each row sees it: its length, its template, no overrides.
+
+    The student's special-token overrides and end-of-turn tokens are not the teacher's; where the
+    teacher's turns end with another token than its end of sequence, its own is named instead.
+    Raises UserError.
+    """
+    own = copy.deepcopy(cfg)
+    own.sequence_len = teacher.sequence_len or cfg.sequence_len
+    own.special_tokens = None
+    own.eot_tokens = None
+    own.chat_template_jinja = teacher_template(teacher, tokenizer)
+    if own.chat_template_jinja is not None and renders_chats(cfg):
+        end = end_of_turn(own.chat_template_jinja, tokenizer)
+        if end not in (None, tokenizer.eos_token) and end in own.chat_template_jinja:
+            own.eot_tokens = [end]
+    return own
+
+
+def renders_chats(cfg: DictDefault) -> bool:
+    """Whether any data set of the recipe goes through a chat template."""
+    return any(
+        str(dataset.type).startswith(("chat_template", "messages"))
+        for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+    )
+
+
+def fingerprint(
+    cfg: DictDefault, config: DWAKDConfig, own: DictDefault, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Names what prepared rows depend on and axolotl's own hash ignores: the teacher's side (`own`
+    is its recipe), and the state of local data files, which axolotl knows by name only."""
+    # All of it: two tokenizers may share a vocabulary and cut or begin texts in different ways.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    content = {
+        "columns": "teacher_input_ids, teacher_labels, source_row; answers compared",
+        "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "class": type(tokenizer).__name__,
+        "chat_template": own.chat_template_jinja,
+        "eot_tokens": own.eot_tokens,
+        "sequence_len": own.sequence_len,
+        "excess_length_strategy": cfg.excess_length_strategy,
+        "min_sample_len": cfg.min_sample_len,
+        "eval_sequence_len": cfg.eval_sequence_len,
+        "different_answers": config.different_answers,
+        "thinking_key": config.teacher.thinking_key,
+        "files": [_state(file) for file in local_files(cfg)],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def local_files(cfg: DictDefault) -> list[Path]:
+    """The data files of the recipe that lie on this machine, also those in folders."""
+    files: list[Path] = []
+    for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
+        named = dataset.data_files or dataset.path
+        for name in named if isinstance(named, list) else [named]:
+            place = Path(str(name))
+            files += [file for file in [place, *sorted(place.glob("*"))] if file.is_file()]
+    return files
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    found = file.stat()
+    return str(file), found.st_size, found.st_mtime_ns

@@ -1,0 +1,352 @@
+"""Both sides of a row learn from one and the same answer, or the run says which don't."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import normalizers
+from transformers import AutoTokenizer
+
+from dwakd_plugin.data.answers import (
+    REASONING,
+    SAME,
+    SPELLING,
+    TEXT,
+    TURNS,
+    Answers,
+    compare,
+)
+from dwakd_plugin.data.row_report import (
+    DROPPED_DIFFERENT,
+    KEPT,
+    LABELS_DIFFERENT,
+    RowReport,
+)
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.tokenizers.alignment import TokenAligner
+from dwakd_plugin.tokenizers.same_text import common_runs
+from tests.conftest import CHAT_TEMPLATE, write_rows
+from tests.data.test_dual_tokenization import prepare
+
+__all__ = ["prepare"]  # a fixture
+
+Prepare = Callable[[dict[str, Any]], tuple[Any, RowReport]]
+TOOLS_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+def chat(*turns: str, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return {"messages": messages, **more}
+
+
+@pytest.fixture
+def chats(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> Callable[[list[dict[str, Any]], dict[str, Any]], dict[str, Any]]:
+    """A recipe on conversations; the student renders ChatML, the `dwakd:` block is given."""
+
+    def build(rows: list[dict[str, Any]], dwakd: dict[str, Any], **more: Any) -> dict[str, Any]:
+        data = {"path": str(write_rows(tmp_path / "chats.jsonl", rows)), "type": "chat_template"}
+        return recipe(
+            dwakd, datasets=[data | {"chat_template": "chatml"}], sequence_len=512, **more
+        )
+
+    return build
+
+
+def answers(*turns: str) -> Answers:
+    return Answers(turns, True)
+
+
+# Comparing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "kind"),
+    [
+        (("one", "two"), ("one", "two"), SAME),
+        (("\none ", "two"), ("one", "two"), SPELLING),
+        (("Cafe\u0301", "5 \u2126"), ("Café", "5 Ω"), SPELLING),
+        (("a b",), ("a\u2581b",), SPELLING),
+        (("four",), ("<think>\n\n</think>\n\nfour",), SPELLING),
+        (("<think>two and two</think>four",), ("four",), REASONING),
+        (("<think>two and two</think>four",), ("two and two</think>four",), REASONING),
+        (("call", "three"), ("three",), TURNS),
+        (("call", "three"), ("", "three"), TURNS),
+        (("one",), ("another",), TEXT),
+        (("a  b",), ("ab",), TEXT),
+    ],
+)
+def test_how_two_answers_differ(
+    student: tuple[str, ...], teacher: tuple[str, ...], kind: str
+) -> None:
+    assert compare(Answers(student, True), Answers(teacher, True)) == kind
+
+
+@given(one=st.text("ab é\u0301\n数", max_size=30), other=st.text("ab é\u0301\n数", max_size=30))
+def test_common_runs_are_common(one: str, other: str) -> None:
+    a, b = one.encode(), other.encode()
+    runs = common_runs(a, b)
+    assert all(a[i : i + n] == b[j : j + n] and n > 0 for i, j, n in runs)
+    ends = [(i + n, j + n) for i, j, n in runs]
+    assert all(x <= i and y <= j for (x, y), (i, j, _) in zip(ends, runs[1:], strict=False))
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40))
+def test_a_text_and_itself_have_all_in_common(text: str) -> None:
+    raw = text.encode()
+    assert common_runs(raw, raw) == ([(0, 0, len(raw))] if raw else [])
+    spaced = b"\n " + raw
+    assert sum(n for _, _, n in common_runs(spaced, raw)) == len(raw)
+
+
+def test_pairing_goes_on_behind_accents_that_are_written_otherwise() -> None:
+    composed = "Café Rivière at the corner, or the old crêperie beside it."
+    runs = common_runs(normalize("NFD", composed).encode(), composed.encode())
+    assert sum(n for _, _, n in runs) == len(composed.encode()) - 3 * 2
+
+
+# Aligning -----------------------------------------------------------------------------------------
+
+
+def paired(lab: Path, teacher_tokenizer: Any, student: str, teacher: str) -> list[tuple[str, str]]:
+    """The tokens that pair, in words."""
+    own = AutoTokenizer.from_pretrained(lab / "student")
+    ids = [
+        tokenizer(text).input_ids
+        for tokenizer, text in ((own, student), (teacher_tokenizer, teacher))
+    ]
+    rows = [
+        [0, *tokens, tokenizer.eos_token_id]
+        for tokens, tokenizer in zip(ids, (own, teacher_tokenizer), strict=True)
+    ]
+    labels = [[-100, *row[1:]] for row in rows]
+    pairs = TokenAligner(own, teacher_tokenizer, whole=False).pairs(
+        rows[0], labels[0], rows[1], labels[1]
+    )
+    return [
+        (own.decode(rows[0][i + 1]), teacher_tokenizer.decode(rows[1][j + 1])) for i, j in pairs
+    ]
+
+
+def test_a_line_break_that_one_side_strips_costs_one_token(lab: Path) -> None:
+    teacher = AutoTokenizer.from_pretrained(lab / "teacher")
+    text = "Function 3 returns the median of its arguments."
+    whole = paired(lab, teacher, text, text)
+    assert len(whole) > 5
+    assert paired(lab, teacher, "\n" + text, text) == whole
+    assert paired(lab, teacher, text, "<think>\n\n</think>\n\n" + text) == whole
+
+
+def test_a_normaliser_of_one_side_costs_the_accents(lab: Path) -> None:
+    teacher = AutoTokenizer.from_pretrained(lab / "teacher")
+    teacher.backend_tokenizer.normalizer = normalizers.NFC()
+    text = normalize("NFD", "Function größte returns the median of its arguments.")
+    pairs = paired(lab, teacher, text, text)
+    assert len(pairs) > 8
+    assert pairs[-1] == (AutoTokenizer.from_pretrained(lab / "student").eos_token, "<|im_end|>")
+    assert all(own and other.startswith(own) for own, other in pairs[:-1])
+
+
+# Preparing ----------------------------------------------------------------------------------------
+
+
+def test_reasoning_that_the_teacher_drops_is_counted_and_not_taught(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    reasoned = "<think>\nadd two and two\n</think>\n\nIt is four."
+    rows = [chat("2+2?", reasoned, "Times three?", "<think>\n4*3\n</think>\n\nTwelve.")]
+    rows += [chat("And?", "Nothing.")] * 2
+    block = {"teacher": {"chat_template": "qwen3"}}
+    datasets, report = prepare(chats(rows, block))
+    assert report.counts == {LABELS_DIFFERENT: 1, KEPT: 2}
+    assert report.answers[REASONING] == 1
+    student, teacher = report.examples[REASONING]
+    assert "add two and two" in student
+    assert "add two and two" not in teacher
+    (different,) = [row for row in datasets.train_dataset if set(row["teacher_labels"]) == {-100}]
+    assert different["source_row"] == 0
+    assert "add two and two" in report.shown()
+
+    _, report = prepare(chats(rows, block | {"different_answers": "drop"}))
+    assert report.counts == {DROPPED_DIFFERENT: 1, KEPT: 2}
+    with pytest.raises(UserError, match=r"answer differently[^✗]*add two and two"):
+        prepare(chats(rows, block | {"different_answers": "stop"}))
+
+
+def test_tool_calls_that_the_teacher_does_not_know_are_not_taught(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}],
+    }
+    messages = [
+        {"role": "user", "content": "1 and 2?"},
+        call,
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "Three."},
+    ]
+    settings = chats([{"messages": messages}, chat("And?", "Nothing.")], {})
+    settings["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": TOOLS_TEMPLATE}
+    _, report = prepare(settings)
+    assert report.counts == {LABELS_DIFFERENT: 1, KEPT: 1}
+
+
+def test_a_run_without_a_teachers_side_stops(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    rows = [chat("2+2?", "<think>two and two</think>four", "x?", "<think>y</think>z")]
+    with pytest.raises(UserError, match="No row of the data has a teacher's side"):
+        prepare(chats(rows, {"teacher": {"chat_template": "qwen3"}}))
+
+
+# Templates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["name", "file", "jinja", "named"])
+def test_a_teachers_template_goes_by_name_file_or_text(
+    kind: str, chats: Callable[..., dict[str, Any]], prepare: Prepare, tmp_path: Path, lab: Path
+) -> None:
+    (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
+    teacher = tmp_path / "teacher"
+    shutil.copytree(lab / "teacher", teacher)
+    if kind == "named":
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        tokenizer.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ messages[0].content }}"}
+        (teacher / "chat_template.jinja").unlink()
+        tokenizer.save_pretrained(teacher)
+    asked = {
+        "name": "chatml",
+        "file": str(tmp_path / "own.jinja"),
+        "jinja": CHAT_TEMPLATE,
+        "named": None,
+    }
+    block = {"teacher": {"base_model": str(teacher), "chat_template": asked[kind]}}
+    datasets, report = prepare(chats([chat("And?", "Nothing.")] * 3, block))
+    assert report.counts == {KEPT: 3}
+    text = AutoTokenizer.from_pretrained(teacher).decode(
+        datasets.train_dataset[0]["teacher_input_ids"]
+    )
+    assert text.startswith("<|im_start|>user\nAnd?<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("chatlm", "neither Jinja, nor a file"),
+        ("{{ bos_token }}hello", "leaves out what was said"),
+        ("{{ raise_exception('no') }}", "cannot render a question and its answer"),
+    ],
+)
+def test_a_template_that_cannot_be_meant_is_refused(
+    template: str, words: str, chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    with pytest.raises(UserError, match=words):
+        prepare(chats([chat("And?", "Nothing.")], {"teacher": {"chat_template": template}}))
+
+
+def test_the_teachers_turns_end_as_its_template_has_it(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare, tmp_path: Path, lab: Path
+) -> None:
+    """A base model's end of sequence isn't in ChatML: its answers would have no labelled end."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(lab / "teacher", teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(teacher)
+    datasets, report = prepare(
+        chats([chat("And?", "Nothing.")], {"teacher": {"base_model": str(teacher)}})
+    )
+    labels = [label for label in datasets.train_dataset[0]["teacher_labels"] if label != -100]
+    assert tokenizer.decode(labels) == "Nothing.<|im_end|>"
+    assert report.unpaired_ends.get("student", 0) == 0
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def test_rows_that_were_added_are_read(
+    recipe: Callable[..., dict[str, Any]], prepare: Prepare, tmp_path: Path
+) -> None:
+    rows = [
+        {"instruction": f"What is {i}?", "input": "", "output": f"A number, {i}."}
+        for i in range(30)
+    ]
+    file = write_rows(tmp_path / "growing.jsonl", rows[:10])
+    settings = recipe({}, datasets=[{"path": str(file), "type": "alpaca"}])
+    assert len(prepare(settings)[0].train_dataset) == 10
+    write_rows(file, rows)
+    assert len(prepare(settings)[0].train_dataset) == 30
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": []}, "`messages` is empty"),
+        (
+            chat("Name a river.", "x")
+            | {
+                "messages": [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": None},
+                ]
+            },
+            r"message 2 of `messages` \(assistant\) has no content",
+        ),
+    ],
+)
+def test_a_conversation_that_lacks_something_says_what(
+    row: dict[str, Any], words: str, chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    with pytest.raises(UserError, match=words):
+        prepare(chats([chat("And?", "Nothing."), row], {}))
+
+
+def test_a_system_message_that_the_teacher_refuses_names_the_teacher(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    row = chat("And?", "Nothing.")
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    with pytest.raises(
+        UserError, match=r"The teacher \(.*teacher\) cannot render[^✗]*dwakd.teacher.chat_template"
+    ):
+        prepare(chats([row], {"teacher": {"chat_template": refuses}}))
+
+
+def test_a_row_that_is_too_long_stops_the_run_where_the_recipe_says_so(
+    recipe: Callable[..., dict[str, Any]], prepare: Prepare, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "x", "input": "", "output": "word " * count} for count in (3, 4000)]
+    data = {"path": str(write_rows(tmp_path / "long.jsonl", rows)), "type": "alpaca"}
+    settings = recipe({}, datasets=[data], excess_length_strategy="raise")
+    with pytest.raises(UserError, match=r"tokens on the student's side, and sequence_len is 256"):
+        prepare(settings)
+
+
+def test_the_report_is_read_back_with_the_rows(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    rows = [chat("2+2?", "<think>two</think>four", "x?", "<think>y</think>z"), chat("And?", "No.")]
+    settings = chats(rows, {"teacher": {"chat_template": "qwen3"}})
+    _, first = prepare(settings)
+    _, again = prepare(settings)
+    assert json.loads(json.dumps(again.__dict__)) == json.loads(json.dumps(first.__dict__))
