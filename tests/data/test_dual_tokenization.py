@@ -248,7 +248,7 @@ def test_a_teacher_that_reads_otherwise_has_rows_of_its_own(
     ("rows", "entry", "message"),
     [
         ([{"text": "Some text."}], {"type": "completion"}, "chunks of two tokenizers do not match"),
-        ([{"question": "?"}], {"type": "alpaca"}, "does not fit its type: KeyError"),
+        ([{"question": "?"}], {"type": "alpaca"}, "doesn't fit its type: KeyError"),
         (
             [{"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}],
             {"type": None},
@@ -279,7 +279,7 @@ GOOD = b'{"instruction": "a", "input": "", "output": "b"}\n'
         (GOOD + b'{"instruction": "a", "output": "\\ud800"}\n', "Row 2 of .* lone surrogate"),
         (GOOD + b"\n" + GOOD[:30] + b"\xf6" + GOOD[30:], "not UTF-8: byte 0xf6 in line 3"),
         (GOOD + b"[" * 9999, "Row 2 of .* is not JSON"),
-        (GOOD + b"3\n", "Row 2 of .* is no JSON object"),
+        (GOOD + b"3\n", "Row 2 of .* isn't a JSON object"),
         (b"[1, 2", "is no JSON list"),
         (b" \n\n", "is empty"),
     ],
