@@ -91,7 +91,7 @@ class RowReport:
             )
         if taught < FEW * self.kept:
             LOG.warning(
-                "Only %d of %d rows learn from the teacher, the others from labels alone:\n%s%s",
+                "Only %s of %s rows learn from the teacher, the others from labels alone:\n%s%s",
                 taught,
                 self.kept,
                 reasons,
@@ -101,7 +101,7 @@ class RowReport:
             if count > FEW * taught:
                 other = "teacher" if side == "student" else "student"
                 LOG.warning(
-                    "In %d of %d rows the answer ends with a labelled token on the %s's side only, "
+                    "In %s of %s rows the answer ends with a labelled token on the %s's side only, "
                     "so where to stop is learnt from the labels alone. See that the %s's chat "
                     "template ends a turn with a token that is learnt (%s).",
                     count,
