@@ -44,6 +44,7 @@ bench: setup
 bench-plan: setup
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.plan_held_out --again
+	$(BIN)/python -m benchmarks.plan_recorded
 
 bench-teacher: setup
 	$(BIN)/python -m benchmarks.teacher --folder quickstart

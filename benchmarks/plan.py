@@ -4,7 +4,8 @@ python -m benchmarks.plan [--only NAME ...]
 
 Each configuration trains three steps through axolotl in a process of its own, on rows that fill
 `sequence_len` on both sides, which is what the plan assumes. Memory counts from where everything is
-imported and nothing is loaded; the kernel keeps the highest mark (VmHWM).
+imported and nothing is loaded; the kernel keeps the highest mark (VmHWM). The table in the docs is
+`benchmarks.plan_recorded`'s.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from benchmarks.measure import (
 )
 
 NAME = "plan"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "planning.md"
 LIMIT = 0.15  # the plan may be off by so much
 ROWS = 12
 STEPS = 3
-RUNTIME = "tiny pair, batch 1"  # what is not tensors: the source of CPU_RUNTIME in memory_plan
+RUNTIME = (
+    "tiny pair, batch 1"  # what is not tensors: the source of CPU_RUNTIME in dwakd_plugin.plan
+)
 
 
 # Models, rows and recipes -------------------------------------------------------------------
@@ -252,14 +254,8 @@ def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-def compare(
-    folder: Path,
-    name: str,
-    recipe: dict[str, Any],
-    lock: Path | None,
-    before: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Plans and measures one configuration, unless it was measured `before`."""
+def compare(folder: Path, name: str, recipe: dict[str, Any], lock: Path | None) -> dict[str, Any]:
+    """Plans and measures one configuration."""
     from dwakd_plugin.plan import card, plan
 
     with lock.open("a") if lock else contextlib.nullcontext() as held:
@@ -268,7 +264,7 @@ def compare(
         if recipe["dwakd"]["teacher"]["cache"]:
             shutil.rmtree(recipe["dwakd"]["teacher"]["cache"], ignore_errors=True)
         made = plan(recipe, card("cpu"))
-        measured = before or measure(folder, name, recipe)
+        measured = measure(folder, name, recipe)
     error = made.total / measured["peak"] - 1
     say(f"{name}: {made.total / MIB:.0f} MiB planned, {measured['peak'] / MIB:.0f} measured")
     return {
@@ -276,45 +272,9 @@ def compare(
         "error": error,
         "peak_is": made.peak,
         "parts": {part: round(size) for part, size in made.parts.items()},
-        # A step's time depends on what else the machine does, so it is planned beside its run.
-        "planned_seconds_per_step": None if before else made.seconds_per_step,
+        "planned_seconds_per_step": made.seconds_per_step,
         "measured": measured,
     }
-
-
-def table(results: dict[str, Any]) -> str:
-    """The comparison as Markdown."""
-    lines = [
-        "| configuration | planned, MiB | measured, MiB | off by | planned, s a step | measured |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, one in results.items():
-        planned, measured = one["planned"] / MIB, one["measured"]["peak"] / MIB
-        step, took = one["planned_seconds_per_step"], one["measured"]["seconds_per_step"]
-        planned_step = "–" if step is None else f"{step:.1f}"
-        lines.append(
-            f"| {name} | {planned:,.0f} | {measured:,.0f} | {one['error']:+.1%} "
-            f"| {planned_step} | {took:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def origin(module: str, started: dict[str, Any]) -> str:
-    """Where a table's figures come from."""
-    hardware, versions = started["hardware"], started["versions"]
-    packages = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-    return (
-        f"`python -m benchmarks.{module}`, {started['date'][:10]}: {hardware['cpu']}, "
-        f"{hardware['cores']} cores, {hardware['memory_gib']} GiB; {packages}."
-    )
-
-
-def replace_section(document: Path, name: str, text: str) -> None:
-    """Puts a text between the document's two lines for it."""
-    content = document.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    head, tail = content.split(begin)[0], content.split(end)[1]
-    document.write_text(f"{head}{begin}{text}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:
@@ -322,9 +282,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("plan-benchmark"))
     parser.add_argument("--only", nargs="*", default=[], help="parts of configurations' names")
     parser.add_argument("--lock", type=Path, help="file to hold locked during each configuration")
-    parser.add_argument(
-        "--replan", action="store_true", help="plan anew for what the results say was measured"
-    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -339,24 +296,15 @@ def main() -> None:
     started = start(torch.get_num_threads(), False, ["transformers", "axolotl"])
     folder = options.folder.resolve()
     prepare(folder)
-    before: dict[str, Any] = {}
-    if options.replan:
-        report = json.loads((options.results / f"{NAME}.json").read_text(encoding="utf-8"))
-        before = {name: one["measured"] for name, one in report["results"].items()}
-        started = {key: report[key] for key in started} | {"planned_anew": started["date"]}
     results = {
-        name: compare(folder, name, recipe, options.lock, before.get(name))
+        name: compare(folder, name, recipe, options.lock)
         for name, recipe in configurations(folder).items()
-        if (not options.only or any(part in name for part in options.only))
-        and (not options.replan or name in before)
+        if not options.only or any(part in name for part in options.only)
     }
     targets = [
         target(f"plan off by, {name}", abs(one["error"]), LIMIT) for name, one in results.items()
     ]
     write_report(NAME, started, results, targets, options.results)
-    if options.results == RESULTS:
-        replace_section(DOCUMENT, NAME, f"{origin(NAME, started)}\n\n{table(results)}")
-    print(table(results))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.plan_held_out --predict    # plans and writes it down
     python -m benchmarks.plan_held_out              # measures what was predicted
 
-A prediction that is written down stays as it is. Beside it stands what the plan says when the run
-is measured or tabled, so that a change of the plan that came after shows as one.
+A prediction that is written down stays as it is; `benchmarks.plan_recorded` sets beside it what the
+plan says today.
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ from typing import Any
 
 from benchmarks.measure import MIB, RESULTS, say, start, target, write_report
 from benchmarks.plan import (
-    DOCUMENT,
     LIMIT,
     LORA,
     create_model,
     measure,
-    origin,
     prepare,
-    replace_section,
     short_run,
 )
 
@@ -102,12 +99,6 @@ def prepare_all(folder: Path) -> None:
 
 def predict(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
     """What the plan says now; a cache that is full is filled for it."""
-    return {"predicted_at": datetime.now(UTC).isoformat(timespec="seconds")} | {
-        "predicted": _planned(folder, name, run)
-    }
-
-
-def _planned(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
     from dwakd_plugin.models.teacher.cache import INDEX
     from dwakd_plugin.plan import card, plan
 
@@ -118,26 +109,13 @@ def _planned(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
         shutil.rmtree(cache, ignore_errors=True)
     made = plan(run.recipe, card("cpu"))
     return {
-        "bytes": round(made.total),
-        "peak_is": made.peak,
-        "parts": {part: round(size) for part, size in made.parts.items()},
+        "predicted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "predicted": {
+            "bytes": round(made.total),
+            "peak_is": made.peak,
+            "parts": {part: round(size) for part, size in made.parts.items()},
+        },
     }
-
-
-def table(results: dict[str, Any]) -> str:
-    """The comparison as Markdown."""
-    lines = [
-        "| configuration | predicted, MiB | measured, MiB | off by | plan today, MiB | off by |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, one in results.items():
-        predicted, today = one["predicted"]["bytes"], one["planned"]["bytes"]
-        peak = one["measured"]["peak"]
-        lines.append(
-            f"| {name} | {predicted / MIB:,.0f} | {peak / MIB:,.0f} | {predicted / peak - 1:+.1%} "
-            f"| {today / MIB:,.0f} | {today / peak - 1:+.1%} |"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -166,7 +144,6 @@ def main() -> None:
             if not options.predict:
                 if name not in before:
                     raise SystemExit(f"{name} has no prediction: --predict first")
-                one["planned"] = _planned(folder, name, run)
                 if options.again or "measured" not in one:
                     one["measured"] = measure(folder, name, run.recipe)
         results[name] = one
@@ -177,9 +154,6 @@ def main() -> None:
         if (peak := one.get("measured", {}).get("peak"))
     ]
     write_report(NAME, started, results, targets, options.results)
-    if options.results == RESULTS and not options.predict:
-        replace_section(DOCUMENT, NAME, f"{origin(NAME, started)}\n\n{table(results)}")
-        print(table(results))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.plan.trace import Bytes
 
 FLOAT = 4  # bytes
 
@@ -63,7 +61,6 @@ class Model:
     hidden_size: int
     head_rows: int
     layers: int
-    checkpoint_bytes: int  # of its safetensors, where they are a local folder's
 
     @property
     def parameters(self) -> int:
@@ -125,15 +122,12 @@ def measure_model(name: str, config: Any, adapter: dict[str, Any] | None = None)
         for place, parameter in model.named_parameters()
     )
     text = config.get_text_config()
-    folder = Path(name)
-    files = folder.glob("*.safetensors") if folder.is_dir() else []
     return Model(
         name,
         weights,
         int(text.hidden_size),
         int(text.vocab_size),
         int(text.num_hidden_layers),
-        sum(file.stat().st_size for file in files),
     )
 
 
@@ -187,17 +181,19 @@ def with_lora(model: Any, settings: dict[str, Any]) -> Any:
 
 def weight_bytes(
     model: Model, dtype: Callable[[Layer], torch.dtype], bits: int | None = None
-) -> Iterator[Bytes]:
-    """Bytes of each weight: in its dtype, or in 8 or 4 bits by bitsandbytes where it is linear."""
-    for weight in model.weights:
+) -> int:
+    """All weights: in their dtype, or in 8 or 4 bits by bitsandbytes where they are linear."""
+
+    def of(weight: Layer) -> int:
         if bits == 8 and weight.quantised:
-            yield Bytes.of(weight.numel) + Bytes.of(FLOAT * weight.rows)
-        elif bits == 4 and weight.quantised:
+            return weight.numel + FLOAT * weight.rows
+        if bits == 4 and weight.quantised:
             blocks = math.ceil(weight.numel / NF4_BLOCK)
             scales = FLOAT * math.ceil(blocks / NF4_NESTED_BLOCK) + NF4_PER_LAYER
-            yield Bytes.of(math.ceil(weight.numel / 2)) + Bytes.of(blocks) + Bytes.of(scales)
-        else:
-            yield Bytes.of(weight.numel * dtype(weight).itemsize)
+            return math.ceil(weight.numel / 2) + blocks + scales
+        return weight.numel * dtype(weight).itemsize
+
+    return sum(map(of, model.weights))
 
 
 def optimizer_bytes(name: str, weight: Layer, itemsize: int) -> tuple[float, str | None]:

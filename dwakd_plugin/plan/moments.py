@@ -5,128 +5,94 @@ from __future__ import annotations
 from pathlib import Path
 
 from dwakd_plugin.models.teacher.cache import INDEX
-from dwakd_plugin.plan.parts import Parts, total
+from dwakd_plugin.plan.parts import Parts
 from dwakd_plugin.plan.recipe_models import shared_tokens
-from dwakd_plugin.plan.trace import Bytes
 
-LOADING, INITIALISATION, FILLING = (
-    "the loading of the teacher",
-    "the projectors' initialisation",
-    "the filling of the teacher cache",
-)
-BEFORE = (LOADING, INITIALISATION, FILLING)  # happen once, before the first step
+INITIALISATION = "the projectors' initialisation"  # on a CPU; over before anything is trained
+FILL_TOKENS = 2048  # of a batch while a cache is filled, about
+FILL_WAITING = 64 * 2**20  # states that wait to be written then
 
 
-def moments(run: Parts) -> dict[str, dict[str, Bytes]]:
-    """Parts at each moment that may be the worst, by the moment's name."""
+def moments(run: Parts) -> dict[str, dict[str, float]]:
+    """Bytes of each part at each moment that may be the worst, by the moment's name."""
     weights = run.weights()
-    optimizer, gradients = run.optimizer(), run.gradients()
     held, student_peak, student_backward = run.body("student")
     _, teacher_peak, _ = run.body("teacher")
     if run.cached or run.elsewhere:
         states = run.batch * run.lengths.teacher_response * run.teacher.hidden_size
-        teacher_peak = Bytes.of(states * run.teacher_dtype.itemsize)
-    loss_held, loss_peak, loss_backward = run.loss()
+        teacher_peak = states * run.teacher_dtype.itemsize
+    loss_held, loss_forward, loss_backward = run.loss()
     chunks, chunks_backward = run.head_chunks()
     dtw, dtw_held = run.dtw()
-    head = _head_gradient(run)
-    accumulated = (
-        gradients if int(run.recipe.get("gradient_accumulation_steps") or 1) > 1 else Bytes()
-    )
+    gradients = run.gradients()
+    accumulated = int(run.recipe.get("gradient_accumulation_steps") or 1) > 1
+    before = gradients if accumulated else 0
+    optimizer = run.optimizer()
     step = weights | {"optimizer": optimizer, "states that wait": run.waiting_states()}
-    largest = max(weight.numel * size for weight, size in run.trained())
     found = {
-        "the student's forward pass": step
-        | {"gradients": accumulated, "student activations": student_peak},
-        "the teacher's forward pass": step
+        "the models' forward passes": step
         | {
-            "gradients": accumulated,
-            "student activations": held,
+            "gradients": before,
+            "student activations": student_peak,
             "teacher activations": teacher_peak,
         },
         "soft-DTW": step
-        | {
-            "gradients": accumulated,
-            "student activations": held,
-            "loss": loss_held,
-            "soft-DTW": dtw,
-        },
+        | {"gradients": before, "student activations": held, "loss": loss_held, "soft-DTW": dtw},
         "the heads' logits": step
         | {
-            "gradients": Bytes.peak([accumulated, head]),
+            "gradients": max(before, _head_gradient(run)),
             "student activations": held,
-            "loss": loss_peak,
+            "loss": max(loss_forward, loss_backward),
             "soft-DTW": dtw_held,
-            "head chunks": chunks,
-        },
-        "the loss's backward pass": step
-        | {
-            "gradients": Bytes.peak([accumulated, head * 2]),
-            "student activations": held,
-            "loss": loss_backward,
-            "soft-DTW": dtw_held,
-            "head chunks": chunks_backward,
+            "head chunks": max(chunks, chunks_backward),
         },
         "the start of the student's backward pass": step
-        | {
-            "gradients": Bytes.peak([accumulated, head]),
-            "student activations": held + student_backward,
-        },
+        | {"gradients": before, "student activations": held + student_backward},
         "the end of the student's backward pass": step
         | {
-            "gradients": gradients + head,  # a second one of the embeddings, before it is added
-            "student activations": (held * (1 / run.student.layers)) + student_backward,
+            "gradients": gradients,
+            "student activations": held / run.student.layers + student_backward,
         },
         "the optimizer's step": step
-        | {
-            "gradients": gradients,
-            # Unfused Adam has two temporaries of a weight's size; on a GPU, of all weights'.
-            "optimizer": optimizer + _optimizer_scratch(run, largest),
-        },
+        | {"gradients": gradients, "optimizer": optimizer + _optimizer_scratch(run)},
     }
     filled = run.cached and (Path(str(run.config.teacher.cache)) / INDEX).is_file()
     if filled:
         run.assume("the teacher cache that is there has every row")
     elif run.cached and not run.elsewhere:
         run.assume("the teacher cache is filled by the run itself, before the first step")
-        found[FILLING] = {
-            **weights,
+        filling = Parts(
+            run.recipe,
+            run.config,
+            run.card,
+            max(1, FILL_TOKENS // run.lengths.teacher),
+            lengths=run.lengths,
+        )
+        found["the filling of the teacher cache"] = weights | {
             "teacher weights": run.teacher_weights(body=True),
-            "teacher activations": _scaled_teacher(run),
+            "teacher activations": filling.body("teacher")[1] + FILL_WAITING,
         }
-    if run.card.kind == "cpu":
-        found |= _loading(run, weights, body=not filled)
+    projectors = run.config.projectors
+    if run.card.kind == "cpu" and projectors.init != "random" and projectors.path is None:
+        tables = weights["projectors"] + _initialisation(run)
+        found[INITIALISATION] = weights | {"projectors": tables}
     return found
 
 
-def _head_gradient(run: Parts) -> Bytes:
+def _head_gradient(run: Parts) -> int:
     """Of the student's head, where it is trained: it comes first."""
     heads = [w for w in run.student.weights if w.embedding and w.trained]
-    if not heads:
-        return Bytes()
-    return Bytes.of(heads[-1].numel * run.student_weight_dtype(heads[-1]).itemsize)
+    return heads[-1].numel * run.student_weight_dtype(heads[-1]).itemsize if heads else 0
 
 
-def _optimizer_scratch(run: Parts, largest: int) -> Bytes:
+def _optimizer_scratch(run: Parts) -> int:
+    """Unfused Adam on a GPU has a temporary of each weight's size; on a CPU, one at a time."""
     name = str(run.recipe.get("optimizer") or "adamw_torch_fused").lower()
-    if run.card.kind == "cpu":
-        return Bytes.of(largest, 2)
-    return run.gradients() if name == "adamw_torch" else Bytes()
+    return run.gradients() if run.card.kind == "cuda" and name == "adamw_torch" else 0
 
 
-def _loading(run: Parts, weights: dict[str, Bytes], *, body: bool) -> dict[str, dict[str, Bytes]]:
-    """On a CPU, what happens before training counts too."""
-    file = run.teacher.checkpoint_bytes or 2 * run.teacher.parameters
-    loading = {}
-    if body:
-        loading[LOADING] = {
-            **weights,
-            "teacher weights": run.teacher_weights(body=True),
-            "checkpoint file (mapped)": Bytes(file, 0, file),
-        }
-    projectors = run.config.projectors
-    if projectors.init == "random" or projectors.path is not None:
-        return loading
+def _initialisation(run: Parts) -> int:
+    """Rows of both heads and embeddings of shared tokens: float32, centred in float64, at work."""
     shared = shared_tokens(
         run.recipe.get("tokenizer_config") or run.student.name,
         run.config.teacher.tokenizer or run.teacher.name,
@@ -135,15 +101,4 @@ def _loading(run: Parts, weights: dict[str, Bytes], *, body: bool) -> dict[str, 
         shared = min(run.student.head_rows, run.teacher.head_rows)
         run.assume("no tokenizers at hand: all of the smaller vocabulary is taken as shared")
     d, D = run.student.hidden_size, run.teacher.hidden_size
-    # Rows of both heads and embeddings in float32, and centred in float64; two more at work.
-    tables = [Bytes.of(12 * shared * width, 2) for width in (d, D)]
-    initialisation = {"loss": total(tables) + Bytes.of(8 * shared * D, 2)}
-    return loading | {INITIALISATION: weights | initialisation}
-
-
-def _scaled_teacher(run: Parts) -> Bytes:
-    """The teacher's activations while a cache is filled, in batches of about 2048 tokens."""
-    rows = max(1, 2048 // run.lengths.teacher)
-    filling = Parts(run.recipe, run.config, run.card, rows, lengths=run.lengths)
-    _, peak, _ = filling.body("teacher")
-    return peak + Bytes.of(64 * 2**20 / 64, 64)  # states that wait to be written
+    return shared * (24 * (d + D) + 8 * D)

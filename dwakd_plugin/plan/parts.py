@@ -8,9 +8,7 @@ arithmetic, and every constant of it stands below with its reason. Bytes through
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +28,7 @@ from dwakd_plugin.plan.recipe_models import (
     model_of,
     vocabulary_trace,
 )
-from dwakd_plugin.plan.trace import Bytes, LossSizes, TraceError
+from dwakd_plugin.plan.trace import LossSizes, TraceError
 from dwakd_plugin.recipe.schema import DWAKDConfig
 
 # Soft-DTW takes the hidden states, then the embeddings, and forms its gradients at once. It has per
@@ -122,9 +120,9 @@ class Parts:
             return torch.float32
         return self.student_dtype
 
-    def student_weights(self) -> Bytes:
+    def student_weights(self) -> int:
         bits = 8 if self.recipe.get("load_in_8bit") else 4 if self.recipe.get("load_in_4bit") else 0
-        return total(weight_bytes(self.student, self.student_weight_dtype, bits))
+        return weight_bytes(self.student, self.student_weight_dtype, bits)
 
     def _teacher_bits(self, own: dict[str, Any] | None) -> int:
         """Of its linear layers: 8 or 4 by bitsandbytes, 0 where they have the teacher's dtype."""
@@ -136,12 +134,12 @@ class Parts:
         )
         return bits
 
-    def teacher_weights(self, *, body: bool) -> Bytes:
+    def teacher_weights(self, *, body: bool) -> int:
         model = self.teacher
         if not body:  # a cache has embeddings and head
             tables = tuple(weight for weight in model.weights if weight.embedding)
             model = replace(model, weights=tables)
-        return total(weight_bytes(model, lambda _: self.teacher_dtype, self.teacher_bits))
+        return weight_bytes(model, lambda _: self.teacher_dtype, self.teacher_bits)
 
     def projectors(self) -> list[Layer]:
         d, D = self.student.hidden_size, self.teacher.hidden_size
@@ -152,17 +150,17 @@ class Parts:
             for layer in (Layer(name, rows, columns), Layer(f"{name}.bias", rows, 1))
         ]
 
-    def optimizer(self) -> Bytes:
+    def optimizer(self) -> float:
         name = str(self.recipe.get("optimizer") or "adamw_torch_fused")
         if "paged" in name.lower():
             self.assume(f"{name}: its pages are counted as if none had moved to the CPU's memory")
-        states = []
+        state = 0.0
         for weight, itemsize in self.trained():
             size, assumed = optimizer_bytes(name, weight, itemsize)
             if assumed:
                 self.assume(assumed)
-            states += [Bytes.of(size / 2, 2)]
-        return total(states)
+            state += size
+        return state
 
     def trained(self) -> list[tuple[Layer, int]]:
         """Trained weights, each with the bytes of an element."""
@@ -171,27 +169,27 @@ class Parts:
         ]
         return own + [(weight, FLOAT) for weight in self.projectors()]
 
-    def gradients(self) -> Bytes:
-        return total(Bytes.of(weight.numel * size) for weight, size in self.trained())
+    def gradients(self) -> int:
+        return sum(weight.numel * size for weight, size in self.trained())
 
-    def weights(self) -> dict[str, Bytes]:
+    def weights(self) -> dict[str, float]:
         """What is there from the first step to the last, but for the optimizer's state."""
         runtime = CPU_RUNTIME if self.card.kind == "cpu" else CUDA_RUNTIME
         return {
             "student weights": self.student_weights(),
             "teacher weights": self.teacher_weights(body=not self.cached and not self.elsewhere),
-            "projectors": total(Bytes.of(FLOAT * layer.numel) for layer in self.projectors()),
-            "runtime": Bytes.of(runtime / 64, 64),
+            "projectors": sum(FLOAT * layer.numel for layer in self.projectors()),
+            "runtime": runtime,
         }
 
-    def waiting_states(self) -> Bytes:
+    def waiting_states(self) -> int:
         """Of cached teacher states in batches that are collated and not at work yet.
 
         The trainer fetches all micro-batches of an optimizer step at once, and its data loader one
         more, which stays in the CPU's memory.
         """
         if not self.cached:
-            return Bytes()
+            return 0
         kept = self.config.teacher.cache_dtype
         # Read back, float8 is float32.
         dtype = {"auto": self.teacher_dtype, "float8_e4m3": torch.float32}.get(kept)
@@ -199,11 +197,11 @@ class Parts:
         states = self.batch * self.lengths.teacher_response * self.teacher.hidden_size
         more = 1 if self.card.kind == "cpu" else 0
         accumulation = int(self.recipe.get("gradient_accumulation_steps") or 1)
-        return Bytes.of(states * itemsize, accumulation - 1 + more)
+        return states * itemsize * (accumulation - 1 + more)
 
     # -- what a step allocates --------------------------------------------------------------------
 
-    def body(self, side: str) -> tuple[Bytes, Bytes, Bytes]:
+    def body(self, side: str) -> tuple[float, float, float]:
         """Held after forward, forward's peak, and backward's need beside what is held."""
         training = side == "student"
         model = self.student if training else self.teacher
@@ -236,23 +234,20 @@ class Parts:
             )
             return like_a_llama(model, length, dtype.itemsize, self.batch, training, checkpointing)
 
-    def head_chunks(self) -> tuple[Bytes, Bytes]:
+    def head_chunks(self) -> tuple[float, float]:
         """Logits of a chunk, forward and backward, in the worse of the two spaces."""
-        (student, student_back), (teacher, teacher_back) = vocabulary_trace(
-            self.loss_sizes(), self.config.loss.model_dump_json()
-        )
+        student, teacher = vocabulary_trace(self.loss_sizes(), self.config.loss.model_dump_json())
+        lengths, B = self.lengths, self.batch
 
-        def tensors(count: float, rows: int, tokens: int) -> Bytes:
-            chunk = min(tokens, self.chunk(rows))
-            return Bytes.of(FLOAT * chunk * rows, count)
+        def chunk(rows: int, tokens: int) -> int:
+            return FLOAT * rows * min(tokens, self.chunk(rows))
 
-        S = self.batch * self.lengths.student_response
-        T = self.batch * self.lengths.teacher_response
-        Vs, Vt = self.student.head_rows, self.teacher.head_rows
-        return (
-            Bytes.peak([tensors(student, Vs, S), tensors(teacher, Vt, T)]),
-            Bytes.peak([tensors(student_back, Vs, S), tensors(teacher_back, Vt, T)]),
+        own = chunk(self.student.head_rows, B * lengths.student_response)
+        its = chunk(self.teacher.head_rows, B * lengths.teacher_response)
+        forward, backward = (
+            max(one * own, other * its) for one, other in zip(student, teacher, strict=True)
         )
+        return forward, backward
 
     def chunk(self, rows: int) -> int:
         """`tokens_per_chunk` of the loss, for a card that need not be here."""
@@ -272,32 +267,29 @@ class Parts:
             self.teacher_dtype,
         )
 
-    def loss(self) -> tuple[Bytes, Bytes, Bytes]:
+    def loss(self) -> tuple[float, float, float]:
         """Beside logits and soft-DTW: held, forward's peak, backward's peak."""
-        events = loss_trace(self.loss_sizes(), self.config.loss.model_dump_json())
-        return events.at(self.batch)
+        sizes: tuple[float, float, float] = loss_trace(
+            self.loss_sizes(), self.config.loss.model_dump_json()
+        ).at(self.batch)
+        return sizes
 
-    def dtw(self) -> tuple[Bytes, Bytes]:
+    def dtw(self) -> tuple[float, float]:
         """Soft-DTW at work, and what it leaves for backward."""
         if self.config.loss.dtw_weight == 0:
-            return Bytes(), Bytes()
+            return 0, 0
         S, T = self.lengths.student_response, self.lengths.teacher_response
-        B, d = self.batch, self.student.hidden_size
         costs = [S * T, S * S, T * T]
-        cells = [Bytes.of(FLOAT * B * cost) * DTW_CELLS for cost in costs]
-        at_work = Bytes.of(FLOAT * B * max(costs), DTW_CELLS_AT_WORK)
-        features = Bytes.of(FLOAT * B * S * d) + Bytes.of(FLOAT * B * T * d)
-        band = Bytes.of(FLOAT * B * S * T) if self.config.soft_dtw.band else Bytes()
-        held = features * (2 * DTW_FEATURES_HELD)  # of hidden states and of embeddings
-        return total([*cells, at_work, band, features * DTW_FEATURES, held]), held
+        cells = DTW_CELLS * sum(costs) + DTW_CELLS_AT_WORK * max(costs)
+        cells += S * T if self.config.soft_dtw.band else 0
+        features = (S + T) * self.student.hidden_size
+        held = 2 * DTW_FEATURES_HELD * features  # of hidden states and of embeddings
+        each = FLOAT * self.batch
+        return each * (cells + DTW_FEATURES * features + held), each * held
 
     def assume(self, text: str) -> None:
         if text not in self.assumptions:
             self.assumptions.append(text)
-
-
-def total(sizes: Iterable[Bytes]) -> Bytes:
-    return functools.reduce(lambda a, b: a + b, sizes, Bytes())
 
 
 def _student_precision(recipe: dict[str, Any], kind: str) -> tuple[torch.dtype, torch.dtype | None]:

@@ -5,22 +5,19 @@ What a run takes in memory and time, from the configs of its models alone. Bytes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.kept_states import bytes_per_token
 from dwakd_plugin.plan.cards import Card
-from dwakd_plugin.plan.moments import BEFORE, moments
-from dwakd_plugin.plan.parts import Lengths, Parts, total
+from dwakd_plugin.plan.moments import INITIALISATION, moments
+from dwakd_plugin.plan.parts import Lengths, Parts
 from dwakd_plugin.plan.step_time import seconds_per_step
 from dwakd_plugin.recipe.schema import parse_recipe
 
 KEPT = "kept by malloc"  # the part's name
-# malloc's heap ends between the most that was on it at one moment (every freed block used again)
-# and the sum of each part's own most (none, as long-lived blocks lie between). So far from the one
-# to the other: one figure for all, fitted to the measurements in docs/planning.md.
-NOT_USED_AGAIN = 0.4
 
 
 @dataclass(frozen=True)
@@ -94,34 +91,25 @@ def largest_micro_batch(
 
 
 def _plan(run: Parts) -> Plan:
+    """The highest moment; on a CPU, what each part takes at its own worst, added up.
+
+    glibc's malloc keeps freed blocks up to 32 MiB (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX), and
+    what one part left between blocks that live on seldom suits the sizes that another asks for.
+    """
     by_moment = moments(run)
-    totals = {name: total(parts.values()) for name, parts in by_moment.items()}
-    name, highest = max(totals.items(), key=lambda item: item[1].total)
-    peak = highest.total
+    once = by_moment.pop(INITIALISATION, {})
+    peak = max(by_moment, key=lambda name: sum(by_moment[name].values()))
+    largest, parts = _largest(by_moment.values()), by_moment[peak]
     if run.card.kind == "cpu":
-        # malloc keeps small blocks once a step has had them, whatever they were for.
-        steps = {moment: size for moment, size in totals.items() if moment not in BEFORE}
-        heap = max(size.heap for size in steps.values())
-        apart: dict[str, float] = {}
-        for sizes in by_moment.values():
-            for part, size in sizes.items():
-                apart[part] = max(apart.get(part, 0), size.heap)
-        heap += NOT_USED_AGAIN * max(0, sum(apart.values()) - heap)
-        moment = max(steps, key=lambda one: (steps[one].mapped, steps[one].heap))
-        if heap + steps[moment].mapped > peak:
-            name, peak = moment, heap + steps[moment].mapped
-    parts = {part: size.total for part, size in by_moment[name].items()}
-    parts[KEPT] = peak - totals[name].total
-    largest: dict[str, float] = {}
-    for sizes in by_moment.values():
-        for part, size in sizes.items():
-            largest[part] = max(largest.get(part, 0), size.total)
-    largest[KEPT] = parts[KEPT]
+        parts = parts | {KEPT: sum(largest.values()) - sum(parts.values())}
+    if sum(once.values()) > sum(parts.values()):
+        peak, parts = INITIALISATION, once
+    largest = _largest([largest, once, parts])
     return Plan(
         card=run.card,
         micro_batch=run.batch,
-        peak=name,
-        total=peak,
+        peak=peak,
+        total=sum(parts.values()),
         parts={part: size for part, size in parts.items() if size > 0},
         largest={part: size for part, size in largest.items() if size > 0},
         seconds_per_step=seconds_per_step(run),
@@ -136,3 +124,12 @@ def _plan(run: Parts) -> Plan:
         lengths=run.lengths,
         assumptions=tuple(run.assumptions),
     )
+
+
+def _largest(moments_: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Of each part, at its own worst moment."""
+    largest: dict[str, float] = {}
+    for parts in moments_:
+        for part, size in parts.items():
+            largest[part] = max(largest.get(part, 0), size)
+    return largest

@@ -25,49 +25,6 @@ from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.recipe.schema import LossConfig
 
-# glibc gives blocks beyond this back to the system when they are freed, and keeps smaller ones
-# (DEFAULT_MMAP_THRESHOLD_MAX; its threshold rises to that as tensors are freed).
-HEAP_BLOCK = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """An amount of memory: in all, and by how an allocator on the CPU treats it.
-
-    As a peak, `total` is that of the sum; `heap` (blocks up to HEAP_BLOCK) and `mapped` (larger)
-    have their own peaks, which may lie at other moments.
-    """
-
-    total: float = 0
-    heap: float = 0
-    mapped: float = 0
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.total + other.total, self.heap + other.heap, self.mapped + other.mapped)
-
-    def __sub__(self, other: Bytes) -> Bytes:
-        return self + other * -1
-
-    def __mul__(self, factor: float) -> Bytes:
-        return Bytes(self.total * factor, self.heap * factor, self.mapped * factor)
-
-    @staticmethod
-    def of(size: float, count: float = 1) -> Bytes:
-        """`count` blocks of `size` bytes."""
-        all_ = size * count
-        return Bytes(all_, all_, 0) if size <= HEAP_BLOCK else Bytes(all_, 0, all_)
-
-    @staticmethod
-    def peak(moments: Iterable[Bytes]) -> Bytes:
-        """The highest of each."""
-        found = list(moments)
-        return Bytes(
-            max(one.total for one in found),
-            max(one.heap for one in found),
-            max(one.mapped for one in found),
-        )
-
-
 # Two batch sizes are traced, this and one more, and others are on the line through these. The next
 # is tried where torch chooses other operations for the two.
 FIRST_BATCHES = (2, 4, 1)
@@ -84,17 +41,11 @@ class Events:
     each: np.ndarray
     forward: int  # so many events are forward's, the others backward's
 
-    def at(self, batch: int) -> tuple[Bytes, Bytes, Bytes]:
+    def at(self, batch: int) -> tuple[float, float, float]:
         """What `batch` samples hold after forward, and the peaks of forward and of backward."""
-        sizes = self.fixed + batch * self.each
-        heap = np.abs(sizes) <= HEAP_BLOCK
-        courses = [np.cumsum([0, *part]) for part in (sizes, sizes * heap, sizes * ~heap)]
-        middle = self.forward + 1
-        return (
-            Bytes(*(float(course[middle - 1]) for course in courses)),
-            Bytes(*(float(course[:middle].max()) for course in courses)),
-            Bytes(*(float(course[middle - 1 :].max()) for course in courses)),
-        )
+        course = np.cumsum([0, *(self.fixed + batch * self.each)])
+        end = self.forward
+        return float(course[end]), float(course[: end + 1].max()), float(course[end:].max())
 
 
 class _Recorder(TorchDispatchMode):
@@ -179,7 +130,7 @@ class BodyTrace:
     ends: tuple[int, ...]  # how many events each traced layer had seen at its end
     layers: int
 
-    def at(self, batch: int) -> tuple[Bytes, Bytes, Bytes]:
+    def at(self, batch: int) -> tuple[float, float, float]:
         """What forward leaves for backward, forward's peak, and what backward needs beside that.
 
         The gradients of weights count while they are made, one by one, and not after.
