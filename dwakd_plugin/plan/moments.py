@@ -74,8 +74,7 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
         }
     projectors = run.config.projectors
     if run.card.kind == "cpu" and projectors.init != "random" and projectors.path is None:
-        tables = weights["projectors"] + _initialisation(run)
-        found[INITIALISATION] = weights | {"projectors": tables}
+        found[INITIALISATION] = weights | {"tables of shared tokens": _initialisation(run)}
     return found
 
 
