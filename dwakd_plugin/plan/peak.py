@@ -93,8 +93,8 @@ def largest_micro_batch(
 def _plan(run: Parts) -> Plan:
     """The highest moment; on a CPU, what each part takes at its own worst, added up.
 
-    glibc's malloc keeps freed blocks up to 32 MiB (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX). That the
-    next part finds no use for them is assumed; docs/planning.md has it against recorded runs.
+    glibc's malloc keeps freed blocks up to 32 MiB (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX). That
+    the next part finds no use for them is assumed; docs/planning.md has it against recorded runs.
     """
     by_moment = moments(run)
     once = by_moment.pop(INITIALISATION, {})
