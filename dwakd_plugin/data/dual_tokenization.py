@@ -43,6 +43,7 @@ from dwakd_plugin.data.teacher_side import (
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.json_rows import json_rows
 from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.tokenizers.loading import follows_its_file
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
@@ -116,6 +117,13 @@ def _wrap_both_sides(
     prompter."""
     dataset = kwargs["dataset"]
     (student_tokenizer, teacher_tokenizer), (cfg, teacher_cfg) = tokenizers, recipes
+    if not follows_its_file(student_tokenizer, student_tokenizer.name_or_path):
+        raise UserError(
+            f"The student's tokenizer, loaded as {type(student_tokenizer).__name__}, doesn't cut "
+            f"texts as the tokenizer.json in {student_tokenizer.name_or_path} does, so the model "
+            "would read another text than it knows. Set `tokenizer_type: PreTrainedTokenizerFast` "
+            "in the recipe, which takes that file as it is."
+        )
     name = f"{dataset_config.path} (type: {dataset_config.type})"
     if not isinstance(dataset, Dataset):
         raise UserError(

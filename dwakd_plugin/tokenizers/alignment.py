@@ -129,7 +129,7 @@ def _pairs_of_a_text(student: list[bytes], teacher: list[bytes], whole: bool) ->
     `common_runs`) nothing pairs, and behind it pairing goes on.
     """
     student_text, teacher_text = b"".join(student), b"".join(teacher)
-    runs = common_runs(student_text, teacher_text)
+    runs = _runs(student_text, teacher_text)
     teacher_spans = {
         begin: (j, end) for j, (begin, end) in enumerate(_spans(teacher)) if begin < end
     }
@@ -144,6 +144,17 @@ def _pairs_of_a_text(student: list[bytes], teacher: list[bytes], whole: bool) ->
         if end + shift == other_end or (not whole and end + shift < other_end):
             pairs.append((i, j))
     return pairs, _end_alike(student_text, teacher_text, runs)
+
+
+def _runs(student: bytes, teacher: bytes) -> list[Run]:
+    """`common_runs`, where a space that SentencePiece put before one of the texts isn't the text's:
+    of several spaces in a row the later ones are then the same."""
+    for begin, other_begin in ((1, 0), (0, 1)):
+        one, other = student[begin:], teacher[other_begin:]
+        spaced = student[:begin] + teacher[:other_begin]
+        if spaced == b" " and one == other and one:
+            return [(begin, other_begin, len(one))]
+    return common_runs(student, teacher)
 
 
 def _spans(pieces: list[bytes]) -> list[tuple[int, int]]:
@@ -162,18 +173,17 @@ def _end_alike(student: bytes, teacher: bytes, runs: list[Run]) -> bool:
 def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
     """For each row of the teacher's head the student's token of the same bytes, −1 where none.
 
-    Added tokens go by their text, and the end of a sequence is the end of a sequence.
+    Added tokens go by their text, and the end of a sequence is the end of a sequence. A head may
+    have fewer rows than its tokenizer has tokens: what lies beyond is never predicted.
     """
-    found = [-1] * rows
-    for teacher_id, student_id in shared_vocabulary(teacher_tokenizer, student_tokenizer):
-        found[teacher_id] = student_id
+    found = dict(shared_vocabulary(teacher_tokenizer, student_tokenizer))
     added = student_tokenizer.get_added_vocab()
     for token, teacher_id in teacher_tokenizer.get_added_vocab().items():
         if token in added:
             found[teacher_id] = added[token]
     if teacher_tokenizer.eos_token_id is not None and student_tokenizer.eos_token_id is not None:
         found[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
-    return found
+    return [found.get(index, -1) for index in range(rows)]
 
 
 def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
@@ -182,24 +192,37 @@ def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
 
     That is the first token of the student's own cut of these bytes: where the teacher predicts
     ` photosynthesis`, the student is to predict ` photo`. A token that is not cut off by itself is
-    cut after something that no tokenizer joins it with. Where the bytes are no text (a part of a
-    character), only a token of the same bytes counts.
+    cut after something that no tokenizer joins it with. The student's own token of the same bytes
+    is taken only where it comes back from a cut: a vocabulary has tokens that its own merges, or a
+    normaliser before them, never arrive at, and no label ever names them. Where the bytes are no
+    text (a part of a character), only a token of the same bytes counts.
     """
     found = token_map(teacher_tokenizer, student_tokenizer, rows)
     cutter = ByteCutter(student_tokenizer, "student")
-    special = {
-        index for index, token in teacher_tokenizer.added_tokens_decoder.items() if token.special
-    }
-    missing: dict[int, str] = {}
+    added = teacher_tokenizer.added_tokens_decoder
+    texts: dict[int, str] = {}  # of the teacher's tokens whose counterpart is still to be found
     for index, piece in ByteCutter(teacher_tokenizer, "teacher").pieces.items():
-        if index < rows and found[index] < 0 and index not in special:
+        taken = index in added and (added[index].special or found[index : index + 1] > [-1])
+        if index < rows and piece and not taken:
             with suppress(UnicodeDecodeError):
-                missing[index] = piece.decode()
-    for before in _BEFORE:
-        texts = [before + text for text in missing.values()]
-        cuts = zip(list(missing), cutter.cut(texts), strict=True)
+                texts[index] = piece.decode()
+    firsts: dict[int, int] = {}
+    for before in ("", *_BEFORE):
+        cuts = zip(list(texts), cutter.cut([before + text for text in texts.values()]), strict=True)
         for index, cut in cuts:
-            if isinstance(cut, Cut) and len(before) in cut.ends[:-1]:
-                found[index] = cut.ids[cut.ends.index(len(before)) + 1]
-                del missing[index]
+            if not isinstance(cut, Cut):
+                continue
+            ids = _ids_behind(cut, len(before))
+            if ids == [found[index]]:
+                del texts[index]
+            elif ids and before:
+                firsts.setdefault(index, ids[0])
+    for index in texts:
+        found[index] = firsts.get(index, -1)
     return found
+
+
+def _ids_behind(cut: Cut, begin: int) -> list[int]:
+    """The tokens from a byte on that one begins with; empty where none does, or holds no byte."""
+    spans = list(pairwise([0, *cut.ends]))
+    return next((cut.ids[i:] for i, (b, e) in enumerate(spans) if b == begin < e), [])

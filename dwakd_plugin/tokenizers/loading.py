@@ -7,6 +7,10 @@ from typing import Any
 
 from dwakd_plugin.errors import UserError, first_line
 
+# Words, runs of white space, digits, marks, and letters beyond ASCII: what a tokenizer that was
+# rebuilt as another kind cuts otherwise, or loses.
+PROBE = "Hello, world!  How are you\n\tx = 12345 + 'größte' 数学 ..."
+
 
 def load_tokenizer(
     name: str | Path,
@@ -19,15 +23,24 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of a folder or hub id; `title` names it in messages, and begins them.
 
-    Raises UserError, which ends with `remedy`, where there is none to load; and, with `end_remedy`,
-    where it has no end-of-sequence token.
+    It cuts texts as its own tokenizer.json does: where the class that its config names rebuilds it
+    otherwise, the file is taken as it is. Raises UserError, which ends with `remedy`, where there
+    is none to load, or none that follows its file; and, with `end_remedy`, where it has no
+    end-of-sequence token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    given = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **given)
+        if not follows_its_file(tokenizer, name, revision):
+            named = type(tokenizer).__name__
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **given)
+            if not follows_its_file(tokenizer, name, revision):
+                raise ValueError(
+                    f"neither {named}, which its config names, nor the plain class cuts texts as "
+                    "its own tokenizer.json does"
+                )
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         if "trust_remote_code" in str(error):
             remedy = (
@@ -40,3 +53,28 @@ def load_tokenizer(
             f"{title} has no end-of-sequence token, so a response has no end. {end_remedy}"
         )
     return tokenizer
+
+
+def follows_its_file(tokenizer: Any, name: str | Path, revision: str | None = None) -> bool:
+    """Whether a loaded tokenizer cuts a text as the tokenizer.json that it was loaded from.
+
+    transformers rebuilds a tokenizer by the class that its config names: a byte-level one whose
+    config says Llama comes out as SentencePiece and loses every space (transformers #45488). True
+    where there is no such file, or it isn't on this machine.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from tokenizers import Tokenizer
+
+    file: Any = Path(name) / "tokenizer.json"
+    if not file.is_file():
+        try:
+            file = try_to_load_from_cache(str(name), "tokenizer.json", revision=revision)
+        except HFValidationError:  # a path, and no hub id
+            return True
+        if not isinstance(file, str):
+            return True
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return False
+    expected = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    return bool(tokenizer(PROBE, add_special_tokens=False)["input_ids"] == expected)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
@@ -133,11 +134,15 @@ def test_turns_are_compared_each_with_its_own() -> None:
         *[(" b", " b"), (" the", " the"), ("<|end|>", "</s>")],
         *[(" b", " b"), (" in", " in"), ("<|end|>", "</s>")],
     ]
-    # One side is cut short, or says something else from a byte on: nothing after it is paired.
+    # One side is cut short: nothing after it is paired. One word differs: pairing goes on behind it.
     short = both(("", "", False), ("a b the<|end|>", "a b", True))
     assert texts(aligner.pairs(*short), short) == [(" b", " b")]
     other = both(("", "", False), ("a b the in<|end|>", "a b is in</s>", True))
-    assert texts(aligner.pairs(*other), other) == [(" b", " b")]
+    assert texts(aligner.pairs(*other), other) == [
+        (" b", " b"),
+        (" in", " in"),
+        ("<|end|>", "</s>"),
+    ]
     # A space that the text begins with is the text's.
     spaced = both(("", "", False), (" a b<|end|>", " a b</s>", True))
     assert texts(aligner.pairs(*spaced), spaced)[:2] == [(" a", " a"), (" b", " b")]
@@ -274,3 +279,39 @@ def test_batches_have_the_same_pairs_however_they_are_laid_out(padding_side: str
         counted.append(len(alone["student_pairs"]))
     S = batch["student_positions"].shape[1]
     assert counted == torch.bincount(batch["student_pairs"] // S, minlength=len(rows)).tolist()
+
+
+def with_tokens(tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with these tokens beside the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *tokens, "<|end|>"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+def test_a_token_that_no_text_is_cut_into_is_not_taught() -> None:
+    """The student has `abc`, and its merges never arrive at it: its labels say `ab`, then `c`."""
+    merges = [("a", "b"), ("ab", "c")]
+    teacher = with_tokens(["ab", "abc"], merges)
+    student = with_tokens(["ab", "abc"], merges[:1])
+    ids = {token: teacher.convert_tokens_to_ids(token) for token in ("ab", "abc", "<|end|>")}
+    own = {token: student.convert_tokens_to_ids(token) for token in ("ab", "abc", "<|end|>")}
+    found = first_tokens(teacher, student, len(teacher))
+    assert found[ids["abc"]] == own["ab"]
+    assert found[ids["ab"]] == own["ab"]
+    assert found[ids["<|end|>"]] == own["<|end|>"]
+    assert token_map(teacher, student, len(teacher))[ids["abc"]] == own["abc"]
+
+
+def test_a_head_may_have_fewer_rows_than_its_tokenizer_has_tokens() -> None:
+    teacher = with_tokens(["ab"], [("a", "b")])
+    teacher.add_special_tokens({"additional_special_tokens": ["<|beyond|>"]})
+    student = with_tokens(["ab"], [("a", "b")])
+    student.add_special_tokens({"additional_special_tokens": ["<|beyond|>"]})
+    rows = len(teacher) - 1
+    for counterparts in (token_map, first_tokens):
+        found = counterparts(teacher, student, rows)
+        assert len(found) == rows
+        assert found[teacher.eos_token_id] == student.eos_token_id

@@ -1,0 +1,48 @@
+"""A tokenizer is what its own file says, whatever class its config names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.tokenizers.loading import PROBE, follows_its_file, load_tokenizer
+from tests.conftest import SHARED
+from tests.tokenizers.small_tokenizers import byte_level
+
+
+@pytest.fixture
+def misnamed(tmp_path: Path) -> Path:
+    """A byte-level tokenizer whose config names Llama's class, as DeepSeek-V3's does."""
+    byte_level().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}
+    file.write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_byte_level_tokenizer_that_is_called_llama_keeps_its_spaces(misnamed: Path) -> None:
+    ids = Tokenizer.from_file(str(misnamed / "tokenizer.json")).encode(PROBE).ids
+    tokenizer = load_tokenizer(misnamed, "The tokenizer")
+    assert tokenizer(PROBE, add_special_tokens=False)["input_ids"] == ids
+    assert tokenizer.decode(ids) == PROBE
+    # The reason for all this: if it is gone, so can be what stands against it.
+    assert not follows_its_file(AutoTokenizer.from_pretrained(misnamed), misnamed)
+
+
+def test_a_damaged_file_is_named(misnamed: Path) -> None:
+    (misnamed / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="The tokenizer cannot be loaded"):
+        load_tokenizer(misnamed, "The tokenizer", "Give another.")
+
+
+@pytest.mark.skipif(not (SHARED / "tokenizers").is_dir(), reason="no real tokenizers here")
+def test_real_tokenizers_follow_their_files() -> None:
+    folders = sorted((SHARED / "tokenizers").iterdir())
+    assert len(folders) >= 5
+    for folder in folders:
+        assert follows_its_file(AutoTokenizer.from_pretrained(folder), folder), folder.name
