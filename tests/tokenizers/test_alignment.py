@@ -134,7 +134,7 @@ def test_turns_are_compared_each_with_its_own() -> None:
         *[(" b", " b"), (" the", " the"), ("<|end|>", "</s>")],
         *[(" b", " b"), (" in", " in"), ("<|end|>", "</s>")],
     ]
-    # One side is cut short: nothing after it is paired. One word differs: pairing goes on behind it.
+    # One side is cut short: nothing after it is paired. One word differs: what follows is paired.
     short = both(("", "", False), ("a b the<|end|>", "a b", True))
     assert texts(aligner.pairs(*short), short) == [(" b", " b")]
     other = both(("", "", False), ("a b the in<|end|>", "a b is in</s>", True))
