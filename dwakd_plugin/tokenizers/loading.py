@@ -30,7 +30,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    given = {"revision": revision, "trust_remote_code": trust_remote_code}
+    given: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **given)
         if not follows_its_file(tokenizer, name, revision):
