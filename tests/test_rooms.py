@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_no_arrow_points_up() -> None:
     # The version stands in the package itself, which any room may read.
     upward = {(a, b) for a, b in arrows() if b in FLOOR and FLOOR[b] >= FLOOR[a]}
     assert not upward
+
+
+def test_the_picture_in_the_documentation_is_this_one() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    drawn = {row[1].strip(" `"): re.findall(r"`(\w+)`", row[3]) for row in rows}
+    assert list(drawn) == list(FLOOR), "in this order"
+    found = {each: {b for a, b in arrows() if a == each} for each in FLOOR}
+    assert {each: set(others) for each, others in drawn.items()} == found
 
 
 def test_no_circle() -> None:
