@@ -78,31 +78,21 @@ def train(folder: Path, lab: Path) -> None:
 
 
 def warmup(folder: Path, lab: Path) -> None:
-    from dwakd_cli.warmup import run
+    from dwakd_cli.warmup import warmup as command
     from dwakd_plugin.train import warmup
 
     warmup.SHARD_BYTES = 4096
-    run(
-        recipe_file(folder, lab),
-        teacher={},
-        epochs=3,
-        patience=3,
-        teacher_space=False,
-        output=folder / "projectors.safetensors",
-        plot=None,
-        force=False,
-        json_output=False,
-    )
+    output = folder / "projectors.safetensors"
+    command(recipe_file(folder, lab), epochs=3, patience=3, output=output)
 
 
 def cache(folder: Path, lab: Path) -> None:
-    from dwakd_cli.cache import run
+    from dwakd_cli.cache import cache as command
     from dwakd_plugin.models.teacher import cached as cached_teacher
 
     cached_teacher.SHARD_BYTES = 8192
-    states = {"cache": str(folder / "states")}
     file = recipe_file(folder, lab)
-    run(file, teacher=states, batch_tokens=300, verify=False, json_output=False)
+    command(file, teacher_cache=folder / "states", batch_tokens=300)
 
 
 def evaluate(folder: Path, lab: Path) -> None:

@@ -24,6 +24,7 @@ from benchmarks.teacher import stepper, with_cache
 from dwakd_cli import quickstart
 from dwakd_plugin.data.packing import LENGTH_COLUMN
 from dwakd_plugin.models.batches import pack
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.train.open_run import OpenRun, open_run
 
 UNPACKED = "unpacked, 8 rows"
@@ -47,7 +48,7 @@ def main(
     recipe = yaml.safe_load(Path("dwakd.yml").read_text(encoding="utf-8"))
     started = measure.start(threads, False, ["transformers"])
     packed = {"sample_packing": True, "attn_implementation": "sdpa", "val_set_size": 0}
-    with open_run(with_cache(recipe, None) | packed) as run:
+    with open_run(Recipe(with_cache(recipe, None) | packed)) as run:
         train = run.trainer.train_dataset
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         chosen = [train[index] for index in order[:rows].tolist()]

@@ -257,13 +257,14 @@ def measure(folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 def compare(folder: Path, name: str, recipe: dict[str, Any], lock: Path | None) -> dict[str, Any]:
     """Plans and measures one configuration."""
     from dwakd_plugin.plan import card, plan
+    from dwakd_plugin.recipe import Recipe
 
     with lock.open("a") if lock else contextlib.nullcontext() as held:
         if held is not None:
             fcntl.flock(held, fcntl.LOCK_EX)
         if recipe["dwakd"]["teacher"]["cache"]:
             shutil.rmtree(recipe["dwakd"]["teacher"]["cache"], ignore_errors=True)
-        made = plan(recipe, card("cpu"))
+        made = plan(Recipe(recipe), card("cpu"))
         measured = measure(folder, name, recipe)
     error = made.total / measured["peak"] - 1
     say(f"{name}: {made.total / MIB:.0f} MiB planned, {measured['peak'] / MIB:.0f} measured")

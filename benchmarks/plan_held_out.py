@@ -101,13 +101,14 @@ def predict(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
     """What the plan says now; a cache that is full is filled for it."""
     from dwakd_plugin.models.teacher.cache import INDEX
     from dwakd_plugin.plan import card, plan
+    from dwakd_plugin.recipe import Recipe
 
     cache = run.recipe["dwakd"]["teacher"]["cache"]
     if run.cache_is_full and not (Path(cache) / INDEX).is_file():
         measure(folder, f"{name} (filling)", run.recipe)
     elif cache and not run.cache_is_full:
         shutil.rmtree(cache, ignore_errors=True)
-    made = plan(run.recipe, card("cpu"))
+    made = plan(Recipe(run.recipe), card("cpu"))
     return {
         "predicted_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "predicted": {

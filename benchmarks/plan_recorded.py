@@ -63,6 +63,7 @@ def planned(folder: Path) -> dict[str, Any]:
     from dwakd_plugin.models.teacher.cache import INDEX
     from dwakd_plugin.plan import Card
     from dwakd_plugin.plan import plan as make
+    from dwakd_plugin.recipe import Recipe
 
     configs = embedded_pair() | plan.random_models() | plan_held_out.random_models()
     for name, config in configs.items():
@@ -79,7 +80,7 @@ def planned(folder: Path) -> dict[str, Any]:
         # The runs' tokenizers shared 4,096 tokens at most. They aren't made here, and a plan that
         # finds none takes all of the vocabulary as shared, which would make this the peak.
         recipe["dwakd"]["projectors"] = {"init": "random"}
-    return {name: make(recipe, card) for name, recipe in recipes.items()}
+    return {name: make(Recipe(recipe), card) for name, recipe in recipes.items()}
 
 
 def table(plans: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:

@@ -34,6 +34,7 @@ from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.models.teacher.cached import fill, missing_rows, open_cache, teacher_rows
 from dwakd_plugin.models.teacher.kept_states import row_key
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.train.open_run import OpenRun, open_run
 
@@ -66,7 +67,10 @@ def main(
         print(json.dumps(memory_of_two_steps(with_cache(recipe, peak or None))))
         return
     started = measure.start(threads, False, ["transformers", "bitsandbytes", "safetensors"])
-    with tempfile.TemporaryDirectory(dir=".") as work, open_run(with_cache(recipe, None)) as run:
+    with (
+        tempfile.TemporaryDirectory(dir=".") as work,
+        open_run(Recipe(with_cache(recipe, None))) as run,
+    ):
         caches, filling = fill_caches(run, Path(work), DTYPES[:1] if memory_only else DTYPES)
         if memory_only:
             before = json.loads((results / "teacher.json").read_text(encoding="utf-8"))
@@ -309,7 +313,7 @@ def memory_of_two_steps(recipe: dict[str, Any]) -> dict[str, int]:
     Beside it, after the steps: what is no file's (`anonymous`), what is mapped from files, and what
     no other process shares (`own`, USS); `files_after_all_rows` is when every row was collated.
     """
-    with open_run(recipe) as run:
+    with open_run(Recipe(recipe)) as run:
         collator, rows = run.trainer.data_collator, run.trainer.train_dataset
         cache, step = collator.teacher_cache, stepper(run)
         for start in (0, BATCH):

@@ -7,45 +7,66 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
-from dwakd_cli.train import read_recipe, with_distillation
+from dwakd_cli.options import JsonReport, RecipeFile, Teacher
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.schema import parse_recipe
 
 if TYPE_CHECKING:
     from dwakd_cli.alignment_picture import AlignedSample
+    from dwakd_plugin.recipe import Recipe
 
 BEFORE = "before training"
 PAGE = "alignment.html"
 
 
-def run(
-    recipe_file: Path,
-    *,
-    teacher: str | None,
-    samples: Sequence[int],
-    checkpoint: Path | None,
-    before: bool,
-    tokens: int,
-    output: Path,
-    json_output: bool,
+def align(
+    recipe: RecipeFile,
+    sample: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Which sample of the evaluation set (of the training set, where there is none), "
+            "from 1; may be repeated.",
+            show_default="1",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A run's output folder or checkpoint: align as it does after training."),
+    ] = None,
+    before: Annotated[
+        bool, typer.Option("--before", help="With --checkpoint: before training too, beside it.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Draw so many tokens a side.")
+    ] = 80,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the pictures (PNG) and the page (HTML).")
+    ] = Path("alignment"),
+    teacher: Teacher = None,
+    json_output: JsonReport = False,
 ) -> None:
-    """Aligns the samples in each state, reports, and writes a PNG a sample and one HTML page.
+    """Draw how the tokens of a sample align between student and teacher.
 
-    Raises UserError where the recipe, the checkpoint, a sample or the output folder will not do.
+    Shows the cross-model attention, the band around it, and the expected soft-DTW paths of the
+    hidden states and of the embeddings, each student token against each teacher token. Loads both
+    models as training would, and trains nothing.
     """
+
     # The libraries' own words, in none of which a user could put anything right.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1"}
     console = PlainConsole(stderr=json_output)
+    from dwakd_plugin.recipe import Recipe
+
     given = {} if teacher is None else {"base_model": teacher}
-    recipe, changes = with_distillation(read_recipe(recipe_file), given)
-    recipe = without_an_empty_cache(recipe)
-    config = parse_recipe(recipe)
-    assert config is not None  # with_distillation turned it on
+    read = without_an_empty_cache(Recipe.read(recipe, given))
+    config = read.config
     if not config.loss.trained_projectors:
         raise UserError(
             f"The loss of this recipe (variant `{config.variant}`) has neither attention nor "
@@ -56,22 +77,22 @@ def run(
         output.mkdir(parents=True, exist_ok=True)  # before models are loaded for nothing
     except OSError as error:
         raise UserError(f"The folder {output} cannot be made: {error.strerror}") from error
-    for change in changes:
+    for change in read.changes:
         console.print(change, style="yellow")
     states: dict[str, Path | None] = {}
     if before or checkpoint is None:
         states[BEFORE] = None
     if checkpoint is not None:
         states[checkpoint.resolve().name] = checkpoint
-    numbers = list(dict.fromkeys(samples)) or [1]
+    numbers = list(dict.fromkeys(sample or [])) or [1]
     facts: dict[str, Any] = {}
     aligned: list[AlignedSample] = []
     for state, folder in states.items():
         with console.status(Text(f"Loading both models: {state}")):
-            facts, found = align(recipe, folder, numbers, state)
+            facts, found = align_samples(read, folder, numbers, state)
         aligned = [
-            replace(sample, states=earlier.states | sample.states)
-            for earlier, sample in zip(aligned or found, found, strict=True)
+            replace(one, states=earlier.states | one.states)
+            for earlier, one in zip(aligned or found, found, strict=True)
         ]
     report = write(output, facts, aligned, tokens)
     if json_output:
@@ -80,21 +101,18 @@ def run(
         show(report, aligned, tokens, console)
 
 
-def without_an_empty_cache(recipe: dict[str, Any]) -> dict[str, Any]:
+def without_an_empty_cache(recipe: Recipe) -> Recipe:
     """The recipe without a teacher cache that is yet to be filled: it would be, with every row."""
     from dwakd_plugin.models.teacher.cache import INDEX
 
-    block = recipe.get("dwakd")
-    own = block.get("teacher") if isinstance(block, dict) else None
-    if not isinstance(own, dict) or not isinstance(own.get("cache"), str):
+    cache = recipe.config.teacher.cache
+    if cache is None or (Path(cache) / INDEX).is_file():
         return recipe
-    if (Path(own["cache"]) / INDEX).is_file():
-        return recipe
-    return recipe | {"dwakd": {**recipe["dwakd"], "teacher": own | {"cache": None}}}
+    return recipe.with_block("teacher", cache=None)
 
 
-def align(
-    recipe: dict[str, Any], checkpoint: Path | None, numbers: Sequence[int], state: str
+def align_samples(
+    recipe: Recipe, checkpoint: Path | None, numbers: Sequence[int], state: str
 ) -> tuple[dict[str, Any], list[AlignedSample]]:
     """Who and with which γ, and the samples as they align in one state.
 
@@ -166,7 +184,7 @@ def align(
                 )
             )
         facts = {
-            "student": str(recipe["base_model"]),
+            "student": recipe.base_model,
             "teacher": distillation.pair["teacher"],
             "gamma": soft_dtw.gamma_end,
             "samples_in_set": len(dataset),

@@ -7,7 +7,8 @@ from typing import Any
 
 import typer
 
-from dwakd_cli.main import error_boundary, train
+from dwakd_cli.boundary import error_boundary
+from dwakd_cli.train import train
 
 
 @wraps(train)

@@ -7,48 +7,72 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from dwakd_cli.console import PlainConsole
+from dwakd_cli.options import JsonReport, LoadIn4Bit, LoadIn8Bit, RecipeFile, Teacher, of_teacher
 from dwakd_cli.terminal import progress_bar
-from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.schema import TeacherConfig, parse_recipe
-from dwakd_plugin.train.run_folder import output_folder
+
+if TYPE_CHECKING:
+    from dwakd_plugin.recipe.schema import TeacherConfig
 
 
-def run(
-    recipe_file: Path,
-    *,
-    teacher: dict[str, Any],
-    batch_tokens: int | None,
-    verify: bool,
-    json_output: bool,
+def cache(
+    recipe: RecipeFile,
+    teacher: Teacher = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the states; goes before the recipe's. By default it lies beside "
+            "OUTPUT_DIR and is named after it.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float16", "bfloat16", "float8_e4m3"] | None,
+        typer.Option(help="How to keep the states; auto: as computed.", show_default="auto"),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that the teacher reads at once.", show_default="2048"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute nothing: compare every checksum.")
+    ] = False,
+    json_output: JsonReport = False,
 ) -> None:
-    """Fills the cache of a recipe's teacher, or verifies it, and reports. Raises UserError.
+    """Let the teacher read every row once, and keep its hidden states for training.
 
-    `teacher` holds what the command line says of it. Without a folder there or in the recipe, the
-    cache goes beside the output folder.
+    Training from the cache loads the teacher's head and embeddings and never its body. Says what
+    it takes on disk before it begins. Ctrl-C exits with 130; the same command goes on from there,
+    and adds the rows that the recipe has got since.
     """
+    from dwakd_plugin.recipe import Recipe
+
+    given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
+    if dtype:
+        given["cache_dtype"] = dtype
     console = PlainConsole(stderr=json_output, soft_wrap=True)
-    recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
-    for change in changes:
+    read = Recipe.read(recipe, given)
+    for change in read.changes:
         console.print(change, style="yellow")
-    config = parse_recipe(recipe)
-    assert config is not None  # with_distillation turned it on
-    if config.teacher.cache is None:
-        output = output_folder(recipe)
-        teacher = teacher | {"cache": str(output.with_name(f"{output.name}-teacher-cache"))}
-        recipe, _ = with_distillation(recipe, teacher)
+    if read.config.teacher.cache is None:
+        output = read.output_dir
+        given["cache"] = str(output.with_name(f"{output.name}-teacher-cache"))
+        read = read.with_block("teacher", **given)
     console.print("Preparing the rows ...")
     from dwakd_plugin.train.open_run import open_rows
 
-    with open_rows(recipe) as (config, datasets):
+    with open_rows(read) as (config, datasets):
         report = _cache(config.teacher, datasets, batch_tokens, verify, console)
     if json_output:
         print(json.dumps(report, indent=1))
     else:
-        _show(report, teacher, console)
+        _show(report, given, console)
 
 
 def _cache(

@@ -6,50 +6,93 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
-from dwakd_cli.train import read_recipe, with_distillation
+from dwakd_cli.options import (
+    JsonReport,
+    LoadIn4Bit,
+    LoadIn8Bit,
+    RecipeFile,
+    Teacher,
+    TeacherCache,
+    of_teacher,
+)
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import explaining_writes, whole_file
-from dwakd_plugin.recipe.checks import ENGINE_KEYS, check_recipe
-from dwakd_plugin.recipe.schema import parse_recipe
 
 if TYPE_CHECKING:
     from dwakd_plugin.plan import Lengths, Plan, Suggestion
+    from dwakd_plugin.recipe import Recipe
 
 GIB = 2**30
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_blue")
 _GLYPHS = "█▓▒░▚▞#=+:%o"  # parts stay apart without colour
 
 
-def run(
-    recipe_file: Path,
-    *,
-    teacher: dict[str, Any],
-    gpu: str | None,
-    response_share: float,
-    data: bool,
-    plot: Path | None,
-    json_output: bool,
-) -> bool:
-    """Plans and reports; returns whether the recipe fits. Raises UserError.
+def _share(value: float) -> float:
+    if not 0.01 <= value <= 1:
+        raise typer.BadParameter(f"{value:g} is not from 0.01 to 1.")
+    return value
 
-    `teacher` holds what the command line says of it.
+
+def plan(
+    recipe: RecipeFile,
+    teacher: Teacher = None,
+    load_in_8bit: LoadIn8Bit = False,
+    load_in_4bit: LoadIn4Bit = False,
+    teacher_cache: TeacherCache = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="What it should fit on: 24GB, A100-80GB, ..., or cpu.",
+            show_default="the GPU found, else the CPU",
+        ),
+    ] = None,
+    response_share: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            callback=_share,
+            help="How much of a row is response, 0.01 to 1; the rest is prompt.",
+        ),
+    ] = 1.0,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Tokenise the data and plan for its longest rows."),
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the parts (PNG).")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if it does not fit.")] = (
+        False
+    ),
+    json_output: JsonReport = False,
+) -> None:
+    """Say what a run will take in memory and time, before anything large is downloaded.
+
+    Needs both models' configs alone. Memory by part at the worst moment of a step, the largest
+    micro-batch that fits, an estimate of the time, and what would help, in order of effect. Rows
+    are taken to be as long as `sequence_len`, the worst case, unless --data.
+
+    Exit codes: 0 planned, whether it fits or not; 1 an error; 3 with --strict, does not fit.
     """
+
+    from dwakd_plugin.recipe import Recipe
+    from dwakd_plugin.recipe.checks import check_recipe
+
     console = PlainConsole(stderr=json_output)
-    recipe, changes = with_distillation(read_recipe(recipe_file), teacher)
-    check_recipe(recipe)
-    recipe, assumed = as_planned(recipe)
-    changes += assumed
-    if any(recipe.get(key) for key in ENGINE_KEYS):
+    given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
+    read = Recipe.read(recipe, given)
+    check_recipe(read)
+    read, assumed = as_planned(read)
+    changes = [*read.changes, *assumed]
+    if read.has_engine:
         changes.append(
             "The figures are for a GPU that holds the whole student, as without FSDP and DeepSpeed"
         )
-    if recipe.get("sample_packing"):
+    if read.packs:
         changes.append(
             "A packed sequence is taken as one full row, the worst case; how many steps the rows "
             "make is not known before they are packed"
@@ -59,32 +102,32 @@ def run(
     with console.status("Building both models without their weights"):
         from dwakd_plugin import plan as memory_plan
 
-        lengths = _measured_lengths(recipe) if data else None
-        given: dict[str, Any] = {"response_share": response_share, "lengths": lengths}
+        lengths = _measured_lengths(read) if data else None
+        rows: dict[str, Any] = {"response_share": response_share, "lengths": lengths}
         card = memory_plan.card(gpu)
-        now = memory_plan.plan(recipe, card, **given)
-        largest = memory_plan.largest_micro_batch(recipe, card, **given)
+        now = memory_plan.plan(read, card, **rows)
+        largest = memory_plan.largest_micro_batch(read, card, **rows)
     with console.status("Trying what would help"):
-        helps = memory_plan.suggestions(recipe, now, **given)
-    rows = _local_rows(recipe)
-    report = _report(recipe, now, largest, helps, rows, changes, measured=data)
+        helps = memory_plan.suggestions(read, now, **rows)
+    report = _report(read, now, largest, helps, changes, measured=data)
     if plot is not None:
         _draw(now, plot)
     if json_output:
         print(json.dumps(report, indent=1))
     else:
         _show(report, now, helps, console)
-    return now.fits
+    if strict and not now.fits:
+        raise typer.Exit(3)
 
 
-def as_planned(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def as_planned(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe as it is reckoned, and what that assumes.
 
     Every way of matching tokens is reckoned as attention: the heads' chunks are what counts, and
     they are as large in all. Raises UserError where no term asks for the teacher.
     """
-    config = parse_recipe(recipe)
-    if config is None or (config.loss.matching == "attention" and config.loss.needs_teacher):
+    config = recipe.config
+    if config.loss.matching == "attention" and config.loss.needs_teacher:
         return recipe, []
     if not config.loss.needs_teacher:
         raise UserError(
@@ -92,13 +135,13 @@ def as_planned(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             "`dwakd plan` reckons runs that have one. What `variant: dskd` takes is an upper bound."
         )
     loss = config.loss.model_dump() | {"matching": "attention"}
-    block = recipe["dwakd"] | {"variant": "full", "loss": loss}
-    return recipe | {"dwakd": block}, [
+    block = recipe.keys["dwakd"] | {"variant": "full", "loss": loss}
+    return recipe.but(dwakd=block), [
         f"variant {config.variant} is reckoned as if it attended, with projectors for it"
     ]
 
 
-def _measured_lengths(recipe: dict[str, Any]) -> Lengths:
+def _measured_lengths(recipe: Recipe) -> Lengths:
     """The longest rows of the data, tokenised for both models by axolotl."""
     from dwakd_plugin.plan import Lengths
     from dwakd_plugin.train.open_run import open_rows
@@ -116,10 +159,10 @@ def _measured_lengths(recipe: dict[str, Any]) -> Lengths:
     return Lengths(*longest)
 
 
-def _local_rows(recipe: dict[str, Any]) -> int | None:
+def _local_rows(recipe: Recipe) -> int | None:
     """Rows of the training data, where all of it lies in local files that are quickly counted."""
     total = 0
-    for dataset in recipe.get("datasets") or []:
+    for dataset in recipe.datasets:
         file = Path(str(dataset.get("path")))
         if not file.is_file():
             return None
@@ -132,36 +175,34 @@ def _local_rows(recipe: dict[str, Any]) -> int | None:
             total += parquet.ParquetFile(file).metadata.num_rows
         else:
             return None
-    held_out = recipe.get("val_set_size") or 0
+    held_out = recipe.keys.get("val_set_size") or 0
     return total - int(held_out * total if held_out < 1 else held_out)
 
 
-def _steps(recipe: dict[str, Any], rows: int | None) -> int | None:
+def _steps(recipe: Recipe, rows: int | None) -> int | None:
     """Optimizer steps of one process; None where the recipe and local data do not say."""
-    if int(recipe.get("max_steps") or 0) > 0:
-        return int(recipe["max_steps"])
-    if rows is None or recipe.get("sample_packing"):
+    if (steps := int(recipe.keys.get("max_steps") or 0)) > 0:
+        return steps
+    if rows is None or recipe.packs:
         return None
-    per_step = int(recipe.get("micro_batch_size") or 1) * int(
-        recipe.get("gradient_accumulation_steps") or 1
-    )
-    return math.ceil(rows / per_step * float(recipe.get("num_epochs") or 1))
+    per_step = recipe.micro_batch_size * recipe.accumulation_steps
+    return math.ceil(rows / per_step * float(recipe.keys.get("num_epochs") or 1))
 
 
 def _report(
-    recipe: dict[str, Any],
+    recipe: Recipe,
     now: Plan,
     largest: int,
     helps: list[Suggestion],
-    rows: int | None,
     changes: list[str],
     *,
     measured: bool,
 ) -> dict[str, Any]:
+    rows = _local_rows(recipe)
     steps = _steps(recipe, rows)
     lengths = now.lengths
     return {
-        "student": recipe["base_model"],
+        "student": recipe.base_model,
         "teacher": now.teacher_name,
         "fits": now.fits,
         "total_bytes": round(now.total),
@@ -291,6 +332,8 @@ def _draw(now: Plan, file: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+
+    from dwakd_plugin.io.files import explaining_writes, whole_file
 
     figure, axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
     left = 0.0

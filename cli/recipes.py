@@ -5,18 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
+import typer
 from rich.padding import Padding
 from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.files import explaining_writes, replace_file
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 # The first word of a recipe's name says what it is for; in the order of the list.
 GROUPS = {
@@ -27,8 +27,14 @@ GROUPS = {
 }
 
 
-def list_recipes(*, json_output: bool) -> None:
-    """Name, purpose, student and teacher of each, by group, as text or as JSON."""
+app = typer.Typer(help="The recipes that come with dwakd.", no_args_is_help=True)
+
+
+@app.command("list", epilog="Example:  dwakd recipes list --json")
+def list_recipes(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the recipes: what each is for, its student and its teacher."""
     recipes = [
         describe(name, file.read_text(encoding="utf-8")) for name, file in _shipped().items()
     ]
@@ -48,17 +54,22 @@ def list_recipes(*, json_output: bool) -> None:
     console.print("`dwakd recipes show NAME` prints one, `dwakd recipes copy NAME` copies it.")
 
 
-def show(name: str) -> None:
-    """The recipe as it is, comments included."""
+@app.command(epilog="Example:  dwakd recipes show quickstart-dwakd")
+def show(name: Annotated[str, typer.Argument(help="As in `dwakd recipes list`.")]) -> None:
+    """Print a recipe."""
     # The file's bytes: UTF-8 whatever the terminal's encoding, so that `> FILE` is a recipe.
     sys.stdout.buffer.write(find(name).read_bytes())
 
 
-def copy(name: str, dest: Path | None, *, force: bool) -> Path:
-    """Copies a recipe into a file or folder, by default here; returns the file.
+@app.command(epilog="Example:  dwakd recipes copy quickstart-dwakd my-recipe.yml")
+def copy(
+    name: Annotated[str, typer.Argument(help="As in `dwakd recipes list`.")],
+    dest: Annotated[Path | None, typer.Argument(help="File or folder; default: here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Copy a recipe, to make it yours."""
+    from dwakd_plugin.io.files import explaining_writes, replace_file
 
-    Raises UserError where the file exists already, unless `force`.
-    """
     recipe = find(name)
     file = dest or Path(recipe.name)
     if file.is_dir():
@@ -67,7 +78,7 @@ def copy(name: str, dest: Path | None, *, force: bool) -> Path:
         raise UserError(f"`{file}` exists. Give another destination, or --force to overwrite it.")
     with explaining_writes(f"`{file}`"):
         replace_file(file, recipe.read_text(encoding="utf-8"))
-    return file
+    typer.echo(file)
 
 
 def find(name: str) -> Traversable:
@@ -83,23 +94,29 @@ def find(name: str) -> Traversable:
 
 def describe(name: str, text: str) -> dict[str, Any]:
     """What the list says of a recipe: its opening comment, and its models."""
+    import yaml
+
+    from dwakd_plugin.recipe.schema import parse_recipe
+
     opening = []
     for line in text.splitlines():
         if not line.startswith("#"):
             break
         opening.append(line.lstrip("# ").rstrip())
     recipe = yaml.safe_load(text)
-    teacher = (recipe.get("dwakd") or {}).get("teacher")
+    config = parse_recipe(recipe)
     return {
         "name": name,
         "group": name.partition("-")[0],
         "purpose": " ".join(opening),
         "student": recipe.get("base_model"),
-        "teacher": teacher.get("base_model") if isinstance(teacher, dict) else teacher,
+        "teacher": None if config is None else config.teacher.base_model,
     }
 
 
 def _shipped() -> dict[str, Traversable]:
+    from importlib import resources
+
     files = resources.files("dwakd_recipes").iterdir()
     return {
         file.name.removesuffix(".yml"): file

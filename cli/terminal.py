@@ -6,13 +6,13 @@ import codecs
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 # What pictures and sentences use, where the output's encoding lacks it.
 _ASCII = {
@@ -88,3 +88,26 @@ def progress_bar(
         progress.TimeRemainingColumn(),
         console=console,
     )
+
+
+@contextlib.contextmanager
+def work_stages(
+    console: Console, description: str
+) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Yields a function that begins a stage of the work by its title, and ends the one before.
+
+    What it returns hears (done, total) of the stage.
+    """
+    with progress_bar(console, description) as progress:
+        current: list[TaskID] = []
+
+        def begin(title: str) -> Callable[[int, int], None]:
+            if current:
+                progress.remove_task(current.pop())
+            current.append(progress.add_task(title, total=None))
+            task = current[0]
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield begin
+        if current:
+            progress.remove_task(current.pop())

@@ -19,11 +19,11 @@ from transformers import set_seed
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_recipe
-from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
 from dwakd_plugin.train.preflight import loads_body
 from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
-from dwakd_plugin.train.run_folder import check_output_folder, output_folder
+from dwakd_plugin.train.run_folder import check_output_folder
 from dwakd_plugin.train.signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
@@ -51,28 +51,37 @@ class DWAKDPlugin(BasePlugin):
         super().__init__()
         self._rows: Any = None
         self._trainer: Any = None
+        self._seen: tuple[DictDefault, Recipe | None] | None = None
 
     def get_input_args(self) -> str:
         return "dwakd_plugin.recipe.schema.DWAKDArgs"
 
+    def _recipe(self, cfg: DictDefault) -> Recipe | None:
+        """The recipe behind axolotl's settings, read once; None where it asks for no distillation.
+
+        Raises UserError where its `dwakd:` block cannot be used.
+        """
+        if self._seen is None or self._seen[0] is not cfg:
+            recipe = Recipe(cfg.to_dict() if isinstance(cfg, DictDefault) else dict(cfg))
+            self._seen = cfg, recipe if recipe.distils else None
+        return self._seen[1]
+
     @_without_traceback
     def register(self, cfg: DictDefault) -> None:
         """Sees the recipe before axolotl's schema does, so that our messages come first."""
-        config = _settings(cfg)
-        if config is not None:
-            check_recipe(cfg)
-            if config.loss.needs_teacher:
-                LOG.info(
-                    "Distillation is on: %s teaches %s",
-                    config.teacher.base_model,
-                    cfg["base_model"],
-                )
+        recipe = self._recipe(cfg)
+        if recipe is not None:
+            check_recipe(recipe)
+            if recipe.config.loss.needs_teacher:
+                teacher = recipe.config.teacher.base_model
+                LOG.info("Distillation is on: %s teaches %s", teacher, recipe.base_model)
 
     @_without_traceback
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
-        config = _settings(cfg)
-        if config is None:
+        recipe = self._recipe(cfg)
+        if recipe is None:
             return None
+        config = recipe.config
         from axolotl.common.datasets import load_datasets
 
         from dwakd_plugin.data.dual_tokenization import dual_tokenization
@@ -85,8 +94,8 @@ class DWAKDPlugin(BasePlugin):
             # One rank sets incomplete checkpoints aside, and speaks for the run.
             only_look = os.environ.get("RANK", "0") != "0"
             if not only_look:
-                run_lock.hold(output_folder(cfg))
-            check_output_folder(cfg, config, only_look=only_look)
+                run_lock.hold(recipe.output_dir)
+            check_output_folder(recipe, only_look=only_look)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
         efficiency = cfg.sample_packing_eff_est  # axolotl's estimate is for one side
@@ -102,18 +111,18 @@ class DWAKDPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         # axolotl seeds later, with its trainer: a new LoRA would differ from run to run.
-        if _settings(cfg) is not None:
+        if self._recipe(cfg) is not None:
             set_seed(cfg.seed or 42)
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
-        if _settings(cfg) is None:
+        if self._recipe(cfg) is None:
             return None
         from dwakd_plugin.train.trainer import DWAKDTrainer
 
         return DWAKDTrainer
 
     def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
-        if _settings(cfg) is None:
+        if self._recipe(cfg) is None:
             return None
         from dwakd_plugin.data.collator import DualCollator
 
@@ -121,12 +130,12 @@ class DWAKDPlugin(BasePlugin):
 
     @_without_traceback
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
-        config = _settings(cfg)
-        if config is None:
+        recipe = self._recipe(cfg)
+        if recipe is None:
             return
         from dwakd_plugin.train.assembly import assemble
 
-        distillation, initialisation = assemble(cfg, config, trainer, self._rows)
+        distillation, initialisation = assemble(cfg, recipe, trainer, self._rows)
         trainer.begin_distillation(distillation)
         self._trainer = trainer
         LOG.info("%s", describe_run(cfg, trainer, initialisation))
@@ -151,8 +160,3 @@ class DWAKDPlugin(BasePlugin):
 def _student_device() -> str:
     """The device that axolotl will give the student, before there is one."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def _settings(cfg: DictDefault) -> DWAKDConfig | None:
-    recipe = cfg.to_dict() if isinstance(cfg, DictDefault) else dict(cfg)
-    return parse_recipe(recipe)

@@ -14,7 +14,8 @@ import pytest
 import typer
 
 from dwakd_cli.main import app
-from dwakd_plugin.recipe.schema import DWAKDConfig, configuration_table
+from dwakd_plugin.recipe.reference import configuration_table
+from dwakd_plugin.recipe.schema import DWAKDConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +31,7 @@ def read(file: Path) -> str:
 def test_the_table_of_keys_is_the_schema() -> None:
     page = read(ROOT / "docs" / "configuration.md")
     assert configuration_table() in page, (
-        "run `python -m dwakd_plugin.recipe.schema` and paste its output"
+        "run `python -m dwakd_plugin.recipe.reference` and paste its output"
     )
 
 

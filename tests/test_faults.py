@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
-from dwakd_cli.warmup import _alone
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.responses import Response, ResponseStore, discard
@@ -33,9 +32,11 @@ from dwakd_plugin.models.projectors import Projectors, read_projectors, save_pro
 from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.models.teacher.cached import fill, missing_rows, open_cache
 from dwakd_plugin.models.teacher.kept_states import row_key
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.train.preflight import check_all
 from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
+from dwakd_plugin.train.warmup_file import _alone
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -169,13 +170,13 @@ def test_two_runs_in_one_folder_are_refused(
     who = f"is in use: process {holder.pid} on {socket.gethostname()} trains there"
     for recipe_ in (recipe({}), recipe({}, auto_resume_from_checkpoints=True)):
         with pytest.raises(UserError, match=who):  # `dwakd train`, before it writes anything
-            check_all(recipe_)
+            check_all(ReadRecipe(recipe_))
     with pytest.raises(UserError, match=who):  # the run itself
         run_lock.hold(out)
     # Killed: its lock is gone, though a process that it forked lives on.
     holder.kill()
     holder.wait()
-    check_all(recipe({}, auto_resume_from_checkpoints=True))
+    check_all(ReadRecipe(recipe({}, auto_resume_from_checkpoints=True)))
     run_lock.hold(out)
     run_lock.hold(out)  # its own
     run_lock.check_free(out)
@@ -205,7 +206,7 @@ def test_two_warm_ups_of_one_file_are_refused(tmp_path: Path) -> None:
     work, output = tmp_path / "work", tmp_path / "projectors.safetensors"
     work.mkdir()
     script = (
-        "import pathlib, sys, time; from dwakd_cli.warmup import _alone\n"
+        "import pathlib, sys, time; from dwakd_plugin.train.warmup_file import _alone\n"
         "with _alone(pathlib.Path(sys.argv[1]), pathlib.Path()): print(flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(work)]
@@ -355,7 +356,7 @@ def test_a_damaged_byte_of_a_runs_record_is_found(recipe: Recipe, tmp_path: Path
             assert found is not None and found.items() >= record.items()
     with pytest.raises(UserError, match="is damaged"):
         file.write_text(file.read_text().replace("1.5", "1.6"))
-        check_all(recipe({}))
+        check_all(ReadRecipe(recipe({})))
 
 
 def test_a_damaged_byte_of_answers_is_found(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from transformers import AutoTokenizer
 from dwakd_cli import train as train_command
 from dwakd_cli.alignment_picture import AlignedSample
 from dwakd_cli.alignment_picture import html_page as alignment_page
-from dwakd_cli.check import load_side
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.main import error_boundary, main
 from dwakd_cli.terminal import progress_bar
@@ -51,9 +50,12 @@ from dwakd_plugin.models.teacher.cache import INDEX, LOCK, TeacherCache
 from dwakd_plugin.models.teacher.loaded import load_teacher, teacher_config
 from dwakd_plugin.plan.model_sizes import model_config
 from dwakd_plugin.plan.recipe_models import shared_tokens
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.tokenizers.loading import load_tokenizer
 from dwakd_plugin.tokenizers.pair import ByteCutter, cut_both
+from dwakd_plugin.tokenizers.side import load_side
+from dwakd_plugin.train.launch import prepare
 from dwakd_plugin.train.run_folder import check_output_folder, run_facts
 
 Recipe = Callable[..., dict[str, Any]]
@@ -354,7 +356,7 @@ def test_a_run_file_of_anything_ends_in_a_message(
     (out / "dwakd" / "run.json").write_bytes(content.encode(errors="surrogateescape"))
     save_file({"x": torch.ones(1)}, out / "model.safetensors")
     with pytest.raises(UserError):
-        check_output_folder(settings, config)
+        check_output_folder(ReadRecipe(settings))
     source = _source(out)
     for read in (lambda: find_student(out), lambda: run_record(source)):
         try:
@@ -517,7 +519,7 @@ def test_a_secret_of_the_recipe_goes_into_no_file(
     keys = {"hub_token": SECRET, "wandb_api_key": SECRET, "comet_api_key": SECRET}
     monkeypatch.delenv("HF_TOKEN")
     settings = recipe({}, **keys, datasets=[{"path": address, "type": "alpaca"}])
-    launch = train_command.prepare(
+    launch = prepare(
         write(settings),
         [],
         teacher={},
@@ -527,13 +529,13 @@ def test_a_secret_of_the_recipe_goes_into_no_file(
         resume=False,
     )
     assert launch.environment["HF_TOKEN"] == launch.environment["COMET_API_KEY"] == SECRET
-    assert len([change for change in launch.changes if "into no file" in change]) == 3
+    assert len([change for change in launch.recipe.changes if "into no file" in change]) == 3
     assert SECRET not in json.dumps(train_command._facts(launch))
     # axolotl needs the address as it is.
-    train_command._write_recipe(launch, Path("recipe.yml"))
+    launch.write_recipe("recipe.yml")
     written = yaml.safe_load(launch.file.read_text(encoding="utf-8"))
     assert not keys.keys() & written.keys()
-    assert SECRET not in json.dumps(run_facts(settings))
+    assert SECRET not in json.dumps(run_facts(ReadRecipe(settings)))
 
 
 def export_report(destination: str) -> dict[str, Any]:

@@ -3,4 +3,16 @@
 Takes any model folder, ours or not.
 """
 
-__all__ = ["figures", "generation", "held_out", "model", "responses", "rows"]
+OF_TEACHER = ("agreement", "structure")  # these compare with one
+METRICS = ("rouge_l", "bits_per_byte", *OF_TEACHER)
+
+__all__ = [
+    "METRICS",
+    "OF_TEACHER",
+    "generation",
+    "held_out",
+    "model",
+    "report",
+    "subjects",
+    "work",
+]

@@ -16,6 +16,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.model import Source, run_record
 from dwakd_plugin.io.files import user_path
 from dwakd_plugin.io.json_rows import json_rows
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.tokenizers.pair import is_byte_level, token_bytes
 
 _WANTED = (
@@ -299,7 +300,7 @@ def token_ends(response: Sequence[int], text: str, table: Sequence[bytes]) -> li
 
 
 def recipe_rows(
-    recipe: dict[str, Any], readers: Sequence[tuple[Source, Any, Sequence[int]]]
+    recipe: Recipe, readers: Sequence[tuple[Source, Any, Sequence[int]]]
 ) -> tuple[list[str], list[list[Encoded]]]:
     """The recipe's evaluation rows: reference texts, and the rows as each reader has them.
 
@@ -309,11 +310,8 @@ def recipe_rows(
     template. Of several turns, the last one that is trained on is the response. Raises UserError.
     """
     first, tokenizer, _ = readers[0]
-    own = _for_evaluation(recipe) | {
-        "base_model": first.weights,
-        "tokenizer_config": first.tokenizer,
-    }
-    rows = _opened(own, first if "dwakd" not in recipe else None, held_out=True)
+    own = _for_evaluation(recipe).but(base_model=first.weights, tokenizer_config=first.tokenizer)
+    rows = _opened(own, first if "dwakd" not in recipe.keys else None, held_out=True)
     if not rows:
         raise UserError("The recipe's evaluation rows are all too long, or have no response.")
     rows.sort(key=lambda row: row.get("source_row", 0))
@@ -335,15 +333,13 @@ def recipe_rows(
     return texts, encoded
 
 
-def _for_evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
+def _for_evaluation(recipe: Recipe) -> Recipe:
     """The recipe with its prompts masked, and its test rows where the training rows were."""
-    own = recipe | {"train_on_inputs": False}
-    for key in ("sample_packing", "eval_sample_packing", "batch_flattening"):
-        own[key] = False
-    if recipe.get("test_datasets"):
-        own |= {"datasets": recipe["test_datasets"], "val_set_size": 0}
-        del own["test_datasets"]
-    elif not recipe.get("val_set_size"):
+    off = ("train_on_inputs", "sample_packing", "eval_sample_packing", "batch_flattening")
+    own = recipe.but(**dict.fromkeys(off, False))
+    if tests := recipe.keys.get("test_datasets"):
+        return own.but("test_datasets", datasets=tests, val_set_size=0)
+    if not recipe.keys.get("val_set_size"):
         raise UserError(
             "The recipe has no evaluation rows. Add `test_datasets` or `val_set_size` to it, or "
             "give a JSONL file as DATA."
@@ -351,25 +347,15 @@ def _for_evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _opened(recipe: dict[str, Any], second: Source | None, *, held_out: bool) -> list[Any]:
+def _opened(recipe: Recipe, second: Source | None, *, held_out: bool) -> list[Any]:
     """Rows with both sides' ids; `second` takes the teacher's place, None leaves the recipe's."""
     from dwakd_plugin.train.open_run import open_rows
 
     if second is not None:
-        recipe = recipe | {
-            "plugins": [
-                *(p for p in recipe.get("plugins") or [] if p != "dwakd_plugin.DWAKDPlugin"),
-                "dwakd_plugin.DWAKDPlugin",
-            ],
-            "distillation": "dwakd",
-            "dwakd": {
-                "teacher": {
-                    "base_model": second.weights,
-                    "tokenizer": second.tokenizer,
-                    "sequence_len": 1 << 20,  # no row is lost to this side
-                }
-            },
-        }
+        own = recipe.but("dwakd", "distillation")
+        teacher = {"base_model": second.weights, "tokenizer": second.tokenizer}
+        # So long that no row is lost to this side.
+        recipe = Recipe.completed(dict(own.keys), teacher | {"sequence_len": 1 << 20})
     with open_rows(recipe) as (_, (train, evaluation)):
         # Test rows stand where training rows do, and then nothing is held out.
         held = evaluation if evaluation is not None else train

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.kept_states import bytes_per_token
 from dwakd_plugin.plan.cards import Card
 from dwakd_plugin.plan.moments import INITIALISATION, moments
 from dwakd_plugin.plan.parts import Lengths, Parts
 from dwakd_plugin.plan.step_time import seconds_per_step
-from dwakd_plugin.recipe.schema import parse_recipe
+from dwakd_plugin.recipe import Recipe
 
 KEPT = "kept by malloc"  # the part's name
 
@@ -45,27 +43,24 @@ class Plan:
 
 
 def plan(
-    recipe: dict[str, Any],
+    recipe: Recipe,
     on: Card,
     *,
     micro_batch: int | None = None,
     response_share: float = 1.0,
     lengths: Lengths | None = None,
 ) -> Plan:
-    """Plans an effective recipe (with its `dwakd:` block). Raises UserError.
+    """Plans a recipe. Raises UserError.
 
     Rows are as long as `sequence_len`, with `response_share` of that being response, or have the
     `lengths` given, as far as `sequence_len` lets them.
     """
-    config = parse_recipe(recipe)
-    if config is None:
-        raise UserError("The recipe does not say `distillation: dwakd`.")
-    batch = micro_batch or int(recipe.get("micro_batch_size") or 1)
-    return _plan(Parts(recipe, config, on, batch, response_share, lengths))
+    batch = micro_batch or recipe.micro_batch_size
+    return _plan(Parts(dict(recipe.keys), recipe.config, on, batch, response_share, lengths))
 
 
 def largest_micro_batch(
-    recipe: dict[str, Any],
+    recipe: Recipe,
     on: Card,
     *,
     response_share: float = 1.0,

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.plan.parts import Lengths
 from dwakd_plugin.plan.peak import Plan, plan
+from dwakd_plugin.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Suggestion:
 
 
 def suggestions(
-    recipe: dict[str, Any],
+    recipe: Recipe,
     now: Plan,
     *,
     response_share: float = 1.0,
@@ -42,22 +43,17 @@ def suggestions(
     return sorted(found, key=lambda one: -one.saves)
 
 
-def _changes(recipe: dict[str, Any], now: Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    block = recipe["dwakd"]
-    teacher = block["teacher"]
-    teacher = {"base_model": teacher} if isinstance(teacher, str) else dict(teacher)
-
-    def with_teacher(**changes: Any) -> dict[str, Any]:
-        return recipe | {"dwakd": block | {"teacher": teacher | changes}}
-
-    if not teacher.get("cache"):
-        if not teacher.get("load_in_8bit") and not teacher.get("load_in_4bit"):
+def _changes(recipe: Recipe, now: Plan) -> Iterator[tuple[str, str, Recipe]]:
+    teacher = recipe.config.teacher
+    with_teacher = partial(recipe.with_block, "teacher")
+    if not teacher.cache:
+        if not teacher.load_in_8bit and not teacher.load_in_4bit:
             yield (
                 "the teacher in 8 bit",
                 "dwakd:\n  teacher:\n    load_in_8bit: true",
                 with_teacher(load_in_8bit=True),
             )
-        if not teacher.get("load_in_4bit"):
+        if not teacher.load_in_4bit:
             yield (
                 "the teacher in 4 bit",
                 "dwakd:\n  teacher:\n    load_in_4bit: true",
@@ -68,47 +64,47 @@ def _changes(recipe: dict[str, Any], now: Plan) -> Iterator[tuple[str, str, dict
             "dwakd:\n  teacher:\n    cache: teacher_states",
             with_teacher(cache="teacher_states"),
         )
-    if teacher.get("dtype", "auto") in ("auto", "float32") and now.card.kind == "cuda":
+    if teacher.dtype in ("auto", "float32") and now.card.kind == "cuda":
         yield (
             "the teacher in bfloat16",
             "dwakd:\n  teacher:\n    dtype: bfloat16",
             with_teacher(dtype="bfloat16"),
         )
-    if not recipe.get("gradient_checkpointing"):
+    if not recipe.keys.get("gradient_checkpointing"):
         yield (
             "gradient checkpointing",
             "gradient_checkpointing: true",
-            recipe | {"gradient_checkpointing": True},
+            recipe.but(gradient_checkpointing=True),
         )
-    if "8bit" not in str(recipe.get("optimizer")):
+    if "8bit" not in str(recipe.keys.get("optimizer")):
         yield (
             "an optimizer with 8-bit state",
             "optimizer: adamw_bnb_8bit",
-            recipe | {"optimizer": "adamw_bnb_8bit"},
+            recipe.but(optimizer="adamw_bnb_8bit"),
         )
-    if not recipe.get("adapter"):
+    if not recipe.adapter:
         lora = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
         yield (
             "a LoRA instead of full fine-tuning",
             "\n".join(f"{key}: {json.dumps(value)}" for key, value in lora.items()).replace(
                 '"', ""
             ),
-            recipe | lora,
+            recipe.but(**lora),
         )
     batch = now.micro_batch
     if batch > 1:
         smaller = max(1, batch // 2)
-        steps = int(recipe.get("gradient_accumulation_steps") or 1) * math.ceil(batch / smaller)
+        steps = recipe.accumulation_steps * math.ceil(batch / smaller)
         changed = {"micro_batch_size": smaller, "gradient_accumulation_steps": steps}
         yield (
             "half the micro-batch, twice the accumulation",
             "\n".join(f"{key}: {value}" for key, value in changed.items()),
-            recipe | changed,
+            recipe.but(**changed),
         )
     length = now.lengths.student
     if length >= 128:
         yield (
             "half the sequence length (longer rows are dropped)",
             f"sequence_len: {length // 2}",
-            recipe | {"sequence_len": length // 2},
+            recipe.but(sequence_len=length // 2),
         )

@@ -3,4 +3,6 @@
 Reads no model, and imports neither torch nor axolotl.
 """
 
-__all__ = ["checks", "places", "schema"]
+from dwakd_plugin.recipe.recipe import ENGINE_KEYS, Recipe
+
+__all__ = ["ENGINE_KEYS", "Recipe", "checks", "places", "reading", "schema"]

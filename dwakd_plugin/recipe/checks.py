@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.schema import as_found, name_problem
+from dwakd_plugin.recipe.messages import as_found, name_problem
+from dwakd_plugin.recipe.recipe import Recipe
+from dwakd_plugin.recipe.schema import VARIANTS
 
 # Settings of axolotl that distillation does not go with: key, and what to do about it.
 _CONFLICTS = {
@@ -28,17 +30,10 @@ _CONFLICTS = {
     "use_eaft": "it weights the labels' loss in its own way; remove it",
 }
 
-
-# What shards the student over several processes.
-ENGINE_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "deepspeed")
-
-
 PARALLEL_KEYS = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
-
 
 # Sections of a DeepSpeed config that take away from the recipe what the projectors need.
 _DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
-
 
 # What kind of value the keys have that are looked at here, before axolotl's own schema sees them.
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -50,15 +45,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "deepspeed": (str, dict),
 }
 
-
 _IN_WORDS = {str: "text", list: "a list", int: "a whole number", bool: "true", dict: "a mapping"}
 
 
-def check_kinds(recipe: Any) -> None:
+def check_kinds(recipe: Recipe) -> None:
     """Raises UserError that names every key whose value is of another kind than it must be."""
     problems = []
     for key, kinds in _KINDS.items():
-        value = recipe.get(key)
+        value = recipe.keys.get(key)
         if value is None or value is False:
             continue
         if not isinstance(value, kinds):
@@ -67,7 +61,7 @@ def check_kinds(recipe: Any) -> None:
         elif isinstance(value, str) and (problem := name_problem(value)) is not None:
             problems.append(f"  {key}: {problem} ({as_found(value)})")
     for key in ("datasets", "test_datasets"):
-        for index, dataset in enumerate(entries(recipe.get(key))):
+        for index, dataset in enumerate(entries(recipe.keys.get(key))):
             if not isinstance(dataset, dict):
                 problems.append(
                     f"  {key}[{index}]: must be a mapping with `path` and `type` "
@@ -79,19 +73,19 @@ def check_kinds(recipe: Any) -> None:
         raise UserError("The recipe cannot be read:\n" + "\n".join(problems))
 
 
-def check_recipe(recipe: Any) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raises UserError that names every setting distillation does not go with."""
     check_kinds(recipe)
     problems = [
-        f"  {key}: {recipe.get(key)} — {remedy}"
+        f"  {key}: {recipe.keys[key]} — {remedy}"
         for key, remedy in _CONFLICTS.items()
-        if recipe.get(key)
+        if recipe.keys.get(key)
     ]
     for key in PARALLEL_KEYS:
-        if (recipe.get(key) or 1) > 1:
-            problems.append(f"  {key}: {recipe.get(key)} — sequences must be whole; set it to 1")
+        if (recipe.keys.get(key) or 1) > 1:
+            problems.append(f"  {key}: {recipe.keys[key]} — sequences must be whole; set it to 1")
     problems += _engine_problems(recipe)
-    if not recipe.get("datasets"):
+    if not recipe.datasets:
         problems.append("  datasets: none given — add the rows to train on")
     if problems:
         raise UserError(
@@ -100,12 +94,12 @@ def check_recipe(recipe: Any) -> None:
         )
 
 
-def _engine_problems(recipe: Any) -> Iterator[str]:
+def _engine_problems(recipe: Recipe) -> Iterator[str]:
     """What distillation cannot do under FSDP and DeepSpeed, with what to do about it."""
-    fsdp = recipe.get("fsdp_config") or {}
-    stage: Any = 0
-    if fsdp or recipe.get("fsdp"):
-        version = recipe.get("fsdp_version") or _fsdp(fsdp, "version") or 1
+    fsdp = recipe.keys.get("fsdp_config") or {}
+    sharded = bool(fsdp or recipe.keys.get("fsdp"))
+    if sharded:
+        version = recipe.keys.get("fsdp_version") or _fsdp(fsdp, "version") or 1
         if str(version) != "2":
             yield (
                 f"  fsdp_version: {version} — FSDP1 flattens a student's weights together with the "
@@ -118,16 +112,16 @@ def _engine_problems(recipe: Any) -> Iterator[str]:
                 "the decoder, and the loss needs them together; set TRANSFORMER_BASED_WRAP and "
                 "`transformer_layer_cls_to_wrap`"
             )
-    if recipe.get("deepspeed"):
+    if deepspeed := recipe.keys.get("deepspeed"):
         try:
-            config = _deepspeed_config(recipe["deepspeed"])
+            config = _deepspeed_config(deepspeed)
         except (OSError, ValueError) as error:
             yield (
-                f"  deepspeed: {recipe['deepspeed']} — cannot be read ({error}); give a JSON file, "
+                f"  deepspeed: {deepspeed} — cannot be read ({error}); give a JSON file, "
                 "such as `axolotl fetch deepspeed_configs` brings"
             )
             return
-        stage = _section(config, "zero_optimization").get("stage")
+        sharded = sharded or _section(config, "zero_optimization").get("stage") == 3
         for section in _DEEPSPEED_SECTIONS:
             if config.get(section):
                 yield (
@@ -136,16 +130,14 @@ def _engine_problems(recipe: Any) -> Iterator[str]:
                 )
         if _section(config, "tensor_parallel").get("autotp_size") not in (None, 0, 1):
             yield "  deepspeed: tensor_parallel.autotp_size — heads must be whole; remove it"
-    block = recipe.get("dwakd")
-    block = block if isinstance(block, dict) else {}
-    sharded = fsdp or recipe.get("fsdp") or stage == 3
-    exact = _section(block, "loss").get("matching") == "exact"
-    if sharded and (exact or block.get("variant") in ("dskdv2", "dwakdv2")):
+    variant = str(recipe.written("variant"))
+    preset = VARIANTS.get(variant, {}).get("loss", {})
+    if sharded and "exact" in (recipe.written("loss", "matching"), preset.get("matching")):
         yield (
             "  dwakd.loss.matching: exact — its map between the heads follows the whole student, "
             "which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
         )
-    steps = _section(block, "projectors").get("warmup_steps")
+    steps = recipe.written("projectors", "warmup_steps")
     if steps and sharded:
         yield (
             f"  dwakd.projectors.warmup_steps: {steps} — no process holds the whole student under "
@@ -175,10 +167,10 @@ def _deepspeed_config(value: Any) -> Any:
     return config
 
 
-def check_data_types(recipe: dict[str, Any]) -> None:
+def check_data_types(recipe: Recipe) -> None:
     """Raises UserError where the data is plain text, which the tokenising would refuse later."""
-    for dataset in entries(recipe.get("datasets")):
-        kind = str(dataset.get("type")) if isinstance(dataset, dict) else ""
+    for dataset in recipe.datasets:
+        kind = str(dataset.get("type"))
         if kind.startswith(("completion", "pretrain")):
             raise UserError(
                 f"datasets: {dataset.get('path')} has `type: {kind}`, which is plain text to "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.checks import entries
-from dwakd_plugin.recipe.schema import name_problem
+from dwakd_plugin.recipe.messages import name_problem
+from dwakd_plugin.recipe.recipe import Recipe
 
 
-def check_files(recipe: dict[str, Any]) -> None:
+def check_files(recipe: Recipe) -> None:
     """Raises UserError that names every local file or folder of the recipe that is not there.
 
     What may be a hub id is left to the hub, unless that is switched off.
@@ -22,7 +22,7 @@ def check_files(recipe: dict[str, Any]) -> None:
         for place, found, remedy in _missing(recipe)
         if remedy is not None
     ]
-    if not recipe.get("base_model"):
+    if not recipe.base_model:
         problems.insert(0, "  base_model: none given — name the student, a folder or a hub id")
     if problems:
         raise UserError(
@@ -31,38 +31,32 @@ def check_files(recipe: dict[str, Any]) -> None:
         )
 
 
-def _missing(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+def _missing(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     """Place in the recipe, value, and remedy or None where nothing is wrong."""
-    block = recipe.get("dwakd")
-    teacher = block.get("teacher") if isinstance(block, dict) else None
-    if isinstance(teacher, str):
-        teacher = {"base_model": teacher}
-    models = {
-        "base_model": recipe.get("base_model"),
-        "tokenizer_config": recipe.get("tokenizer_config"),
-        "lora_model_dir": recipe.get("lora_model_dir"),
-    }
-    if isinstance(teacher, dict):
-        models |= {
-            f"dwakd.teacher.{key}": teacher.get(key)
-            for key in ("base_model", "tokenizer", "adapter")
-        }
+    own = ("base_model", "tokenizer_config", "lora_model_dir")
+    models = {key: recipe.keys.get(key) for key in own}
+    for key in ("base_model", "tokenizer", "adapter"):
+        models[f"dwakd.teacher.{key}"] = recipe.written("teacher", key)
     for place, model in models.items():
-        if isinstance(model, str) and name_problem(model) is None:
+        if _is_name(model):
             yield place, model, model_remedy(model, is_adapter="model_dir" in place)
-    projectors = block.get("projectors") if isinstance(block, dict) else None
     files = {
-        "dwakd.projectors.path": projectors.get("path") if isinstance(projectors, dict) else None,
-        "resume_from_checkpoint": recipe.get("resume_from_checkpoint"),
+        "dwakd.projectors.path": recipe.written("projectors", "path"),
+        "resume_from_checkpoint": recipe.keys.get("resume_from_checkpoint"),
     }
     for place, file in files.items():
-        if isinstance(file, str) and name_problem(file) is None and not Path(file).exists():
+        if _is_name(file) and not Path(file).exists():
             yield place, file, "no such file or folder"
     for key in ("datasets", "test_datasets"):
-        for index, dataset in enumerate(entries(recipe.get(key))):
-            path = dataset.get("path") if isinstance(dataset, dict) else None
+        for index, dataset in enumerate(recipe.keys.get(key) or []):
+            path = dataset.get("path")
             if isinstance(path, str):
                 yield f"{key}[{index}].path", path, _dataset_remedy(path)
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    """Whether a value can be a name at all: where it can't, the schema says so."""
+    return isinstance(value, str) and name_problem(value) is None
 
 
 def model_remedy(model: str, *, is_adapter: bool) -> str | None:
@@ -83,8 +77,8 @@ def model_remedy(model: str, *, is_adapter: bool) -> str | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        names = ("config.json", "adapter_config.json", "tokenizer_config.json")
-        if any(isinstance(try_to_load_from_cache(model, name), str) for name in names):
+        cached = ("config.json", "adapter_config.json", "tokenizer_config.json")
+        if any(isinstance(try_to_load_from_cache(model, name), str) for name in cached):
             return None
     except HFValidationError:
         return "no such folder, and no valid hub id"

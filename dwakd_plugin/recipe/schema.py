@@ -1,22 +1,18 @@
 """The recipe's schema: the `distillation` switch and the `dwakd:` block.
 
-Every field carries its bounds and its description here and nowhere else: the reference table in
-`docs/configuration.md` is generated from it, and the loss takes `LossConfig` and `SoftDTWConfig`
-as they are.
+Every field has its bounds and its description here and nowhere else: `reference` makes the tables
+of `docs/configuration.md` from it, and the loss takes `LossConfig` and `SoftDTWConfig` as they are.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-import reprlib
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -24,6 +20,7 @@ from pydantic import (
 )
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.messages import explain, name_problem, unknown_key
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
@@ -88,25 +85,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class _Block(BaseModel):
+class _Block(BaseModel, extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False):
     """A block of the recipe. Unknown keys are refused; `parse_recipe` names the nearest known."""
-
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False
-    )
-
-
-def name_problem(name: str) -> str | None:
-    """Why a text can be no file's, folder's or model's name; None where it can."""
-    try:
-        encoded = os.fsencode(name)
-    except UnicodeEncodeError:
-        return "holds a lone surrogate, which no name has"
-    if b"\0" in encoded:
-        return "holds a NUL character, which no name has"
-    if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
-        return "is longer than a name can be"
-    return None
 
 
 def _check_name(name: str) -> str:
@@ -117,6 +97,11 @@ def _check_name(name: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_check_name)]
+
+
+def teacher_keys(teacher: Any) -> Any:
+    """`dwakd.teacher` as a mapping: a text is its `base_model`. All else is left to the schema."""
+    return {"base_model": teacher} if isinstance(teacher, str) else teacher
 
 
 class TeacherConfig(_Block):
@@ -183,7 +168,7 @@ class TeacherConfig(_Block):
     @model_validator(mode="before")
     @classmethod
     def _accept_a_bare_name(cls, values: Any) -> Any:
-        return {"base_model": values} if isinstance(values, str) else values
+        return teacher_keys(values)
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:
@@ -375,7 +360,7 @@ class DWAKDArgs(BaseModel):
     dwakd: DWAKDConfig | None = Field(None, description="Settings of the distillation.")
 
 
-def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
+def parse_recipe(recipe: Mapping[str, Any]) -> DWAKDConfig | None:
     """The distillation settings of a recipe (the YAML as a dict), or None where it asks for none.
 
     Raises UserError with every problem named by its place in the recipe.
@@ -400,130 +385,10 @@ def parse_recipe(recipe: dict[str, Any]) -> DWAKDConfig | None:
         raise UserError(
             "`distillation: dwakd` needs a teacher, and the recipe names none. Add\n"
             "  dwakd:\n    teacher:\n      base_model: <hub id or folder of the teacher>"
-            + "".join(f"\n{_unknown_key([key])}" for key in unknown)
+            + "".join(f"\n{unknown_key([key], DWAKDConfig, 'dwakd')}" for key in unknown)
         )
     try:
         return DWAKDConfig.model_validate(block)
     except ValidationError as error:
-        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        problems = "\n".join(f"  {explain(one, DWAKDConfig, 'dwakd')}" for one in error.errors())
         raise UserError(f"The recipe's `dwakd:` block cannot be used:\n{problems}") from None
-
-
-def _explain(problem: Any) -> str:
-    """One of pydantic's findings in a line: where, what, the value found, and what was meant."""
-    path = _place(problem["loc"])
-    if problem["type"] in ("extra_forbidden", "invalid_key"):
-        return _unknown_key([*path, str(problem["loc"][-1])])
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem.get("input")
-    ending = "" if isinstance(value, dict) else f" ({as_found(value)})"
-    return f"{'.'.join(['dwakd', *path])}: {message}{ending}"
-
-
-def _place(location: tuple[Any, ...]) -> list[str]:
-    """The keys of a place in the schema: pydantic's also says which part of a union it tried."""
-    block: Any = DWAKDConfig
-    path = []
-    for part in location:
-        fields = getattr(block, "model_fields", {})
-        if part not in fields:
-            break
-        path.append(part)
-        block = fields[part].annotation
-    return path
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
-_SHORT.maxlevel = 2
-
-
-def as_found(value: Any) -> str:
-    """A value of the recipe in a message; a long or deep one is cut.
-
-    >>> as_found(3)
-    'found: 3'
-    """
-    try:
-        return f"found: {_SHORT.repr(value)}"
-    except ValueError:  # a number of thousands of digits, which Python does not write out
-        return "found: a number beyond all bounds"
-
-
-def _unknown_key(path: list[str]) -> str:
-    """The place of a key below `dwakd` that there is not, and the nearest that there is."""
-    known = _known_keys(path[:-1])
-    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"
-    return f"{'.'.join(['dwakd', *path])}: unknown key; {hint}"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    """The keys of the block at `path` below `dwakd`."""
-    block: Any = DWAKDConfig
-    for key in path:
-        block = block.model_fields[key].annotation
-    return list(block.model_fields)
-
-
-def configuration_table() -> str:
-    """Every key of the `dwakd:` block as Markdown tables, one a block, from the schema."""
-    sections = []
-    for prefix, block in (
-        ("dwakd", DWAKDConfig),
-        ("dwakd.teacher", TeacherConfig),
-        ("dwakd.loss", LossConfig),
-        ("dwakd.soft_dtw", SoftDTWConfig),
-        ("dwakd.projectors", ProjectorConfig),
-    ):
-        lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
-        for name, field in block.model_fields.items():
-            values = _values(field.annotation) + _bounds(field.metadata)
-            default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-            if values == "block":
-                default = "see below"
-            lines.append(f"| `{name}` | {values} | {default} | {field.description} |")
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections)
-
-
-def _values(annotation: Any) -> str:
-    """A field's type in a reader's words."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "block"
-    words = []
-    for part in get_args(annotation) or (annotation,):
-        if get_origin(part) is Annotated:
-            part = get_args(part)[0]
-        if get_origin(part) is Literal:
-            words += [f"`{value}`" for value in get_args(part)]
-        elif get_origin(part) is dict:
-            words.append("mapping")
-        elif isinstance(part, type):
-            names = {str: "text", bool: "true, false", float: "number", int: "whole number"}
-            words.append(names.get(part, "null"))
-        else:
-            words.append(f"`{part}`")
-    return ", ".join(words)
-
-
-def _bounds(metadata: list[Any]) -> str:
-    """A number's bounds in a reader's words; none for texts."""
-    least, above, most = (
-        next((getattr(each, name) for each in metadata if hasattr(each, name)), None)
-        for name in ("ge", "gt", "le")
-    )
-    if most is None:
-        return ""
-    lower = f" {least:g}" if least is not None else f" above {above:g}"
-    return f",{lower} to {most if isinstance(most, int) else f'{most:g}'}"
-
-
-def _yaml(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-if __name__ == "__main__":
-    print(configuration_table())

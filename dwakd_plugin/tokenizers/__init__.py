@@ -5,11 +5,12 @@ Token ids and strings only; nothing of models.
 
 __all__ = [
     "alignment",
-    "figures",
     "findings",
     "loading",
     "pair",
     "same_text",
+    "side",
+    "texts",
     "training",
     "verdict",
 ]

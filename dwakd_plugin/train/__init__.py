@@ -5,7 +5,9 @@
 
 __all__ = [
     "assembly",
+    "child_process",
     "health",
+    "launch",
     "open_run",
     "preflight",
     "report",
@@ -13,4 +15,5 @@ __all__ = [
     "signals",
     "trainer",
     "warmup",
+    "warmup_file",
 ]

@@ -36,6 +36,7 @@ from dwakd_plugin.models.projectors import (
 )
 from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig, Matching
 from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
 from dwakd_plugin.tokenizers.findings import ENOUGH_SHARED_TOKENS
@@ -56,13 +57,13 @@ LOG = get_logger("axolotl.dwakd")
 
 
 def assemble(
-    cfg: Any, config: DWAKDConfig, trainer: Any, rows: RowReport
+    cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport
 ) -> tuple[Distillation, dict[str, Any]]:
     """Loads the teacher, fills the cache, initialises the projectors, and signs the output folder.
 
     Returns the distillation and what `describe_run` says of its making. Raises UserError.
     """
-    student = trainer.model
+    config, student = recipe.config, trainer.model
     check_positions(student, cfg.sequence_len, "sequence_len")
     first_rank = trainer.args.process_index == 0
     # A sharded student is not on its device before it is wrapped.
@@ -101,7 +102,7 @@ def assemble(
     if teacher is not None and config.loss.matching in ("exact", "mapped"):
         _pair_tokens(trainer, teacher, teacher_tokenizer, shared, config.loss.matching)
     if teacher is None or not config.loss.trained_projectors:
-        return _signed(cfg, trainer, Distillation(config, teacher, None, rows, {})), facts
+        return _signed(recipe, trainer, Distillation(config, teacher, None, rows, {})), facts
     pair, how, follower = {}, "", None
     with whole(tables(student)):
         seed = int(cfg.seed or 42)
@@ -145,10 +146,10 @@ def assemble(
     pair, how = from_first_rank(projectors, pair, how)
     facts["initialisation"] = how
     distillation = Distillation(config, teacher, projectors, rows, pair, follower)
-    return _signed(cfg, trainer, distillation), facts
+    return _signed(recipe, trainer, distillation), facts
 
 
-def _signed(cfg: Any, trainer: Any, distillation: Distillation) -> Distillation:
+def _signed(recipe: Recipe, trainer: Any, distillation: Distillation) -> Distillation:
     """The same, with the run's name in its output folder, and a look at who teaches whom."""
     teacher, own = distillation.teacher, parameter_count(causal_lm(trainer.model))
     if teacher is not None and teacher.parameters < own:
@@ -158,7 +159,7 @@ def _signed(cfg: Any, trainer: Any, distillation: Distillation) -> Distillation:
             f"{own:,}",
         )
     if trainer.args.should_save:
-        _sign(Path(cfg.output_dir) / RUN_FILE, cfg, distillation.config)
+        _sign(recipe)
     return distillation
 
 
@@ -279,14 +280,15 @@ def _progress(title: str, unit: str, *, shown: bool = True) -> Any:
     return show
 
 
-def _sign(file: Path, cfg: Any, config: DWAKDConfig) -> None:
+def _sign(recipe: Recipe) -> None:
     """Says in the output folder whose run it holds, and with what settings."""
+    file = recipe.output_dir / RUN_FILE
     content: dict[str, Any] = {
-        "identity": run_identity(cfg, config),
+        "identity": run_identity(recipe),
         "version": dwakd_plugin.__version__,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": config.model_dump(),
-        **run_facts(cfg),
+        "settings": recipe.config.model_dump(),
+        **run_facts(recipe),
     }
     with explaining_writes(file, "Free some space, and run it again."):
         file.parent.mkdir(parents=True, exist_ok=True)

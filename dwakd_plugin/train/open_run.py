@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import yaml
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
-from dwakd_plugin.recipe.checks import ENGINE_KEYS
+from dwakd_plugin.recipe import ENGINE_KEYS, Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.preflight import check_all
 
@@ -39,10 +39,10 @@ class OpenRun:
 
 
 @contextlib.contextmanager
-def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator[OpenRun]:
+def open_run(recipe: Recipe, checkpoint: Path | None = None) -> Iterator[OpenRun]:
     """Loads all that a recipe's training would, through axolotl, and trains nothing.
 
-    `recipe` is an effective recipe, plugin and switch included. `checkpoint` is a run's output
+    `checkpoint` is a run's output
     folder or one of its checkpoints: its student (weights or LoRA adapter) and its projectors
     take the place of the recipe's. The recipe's output folder is neither looked at nor written to,
     and projectors are not warmed up. What axolotl says goes nowhere, unless it fails.
@@ -53,7 +53,7 @@ def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator
         own = _without_a_run(recipe, folder)
         if checkpoint is not None:
             own = _from_checkpoint(own, checkpoint)
-        config, file = _checked(own, Path(folder))
+        file = _checked(own, Path(folder))
         try:
             with _quiet():
                 cfg, trainer = _load(file)
@@ -62,55 +62,58 @@ def open_run(recipe: dict[str, Any], checkpoint: Path | None = None) -> Iterator
                 from dwakd_plugin.models.projectors import PROJECTOR_FILE, load_projectors
 
                 # The file has the signature of the head that the run began with.
-                pair = distillation.pair | {"student": str(recipe["base_model"])}
+                pair = distillation.pair | {"student": recipe.base_model}
                 del pair["student_head"]
                 load_projectors(distillation.projectors, checkpoint / PROJECTOR_FILE, pair)
-                distillation.pair = pair
-            yield OpenRun(cfg, config, trainer, distillation)
+                distillation = trainer.distillation = replace(distillation, pair=pair)
+            yield OpenRun(cfg, own.config, trainer, distillation)
         finally:
             _close()
 
 
 @contextlib.contextmanager
-def open_rows(recipe: dict[str, Any]) -> Iterator[tuple[DWAKDConfig, list[Any]]]:
+def open_rows(recipe: Recipe) -> Iterator[tuple[DWAKDConfig, list[Any]]]:
     """The settings, and the data sets to train and to evaluate on, with both sides of each row.
 
     As `open_run` has them, and without loading a model. A data set may be None. Raises UserError.
     """
     with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
-        config, file = _checked(_without_a_run(recipe, folder), Path(folder))
+        own = _without_a_run(recipe, folder)
+        file = _checked(own, Path(folder))
         try:
             with _quiet(), _axolotl(file) as (cfg, manager):
                 rows = manager.load_datasets(cfg, preprocess=False)
-            yield config, [rows.train_dataset, rows.eval_dataset]
+            yield own.config, [rows.train_dataset, rows.eval_dataset]
         finally:
             _close()
 
 
-def _checked(recipe: dict[str, Any], folder: Path) -> tuple[DWAKDConfig, Path]:
-    """The recipe's settings, and its file for axolotl."""
-    config = check_all(recipe)
+def _checked(recipe: Recipe, folder: Path) -> Path:
+    """A file of the recipe, for axolotl. Raises UserError where a run cannot begin with it."""
+    check_all(recipe)
     file = folder / "recipe.yml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(dict(recipe.keys), sort_keys=False), encoding="utf-8")
     # It hangs at exit where it is offline, and its copy of the output would be one of ours.
     os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
     os.environ["AXOLOTL_TEE_STDOUT"] = "0"
-    return config, file
+    return file
 
 
-def _without_a_run(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
+def _without_a_run(recipe: Recipe, folder: str) -> Recipe:
     """The recipe for one process, with an output folder of its own.
 
     No run is refused, resumed or signed, and nothing is sharded.
     """
-    own = recipe | {"output_dir": str(Path(folder) / "out")}
-    for key in ("resume_from_checkpoint", *ENGINE_KEYS):
-        own.pop(key, None)
-    own["auto_resume_from_checkpoints"] = False
-    return _with_projectors(own, warmup_steps=0)
+    own = recipe.but(
+        "resume_from_checkpoint",
+        *ENGINE_KEYS,
+        output_dir=str(Path(folder) / "out"),
+        auto_resume_from_checkpoints=False,
+    )
+    return own.with_block("projectors", warmup_steps=0)
 
 
-def _from_checkpoint(recipe: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def _from_checkpoint(recipe: Recipe, checkpoint: Path) -> Recipe:
     from dwakd_plugin.models.projectors import PROJECTOR_FILE
 
     adapter = (checkpoint / "adapter_config.json").is_file()
@@ -124,22 +127,10 @@ def _from_checkpoint(recipe: dict[str, Any], checkpoint: Path) -> dict[str, Any]
             f"{checkpoint} holds no {PROJECTOR_FILE}: it was not written by a run with a teacher."
         )
     # The checkpoint's projectors are read in the end, for the pair that the recipe names.
-    recipe = _with_projectors(recipe, path=None, init="random")
+    recipe = recipe.with_block("projectors", path=None, init="random")
     if adapter:
-        return recipe | {"lora_model_dir": str(checkpoint)}
-    tokenizer = recipe.get("tokenizer_config") or recipe["base_model"]
-    return recipe | {"base_model": str(checkpoint), "tokenizer_config": tokenizer}
-
-
-def _with_projectors(recipe: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """The recipe with `dwakd.projectors` changed, where there is such a block to change."""
-    block = recipe.get("dwakd")
-    if not isinstance(block, dict):
-        return recipe
-    own = block.get("projectors") or {}
-    if not isinstance(own, dict):
-        return recipe  # the schema will say so
-    return recipe | {"dwakd": block | {"projectors": own | settings}}
+        return recipe.but(lora_model_dir=str(checkpoint))
+    return recipe.but(base_model=str(checkpoint), tokenizer_config=recipe.tokenizer)
 
 
 def _load(file: Path) -> tuple[Any, Any]:

@@ -4,54 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.run_lock import check_free
 from dwakd_plugin.models.teacher.quantisation import check_packages, own_quantisation
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_data_types, check_kinds, check_recipe
 from dwakd_plugin.recipe.places import check_files
-from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig, parse_recipe
-from dwakd_plugin.train.run_folder import check_output_folder, output_folder
+from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig
+from dwakd_plugin.train.run_folder import check_output_folder
 
 
-def check_all(recipe: dict[str, Any]) -> DWAKDConfig:
-    """The distillation settings of a recipe with which a run can begin.
+def check_all(recipe: Recipe) -> None:
+    """Raises UserError where a run cannot begin with a recipe, with the findings of every check.
 
-    Raises UserError with the findings of every check at once: the schema of the `dwakd:` block,
-    settings that distillation does not go with, missing files and folders, the output folder.
+    They are: the schema of the `dwakd:` block, settings that distillation does not go with, missing
+    files and folders, the output folder.
     """
     findings: list[str] = []
-    config: DWAKDConfig | None = None
-    try:
-        config = parse_recipe(recipe)
-        if config is None:
-            findings.append("The recipe does not say `distillation: dwakd`.")
-    except UserError as error:
-        findings.append(str(error))
 
-    def check(what: Callable[[], None]) -> None:
+    def passes(check: Callable[[Recipe], Any]) -> bool:
         try:
-            what()
+            check(recipe)
         except UserError as error:
             findings.append(str(error))
+            return False
+        return True
 
-    check(lambda: check_kinds(recipe))
-    if len(findings) > (config is None):  # the rest reads these values
+    parsed = passes(lambda recipe: recipe.config)
+    checks: list[Callable[[Recipe], Any]] = []
+    if passes(check_kinds):  # the rest reads these values
+        checks += [check_recipe, check_data_types, check_files]
+        if parsed:
+            checks.append(lambda recipe: check_teacher_recipe(recipe.config))
+        # What is whose run can be said of a recipe that names both models.
+        if parsed and recipe.base_model:
+            checks.append(lambda recipe: check_free(recipe.output_dir))
+            checks.append(partial(check_output_folder, only_look=True))
+    for check in checks:
+        passes(check)
+    if findings:
         raise UserError("\n".join(findings))
-    check(lambda: check_recipe(recipe))
-    check(lambda: check_data_types(recipe))
-    check(lambda: check_files(recipe))
-    if config is not None:
-        check(lambda: check_teacher_recipe(config))
-    # What is whose run can be said of a recipe that names both models.
-    if config is not None and isinstance(recipe.get("base_model"), str):
-        check(lambda: check_free(output_folder(recipe)))
-        check(lambda: check_output_folder(recipe, config, only_look=True))
-    if findings or config is None:
-        raise UserError("\n".join(findings))
-    return config
 
 
 def check_teacher_recipe(config: DWAKDConfig) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.io.files import json_checksum
+from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.places import is_a_path
-from dwakd_plugin.recipe.schema import DWAKDConfig
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 
@@ -34,45 +34,44 @@ _TRAINING_KEYS = (
 )
 
 
-def run_identity(recipe: Any, config: DWAKDConfig) -> dict[str, str]:
+def run_identity(recipe: Recipe) -> dict[str, str]:
     """Which run an output folder belongs to."""
     return {
-        "student": str(recipe["base_model"]),
-        "teacher": config.teacher.base_model,
-        "adapter": str(recipe.get("adapter") or "none"),
+        "student": recipe.base_model,
+        "teacher": recipe.config.teacher.base_model,
+        "adapter": recipe.adapter or "none",
     }
 
 
-def run_facts(recipe: Any) -> dict[str, Any]:
+def run_facts(recipe: Recipe) -> dict[str, Any]:
     """What a run was trained on and how, for its records. Local files go by their last name."""
     data = []
-    for dataset in recipe.get("datasets") or []:
+    for dataset in recipe.datasets:
         path = str(dataset.get("path"))
         name = Path(path).name if Path(path).exists() or is_a_path(path) else path
         data.append(f"{without_credentials(name)} ({dataset.get('type')})")
     return {
         "data": data,
         "training": {
-            key: recipe.get(key) for key in _TRAINING_KEYS if recipe.get(key) not in (None, "")
+            key: recipe.keys[key]
+            for key in _TRAINING_KEYS
+            if recipe.keys.get(key) not in (None, "")
         },
     }
 
 
-def check_output_folder(recipe: Any, config: DWAKDConfig, *, only_look: bool = False) -> None:
+def check_output_folder(recipe: Recipe, *, only_look: bool = False) -> None:
     """Raises UserError where the output folder holds a run that this one would overwrite.
 
     Checkpoints that were cut off while being written are set aside, so that a resumed run takes the
     last whole one; `only_look` changes nothing.
     """
-    folder = output_folder(recipe)
+    folder = recipe.output_dir
     _check_writable(folder)
-    resumes = bool(
-        recipe.get("resume_from_checkpoint") or recipe.get("auto_resume_from_checkpoints")
-    )
-    own = run_identity(recipe, config)
+    own = run_identity(recipe)
     record = read_run_file(folder / RUN_FILE)
     found = None if record is None else record.get("identity")
-    if resumes:
+    if recipe.resumes:
         if found is not None and found != own:
             differing = "\n".join(
                 f"  {key}: {found.get(key)} there, {value} in this recipe"
@@ -97,11 +96,6 @@ def check_output_folder(recipe: Any, config: DWAKDConfig, *, only_look: bool = F
             f"output_dir {folder} holds a run already{whose}: {', '.join(held[:4])}. Resume it "
             "with `auto_resume_from_checkpoints: true`, give another output_dir, or remove it."
         )
-
-
-def output_folder(recipe: Any) -> Path:
-    """Where axolotl writes the run."""
-    return Path(recipe.get("output_dir") or "./model-out")  # axolotl's own default
 
 
 def _check_writable(folder: Path) -> None:

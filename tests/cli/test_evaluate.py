@@ -18,7 +18,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dwakd_cli import evaluate as command
 from dwakd_cli.main import app, main
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import generation
@@ -26,12 +25,13 @@ from dwakd_plugin.evaluate.figures import (
     rouge_l,
 )
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
+from dwakd_plugin.evaluate.subjects import short_names
 from tests.conftest import ROWS, write_rows
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
-    assert command.short_names(["a/sft", "a/dwakd/", "gpt2"]) == ["sft", "dwakd", "gpt2"]
-    assert command.short_names(["a/checkpoint-5", "b/checkpoint-5"]) == [
+    assert short_names(["a/sft", "a/dwakd/", "gpt2"]) == ["sft", "dwakd", "gpt2"]
+    assert short_names(["a/checkpoint-5", "b/checkpoint-5"]) == [
         "a/checkpoint-5",
         "b/checkpoint-5",
     ]

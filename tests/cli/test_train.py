@@ -17,10 +17,13 @@ from axolotl.utils.dict import DictDefault
 from typer.testing import CliRunner
 
 import dwakd_plugin
-from dwakd_cli import train
 from dwakd_cli.axolotl_command import distill
 from dwakd_cli.main import app
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe import Recipe as ReadRecipe
+from dwakd_plugin.recipe.reading import with_distillation
+from dwakd_plugin.train import child_process
+from dwakd_plugin.train.launch import prepare
 from dwakd_plugin.train.preflight import check_all
 from tests.runs import wait_for
 
@@ -46,11 +49,11 @@ def error_of(file: Path, *options: str) -> str:
 def test_a_variant_goes_before_the_recipes_own(recipe: Recipe, write: Callable[..., Path]) -> None:
     file = write(recipe({"variant": "dskd"}))
     folder = dry_run(file, "--variant", "mapped")["output_dir"]
-    launch = train.prepare(
+    launch = prepare(
         file, [], teacher={}, variant="mapped", launcher=None, processes=None, resume=False
     )
-    assert launch.config.loss.matching == "mapped" and str(launch.output) == folder
-    assert launch.recipe["dwakd"]["variant"] == "mapped"
+    assert launch.seen.config.loss.matching == "mapped" and str(launch.output) == folder
+    assert launch.recipe.keys["dwakd"]["variant"] == "mapped"
     message = error_of(file, "--variant", "maped")
     assert "dwakd.variant" in message and "'maped'" in message and "'mapped'" in message
 
@@ -67,7 +70,7 @@ def test_a_plain_recipe_takes_a_teacher_without_an_edit(
         loss_watchdog_threshold=5.0,
         plugins=["axolotl.integrations.liger.LigerPlugin"],
     )
-    effective, changes = train.with_distillation(plain, {"base_model": "big", "load_in_8bit": True})
+    effective, changes = with_distillation(plain, {"base_model": "big", "load_in_8bit": True})
     assert effective["distillation"] == "dwakd"
     assert effective["dwakd"] == {"teacher": {"base_model": "big", "load_in_8bit": True}}
     assert effective["plugins"] == [*plain["plugins"], "dwakd_plugin.DWAKDPlugin"]
@@ -89,12 +92,12 @@ def test_a_plain_recipe_takes_a_teacher_without_an_edit(
 def test_the_command_line_teacher_goes_before_the_recipes(recipe: Recipe) -> None:
     own = {"load_in_8bit": True, "tokenizer": "of-another", "base_model": "other"}
     given = recipe(None) | {"dwakd": {"teacher": own, "loss": {"temperature": 1.0}}}
-    effective, _ = train.with_distillation(given, {"base_model": "big"})
+    effective, _ = with_distillation(given, {"base_model": "big"})
     assert effective["dwakd"]["teacher"] == {"base_model": "big", "load_in_8bit": True}
     assert effective["dwakd"]["loss"] == {"temperature": 1.0}
-    same, _ = train.with_distillation(given, {"base_model": "other", "cache": "states"})
+    same, _ = with_distillation(given, {"base_model": "other", "cache": "states"})
     assert same["dwakd"]["teacher"] == own | {"cache": "states"}
-    short, _ = train.with_distillation({"dwakd": {"teacher": "other"}}, {"load_in_4bit": True})
+    short, _ = with_distillation({"dwakd": {"teacher": "other"}}, {"load_in_4bit": True})
     assert short["dwakd"]["teacher"] == {"base_model": "other", "load_in_4bit": True}
 
 
@@ -128,7 +131,7 @@ def test_every_problem_is_named_at_once(
 
 def test_looking_does_not_touch_checkpoints(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)  # begun, and never finished
-    check_all(recipe({}, auto_resume_from_checkpoints=True))
+    check_all(ReadRecipe(recipe({}, auto_resume_from_checkpoints=True)))
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
@@ -189,7 +192,7 @@ def test_a_plugin_that_cannot_be_imported_stops_axolotl(monkeypatch: pytest.Monk
 def test_a_run_without_the_plugin_is_an_error(
     recipe: Recipe, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "execute", lambda *_, **__: (0, None))
+    monkeypatch.setattr(child_process, "execute", lambda *_, **__: (0, None))
     with pytest.raises(UserError, match="plugin was not part of it"):
         CliRunner().invoke(app, ["train", str(write(recipe({})))], catch_exceptions=False)
 
@@ -198,9 +201,9 @@ def test_a_run_without_the_plugin_is_an_error(
 
 
 def test_exit_codes_are_passed_through() -> None:
-    assert train.execute([sys.executable, "-c", "raise SystemExit(7)"], {}) == (7, None)
+    assert child_process.execute([sys.executable, "-c", "raise SystemExit(7)"], {}) == (7, None)
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert train.execute([sys.executable, "-c", killed], {}) == (137, None)
+    assert child_process.execute([sys.executable, "-c", killed], {}) == (137, None)
 
 
 def test_a_second_signal_kills_what_does_not_stop(tmp_path: Path) -> None:
@@ -213,7 +216,7 @@ def test_a_second_signal_kills_what_does_not_stop(tmp_path: Path) -> None:
         "pathlib.Path('child').write_text(str(child.pid)); time.sleep(60); time.sleep(60)"
     )
     script = (
-        "import os, sys; from dwakd_cli.train import execute; "
+        "import os, sys; from dwakd_plugin.train.child_process import execute; "
         f"print(execute([sys.executable, '-c', {deaf!r}], dict(os.environ)))"
     )
     process = subprocess.Popen(

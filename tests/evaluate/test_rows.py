@@ -27,6 +27,7 @@ from dwakd_plugin.evaluate.rows import (
     read_rows,
     recipe_rows,
 )
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from tests.conftest import CHAT_TEMPLATE, ROWS, write_rows
 from tests.evaluate.conftest import ALPACA, TEXTS
 
@@ -96,7 +97,7 @@ def test_a_recipes_rows_are_those_that_training_sees(
         for name in ("student", "teacher")
         for tokenizer in [AutoTokenizer.from_pretrained(lab / name)]
     ]
-    texts, (students, teachers) = recipe_rows(settings, readers)
+    texts, (students, teachers) = recipe_rows(ReadRecipe(settings), readers)
     assert texts == TEXTS
     assert students == encoded
     rows = read_rows(lab / "test.jsonl")
@@ -125,14 +126,16 @@ def test_held_out_rows_of_a_chat_recipe_without_a_teacher(
     )
     source = find_model(str(lab / "teacher"))
     tokenizer = AutoTokenizer.from_pretrained(lab / "teacher")
-    texts, (rows,) = recipe_rows(settings, [(source, tokenizer, [tokenizer.eos_token_id])])
+    texts, (rows,) = recipe_rows(
+        ReadRecipe(settings), [(source, tokenizer, [tokenizer.eos_token_id])]
+    )
     assert len(texts) == 5
     plain = {row.references[0]: row for row in read_rows(file)}
     for text, row in zip(texts, rows, strict=True):
         assert row == encode(plain[text], Format("chat", ""), tokenizer, [tokenizer.eos_token_id])
         assert tokenizer.decode(row.prompt).endswith("<|im_start|>assistant\n")
     with pytest.raises(UserError, match="no evaluation rows"):
-        recipe_rows(settings | {"val_set_size": 0}, [(source, tokenizer, [0])])
+        recipe_rows(ReadRecipe(settings | {"val_set_size": 0}), [(source, tokenizer, [0])])
 
 
 def test_an_adapter_is_its_base_model_with_it(lab: Path, tmp_path: Path, encoded: Any) -> None:

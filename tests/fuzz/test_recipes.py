@@ -13,8 +13,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dwakd_cli.train import read_recipe, with_distillation
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe import Recipe as ReadRecipe
+from dwakd_plugin.recipe.reading import read_recipe, with_distillation
 from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
 from dwakd_plugin.train.preflight import check_all
 from tests.fuzz.cases import cases, located
@@ -179,7 +180,7 @@ def test_a_recipe_is_checked_whatever_it_holds(changed: dict[Any, Any], whole: b
     recipe = recipe | changed if whole else changed
     try:
         effective, changes = with_distillation(recipe, {"base_model": "big"})
-        check_all(effective)
+        check_all(ReadRecipe(effective))
     except UserError as error:
         located(str(error))
         return
@@ -234,6 +235,6 @@ def test_a_file_is_a_recipe_or_a_message(content: str | bytes, scratch: Path) ->
     )
     try:
         recipe, _ = with_distillation(read_recipe(file), {"base_model": "big"})
-        check_all(recipe)
+        check_all(ReadRecipe(recipe))
     except UserError as error:
         located(str(error))

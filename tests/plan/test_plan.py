@@ -34,6 +34,7 @@ from dwakd_plugin.plan.model_sizes import (
 )
 from dwakd_plugin.plan.parts import Parts
 from dwakd_plugin.plan.trace import trace_body
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.train.trainer import DWAKDTrainer
 from tests.conftest import ROOT
@@ -209,7 +210,7 @@ def test_the_trace_holds_what_a_real_forward_pass_keeps(checkpointing: bool, bat
 
 
 def total(recipe: dict[str, Any], **changes: Any) -> float:
-    return plan(recipe | changes, card("24GB")).total
+    return plan(ReadRecipe(recipe | changes), card("24GB")).total
 
 
 def test_more_of_anything_takes_more(pair: dict[str, Any], tmp_path: Path) -> None:
@@ -221,14 +222,14 @@ def test_more_of_anything_takes_more(pair: dict[str, Any], tmp_path: Path) -> No
     assert total(pair, attn_implementation="eager") > base
     wide = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=100_000)
     assert total(pair, base_model=config_only(tmp_path / "wide", wide)) > base
-    half = plan(pair, card("24GB"), response_share=0.5)
+    half = plan(ReadRecipe(pair), card("24GB"), response_share=0.5)
     assert half.total < base
     assert half.lengths.student == 2 * half.lengths.student_response
 
 
 def test_parts_add_up_on_both_kinds_of_card(pair: dict[str, Any]) -> None:
     for on in (CPU, card("24GB")):
-        made = plan(pair, on)
+        made = plan(ReadRecipe(pair), on)
         assert sum(made.parts.values()) == pytest.approx(made.total)
         assert {"teacher weights", "student weights", "optimizer", "head chunks"} <= set(
             made.largest
@@ -241,7 +242,7 @@ def test_what_a_step_holds_is_counted_exactly(pair: dict[str, Any], on: Card) ->
     """To the byte, against modules of the same sizes: what needs no GPU to be known."""
     teacher = pair["dwakd"]["teacher"] | {"dtype": "bfloat16"}
     changes = {"dwakd": {"teacher": teacher}, "optimizer": "adamw_torch_fused"}
-    made = plan(pair | changes, on).largest
+    made = plan(ReadRecipe(pair | changes), on).largest
     with torch.device("meta"):
         models = [
             AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
@@ -257,7 +258,9 @@ def test_what_a_step_holds_is_counted_exactly(pair: dict[str, Any], on: Card) ->
     assert made["projectors"] == 4 * own
     assert made["optimizer"] == 2 * 4 * (student + own)
     assert made["gradients"] == 4 * (student + own)
-    unfused = plan(pair | changes | {"optimizer": "adamw_torch"}, on).largest["optimizer"]
+    unfused = plan(ReadRecipe(pair | changes | {"optimizer": "adamw_torch"}), on).largest[
+        "optimizer"
+    ]
     more = made["gradients"] if on.kind == "cuda" else 0  # a temporary of every weight
     assert unfused == made["optimizer"] + more
 
@@ -266,7 +269,7 @@ def test_what_a_step_holds_is_counted_exactly(pair: dict[str, Any], on: Card) ->
 def test_every_row_more_takes_more(pair: dict[str, Any], on: Card) -> None:
     # Without tokenizers, the initialisation on a CPU takes more than a step of these small models.
     steps = pair | {"dwakd": pair["dwakd"] | {"projectors": {"init": "random"}}}
-    plans = [plan(steps, on, micro_batch=batch) for batch in range(1, 9)]
+    plans = [plan(ReadRecipe(steps), on, micro_batch=batch) for batch in range(1, 9)]
     for fewer, more in itertools.pairwise(plans):
         assert more.total > fewer.total
         for part in ("student activations", "teacher activations", "loss", "soft-DTW"):
@@ -278,7 +281,7 @@ def test_every_row_more_takes_more(pair: dict[str, Any], on: Card) -> None:
 def test_the_teacher_is_held_as_the_recipe_says(pair: dict[str, Any]) -> None:
     def teacher(**changes: Any) -> float:
         block = {"teacher": pair["dwakd"]["teacher"] | changes}
-        return plan(pair | {"dwakd": block}, card("24GB")).largest["teacher weights"]
+        return plan(ReadRecipe(pair | {"dwakd": block}), card("24GB")).largest["teacher weights"]
 
     full = teacher(dtype="float32")
     assert teacher(dtype="bfloat16") == full / 2
@@ -288,20 +291,20 @@ def test_the_teacher_is_held_as_the_recipe_says(pair: dict[str, Any]) -> None:
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:
     on = replace(card("24GB"), capacity=int(2.5 * GIB))
-    largest = largest_micro_batch(pair, on)
+    largest = largest_micro_batch(ReadRecipe(pair), on)
     assert largest > 1
-    assert plan(pair, on, micro_batch=largest).fits
-    assert not plan(pair, on, micro_batch=largest + 1).fits
-    assert largest_micro_batch(pair, replace(on, capacity=GIB // 2)) == 0
+    assert plan(ReadRecipe(pair), on, micro_batch=largest).fits
+    assert not plan(ReadRecipe(pair), on, micro_batch=largest + 1).fits
+    assert largest_micro_batch(ReadRecipe(pair), replace(on, capacity=GIB // 2)) == 0
 
 
 def test_suggestions_come_in_order_of_effect_and_keep_their_word(pair: dict[str, Any]) -> None:
     on = card("24GB")
-    now = plan(pair, on)
-    found = suggestions(pair, now)
+    now = plan(ReadRecipe(pair), on)
+    found = suggestions(ReadRecipe(pair), now)
     assert [one.saves for one in found] == sorted((one.saves for one in found), reverse=True)
     checkpointing = next(one for one in found if one.title == "gradient checkpointing")
-    then = plan(pair | {"gradient_checkpointing": True}, on)
+    then = plan(ReadRecipe(pair | {"gradient_checkpointing": True}), on)
     assert checkpointing.saves == now.total - then.total
     assert checkpointing.yaml == "gradient_checkpointing: true"
 
@@ -430,9 +433,9 @@ def test_cached_states_wait_for_a_whole_optimizer_step(
     monkeypatch.setattr(DWAKDTrainer, "compute_loss", computing)
     train(settings)
     lengths = Lengths(256, 256, 60, 60)
-    waiting = plan(settings, CPU, lengths=lengths).largest["states that wait"]
+    waiting = plan(ReadRecipe(settings), CPU, lengths=lengths).largest["states that wait"]
     assert waiting == (max(alive) - 1) * 4 * 60 * 40 * 4  # rows, tokens, features, bytes
-    on_gpu = plan(settings, card("24GB"), lengths=lengths).largest["states that wait"]
+    on_gpu = plan(ReadRecipe(settings), card("24GB"), lengths=lengths).largest["states that wait"]
     assert on_gpu == waiting * 3 / 4  # the data loader's is not there yet
 
 

@@ -15,10 +15,11 @@ import yaml
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 
-from dwakd_cli.train import with_distillation
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.plugin import DWAKDPlugin
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.recipe.reading import with_distillation
 from dwakd_plugin.recipe.schema import VARIANTS, DWAKDConfig, parse_recipe
 from dwakd_plugin.train.preflight import check_all
 from dwakd_plugin.train.run_folder import check_output_folder
@@ -126,7 +127,7 @@ def test_a_variant_is_one_switch(variant: str) -> None:
 )
 def test_other_kinds_of_training_are_refused(key: str, value: Any, recipe: Recipe) -> None:
     with pytest.raises(UserError, match=re.escape(f"{key}: {value} — ")):
-        check_recipe(recipe({}, **{key: value}))
+        check_recipe(ReadRecipe(recipe({}, **{key: value})))
 
 
 OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
@@ -173,7 +174,7 @@ def test_a_recipe_of_another_kind_is_refused_before_anything_starts(
     settings, message = OTHER_KINDS[kind]
     effective, _ = with_distillation(recipe(None, **settings), {"base_model": str(lab / "teacher")})
     with pytest.raises(UserError, match=re.escape(message)):
-        check_all(effective)
+        check_all(ReadRecipe(effective))
     assert not (tmp_path / "out").exists()
 
 
@@ -210,22 +211,20 @@ def test_out_of_memory_in_a_step_ends_with_remedies(
 
 def test_an_output_folder_of_another_run_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     settings = recipe({})
-    config = parse_recipe(settings)
-    assert config is not None
-    check_output_folder(settings, config)
+    check_output_folder(ReadRecipe(settings))
     checkpoint = tmp_path / "out" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     with pytest.raises(UserError, match="holds a run already"):
-        check_output_folder(settings, config)
+        check_output_folder(ReadRecipe(settings))
     (tmp_path / "out" / "dwakd").mkdir()
     (tmp_path / "out" / "dwakd" / "run.json").write_text(
         '{"identity": {"student": "other", "teacher": "another", "adapter": "none"}}'
     )
     with pytest.raises(UserError, match="another teaching other"):
-        check_output_folder(settings, config)
+        check_output_folder(ReadRecipe(settings))
     resuming = settings | {"auto_resume_from_checkpoints": True}
     with pytest.raises(UserError, match="teacher: another there"):
-        check_output_folder(resuming, config)
+        check_output_folder(ReadRecipe(resuming))
 
 
 @pytest.mark.slow

@@ -16,11 +16,10 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dwakd_cli import train as train_command
 from dwakd_cli.main import app
 from dwakd_plugin.models.projectors import PROJECTOR_FILE, Projectors, save_projectors
 from dwakd_plugin.recipe.schema import DWAKDConfig
-from dwakd_plugin.train import health
+from dwakd_plugin.train import child_process, health
 from dwakd_plugin.train.health import (
     HEALTH_FILE,
     WINDOW_LINES,
@@ -341,7 +340,7 @@ def test_the_command_tells_what_stood_when_a_run_was_stopped(
         write_report(found, out)
         return 0, stopped_by.pop(0)
 
-    monkeypatch.setattr(train_command, "execute", execute)
+    monkeypatch.setattr(child_process, "execute", execute)
     arguments = ["train", str(write(settings))]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     words = " ".join(result.output.split())

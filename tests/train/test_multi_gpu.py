@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.loaded import load_teacher
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.checks import check_recipe
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.train.trainer import DWAKDTrainer
@@ -165,10 +166,10 @@ def test_what_an_engine_cannot_do_is_refused_by_name(
     recipe: Recipe, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as refused:
-        check_recipe(recipe({}) | settings)
+        check_recipe(ReadRecipe(recipe({}) | settings))
     assert message in str(refused.value)
-    check_recipe(recipe({}, **FSDP))
-    check_recipe(recipe({}, deepspeed={"zero_optimization": {"stage": 3}}))
+    check_recipe(ReadRecipe(recipe({}, **FSDP)))
+    check_recipe(ReadRecipe(recipe({}, deepspeed={"zero_optimization": {"stage": 3}})))
 
 
 def test_the_teacher_is_whole_where_the_student_is_not(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.train.open_run import open_run
 
 Recipe = Callable[..., dict[str, Any]]
@@ -29,7 +30,7 @@ def test_an_open_run_leaves_no_trace(
     settings = recipe({"projectors": {"warmup_steps": 500}}, val_set_size=0.2)
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)  # another run is no hindrance
     capfd.readouterr()
-    with open_run(settings) as run:
+    with open_run(ReadRecipe(settings)) as run:
         assert len(run.trainer.train_dataset) == 32
         assert len(run.trainer.eval_dataset) == 8
         assert run.distillation.teacher.hidden_size == 40
@@ -46,7 +47,7 @@ def test_a_checkpoint_takes_the_recipes_place(
     settings = recipe({}, max_steps=2, **adapter)
     train(settings)
     out = Path(settings["output_dir"])
-    with open_run(settings, checkpoint=out / "checkpoint-2") as run:
+    with open_run(ReadRecipe(settings), checkpoint=out / "checkpoint-2") as run:
         projectors = load_file(out / "checkpoint-2" / "dwakd" / "projectors.safetensors")
         for name, tensor in run.distillation.projectors.state_dict().items():
             assert torch.equal(tensor.cpu(), projectors[name])
@@ -60,13 +61,16 @@ def test_a_checkpoint_takes_the_recipes_place(
 def test_mistakes_are_messages(recipe: Recipe, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="holds neither a student"),
-        open_run(recipe({}), checkpoint=tmp_path),
+        open_run(ReadRecipe(recipe({})), checkpoint=tmp_path),
     ):
         pass
-    with pytest.raises(UserError, match="learning_rate"), open_run(recipe({}, learning_rate="x")):
+    with (
+        pytest.raises(UserError, match="learning_rate"),
+        open_run(ReadRecipe(recipe({}, learning_rate="x"))),
+    ):
         pass
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "no instruction"}\n')
     broken = recipe({}, datasets=[{"path": str(rows), "type": "alpaca"}])
-    with pytest.raises(UserError, match="does not fit its type"), open_run(broken):
+    with pytest.raises(UserError, match="does not fit its type"), open_run(ReadRecipe(broken)):
         pass

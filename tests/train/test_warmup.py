@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import dwakd_plugin.train.warmup as warmup_module
 from dwakd_cli.main import app
-from dwakd_cli.warmup import inputs_fingerprint
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.projectors import Projectors, head_signature, load_projectors
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.train.open_run import open_run
+from dwakd_plugin.train.warmup_file import inputs_fingerprint
 from tests.conftest import ROWS, write_rows
 
 Recipe = Callable[..., dict[str, Any]]
@@ -81,7 +82,7 @@ def test_warmup_trains_the_projectors_alone_and_once(
     assert f"path: {made}" in shown.stdout
 
     # Training starts from the file.
-    with open_run(recipe({"projectors": {"path": str(made)}})) as run:
+    with open_run(ReadRecipe(recipe({"projectors": {"path": str(made)}}))) as run:
         for name, tensor in run.distillation.projectors.state_dict().items():
             assert torch.equal(tensor, load_file(made)[name])
 
@@ -165,14 +166,16 @@ def test_inputs_are_settings_and_contents(recipe: Recipe, tmp_path: Path) -> Non
     rows = write_rows(tmp_path / "own.jsonl", ROWS)
     datasets = [{"path": str(rows), "type": "alpaca"}]
     settings = recipe({}, datasets=datasets)
-    first = inputs_fingerprint(settings, {"epochs": 3})
-    assert first == inputs_fingerprint(settings | {"output_dir": "elsewhere"}, {"epochs": 3})
+    first = inputs_fingerprint(ReadRecipe(settings), {"epochs": 3})
+    assert first == inputs_fingerprint(
+        ReadRecipe(settings | {"output_dir": "elsewhere"}), {"epochs": 3}
+    )
     cached = recipe({"teacher": {"cache": "states"}}, datasets=datasets)
-    assert first == inputs_fingerprint(cached, {"epochs": 3})
-    assert first != inputs_fingerprint(settings, {"epochs": 4})
-    assert first != inputs_fingerprint(settings | {"sequence_len": 128}, {"epochs": 3})
+    assert first == inputs_fingerprint(ReadRecipe(cached), {"epochs": 3})
+    assert first != inputs_fingerprint(ReadRecipe(settings), {"epochs": 4})
+    assert first != inputs_fingerprint(ReadRecipe(settings | {"sequence_len": 128}), {"epochs": 3})
     write_rows(rows, ROWS[1:])
-    assert first != inputs_fingerprint(settings, {"epochs": 3})
+    assert first != inputs_fingerprint(ReadRecipe(settings), {"epochs": 3})
 
 
 def test_mistakes_are_messages(recipe: Recipe, write: Write, tmp_path: Path) -> None:

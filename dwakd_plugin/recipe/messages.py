@@ -1,0 +1,78 @@
+"""What is wrong with a value of the recipe, in words: where, what was found, what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import reprlib
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def explain(problem: Any, schema: type[BaseModel], name: str) -> str:
+    """One of pydantic's findings in a line: where, what, the value found, and what was meant.
+
+    `schema` is that of the block called `name`.
+    """
+    path = _place(problem["loc"], schema)
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return unknown_key([*path, str(problem["loc"][-1])], schema, name)
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    ending = "" if isinstance(value, dict) else f" ({as_found(value)})"
+    return f"{'.'.join([name, *path])}: {message}{ending}"
+
+
+def _place(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
+    """The keys of a place in the schema: pydantic's also says which part of a union it tried."""
+    block: Any = schema
+    path = []
+    for part in location:
+        fields = getattr(block, "model_fields", {})
+        if part not in fields:
+            break
+        path.append(part)
+        block = fields[part].annotation
+    return path
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel = 2
+
+
+def as_found(value: Any) -> str:
+    """A value of the recipe in a message; a long or deep one is cut.
+
+    >>> as_found(3)
+    'found: 3'
+    """
+    try:
+        return f"found: {_SHORT.repr(value)}"
+    except ValueError:  # a number of thousands of digits, which Python does not write out
+        return "found: a number beyond all bounds"
+
+
+def unknown_key(path: list[str], schema: type[BaseModel], name: str) -> str:
+    """The place of a key that the block `name` does not have, and the nearest that it has."""
+    block: Any = schema
+    for key in path[:-1]:
+        block = block.model_fields[key].annotation
+    known = list(block.model_fields)
+    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"
+    return f"{'.'.join([name, *path])}: unknown key; {hint}"
+
+
+def name_problem(name: str) -> str | None:
+    """Why a text can be no file's, folder's or model's name; None where it can."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return "holds a lone surrogate, which no name has"
+    if b"\0" in encoded:
+        return "holds a NUL character, which no name has"
+    if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
+        return "is longer than a name can be"
+    return None

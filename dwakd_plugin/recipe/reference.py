@@ -1,0 +1,78 @@
+"""The reference tables of `docs/configuration.md`: `python -m dwakd_plugin.recipe.reference`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from dwakd_plugin.recipe.schema import (
+    DWAKDConfig,
+    LossConfig,
+    ProjectorConfig,
+    SoftDTWConfig,
+    TeacherConfig,
+)
+
+
+def configuration_table() -> str:
+    """Every key of the `dwakd:` block as Markdown tables, one a block, from the schema."""
+    sections = []
+    for prefix, block in (
+        ("dwakd", DWAKDConfig),
+        ("dwakd.teacher", TeacherConfig),
+        ("dwakd.loss", LossConfig),
+        ("dwakd.soft_dtw", SoftDTWConfig),
+        ("dwakd.projectors", ProjectorConfig),
+    ):
+        lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
+        for name, field in block.model_fields.items():
+            values = _values(field.annotation) + _bounds(field.metadata)
+            default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+            if values == "block":
+                default = "see below"
+            lines.append(f"| `{name}` | {values} | {default} | {field.description} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def _values(annotation: Any) -> str:
+    """A field's type in a reader's words."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "block"
+    words = []
+    for part in get_args(annotation) or (annotation,):
+        if get_origin(part) is Annotated:
+            part = get_args(part)[0]
+        if get_origin(part) is Literal:
+            words += [f"`{value}`" for value in get_args(part)]
+        elif get_origin(part) is dict:
+            words.append("mapping")
+        elif isinstance(part, type):
+            names = {str: "text", bool: "true, false", float: "number", int: "whole number"}
+            words.append(names.get(part, "null"))
+        else:
+            words.append(f"`{part}`")
+    return ", ".join(words)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    """A number's bounds in a reader's words; none for texts."""
+    least, above, most = (
+        next((getattr(each, name) for each in metadata if hasattr(each, name)), None)
+        for name in ("ge", "gt", "le")
+    )
+    if most is None:
+        return ""
+    lower = f" {least:g}" if least is not None else f" above {above:g}"
+    return f",{lower} to {most if isinstance(most, int) else f'{most:g}'}"
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    print(configuration_table())
