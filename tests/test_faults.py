@@ -575,3 +575,19 @@ def test_the_short_form_of_the_long_run(tmp_path: Path) -> None:
         assert [line["step"] for line in run["drift"]] == [20, 40]
         assert 0 <= run["largest_drift"] < 1e-4
         assert run["handles_gained"] <= 0
+
+
+def test_packed_weights_are_no_numbers_to_look_at() -> None:
+    """4-bit weights may be kept as floats (bnb_4bit_quant_storage), whose bits are packed codes."""
+    from bitsandbytes.nn import Params4bit
+
+    from dwakd_plugin.train.non_finite import non_finite_parameter
+
+    model = torch.nn.Linear(4, 4)
+    assert non_finite_parameter(model) is None
+    packed = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)
+    model.weight = Params4bit(packed, requires_grad=False, bnb_quantized=True)
+    assert non_finite_parameter(model) is None
+    with torch.no_grad():
+        model.bias[0] = torch.inf
+    assert non_finite_parameter(model) == "The student's bias"

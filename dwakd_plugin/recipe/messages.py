@@ -76,3 +76,11 @@ def name_problem(name: str) -> str | None:
     if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
         return "is longer than a name can be"
     return None
+
+
+def check_name(name: str) -> str:
+    """The name, for pydantic; raises ValueError where `name_problem` finds something."""
+    problem = name_problem(name)
+    if problem is not None:
+        raise ValueError(f"it {problem}")
+    return name

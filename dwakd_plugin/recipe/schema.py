@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.messages import explain, name_problem, unknown_key
+from dwakd_plugin.recipe.messages import check_name, explain, unknown_key
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
@@ -89,14 +89,7 @@ class _Block(BaseModel, extra="forbid", validate_default=True, frozen=True, allo
     """A block of the recipe. Unknown keys are refused; `parse_recipe` names the nearest known."""
 
 
-def _check_name(name: str) -> str:
-    problem = name_problem(name)
-    if problem is not None:
-        raise ValueError(f"it {problem}")
-    return name
-
-
-_Name = Annotated[str, AfterValidator(_check_name)]
+_Name = Annotated[str, AfterValidator(check_name)]
 
 
 def teacher_keys(teacher: Any) -> Any:
@@ -119,6 +112,13 @@ class TeacherConfig(_Block):
     )
     load_in_8bit: bool = Field(
         False, description="Hold the teacher's linear layers in 8 bit, head and embeddings not."
+    )
+    int8_threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="Columns with a value beyond it are computed in 16 bits for all tokens; "
+        "default: bitsandbytes' 6. 0: none is, and no token's states depend on a later one's.",
     )
     load_in_4bit: bool = Field(
         False, description="In 4 bit (nf4, double quantisation), head and embeddings not."
@@ -174,6 +174,8 @@ class TeacherConfig(_Block):
     def _one_quantisation(self) -> TeacherConfig:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit are both set; choose one")
+        if self.int8_threshold is not None and not self.load_in_8bit:
+            raise ValueError("int8_threshold is for load_in_8bit, which is not set")
         return self
 
     @field_validator("device")

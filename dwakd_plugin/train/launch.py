@@ -117,6 +117,9 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
     environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # it hangs at exit where it is offline
     # axolotl looks for `accelerate` and `torchrun` in PATH: they must be this environment's.
     binaries = str(Path(sys.executable).parent)
+    # `python -m` puts the working folder first on the path: a user's `evaluate.py` there would be
+    # imported instead of the library of that name.
+    environment["PYTHONSAFEPATH"] = "1"
     environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", os.defpath)])
     devices = 0 if launcher == "python" else _gpus()
     if launcher is None:

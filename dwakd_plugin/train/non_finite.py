@@ -47,8 +47,10 @@ def non_finite_parameter(student: nn.Module) -> str | None:
     """The name of the first weight, projectors included, that has NaN or infinity on this rank."""
     for name, parameter in student.named_parameters():
         own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        # Other dtypes are those of quantised weights, which do not train.
-        if own.dtype.itemsize > 1 and own.is_floating_point() and not own.isfinite().all():
+        # Quantised weights do not train, and packed ones read as floats may be anything.
+        if type(parameter).__module__.startswith("bitsandbytes") or own.dtype.itemsize == 1:
+            continue
+        if own.is_floating_point() and not own.isfinite().all():
             whose = "The projectors'" if f"{PROJECTORS}." in name else "The student's"
             return f"{whose} {name.removeprefix(f'{PROJECTORS}.')}"
     return None

@@ -269,3 +269,25 @@ def test_out_of_memory_says_where_and_what_to_do(
     with pytest.raises(RuntimeError, match="shapes"):  # noqa: SIM117
         with explain_out_of_memory("the student's step"):
             raise RuntimeError("shapes do not match")
+
+
+def test_an_8_bit_teacher_without_outliers_is_causal(lab: Path) -> None:
+    """At bitsandbytes' own threshold a token's states depend on what comes after it."""
+    ids = torch.arange(3, 27)[None]
+    settings = {"load_in_8bit": True, "int8_threshold": 0.0}
+    teacher = load_teacher(config(lab / "teacher", **settings), "cpu")
+    assert "threshold 0" in teacher.precision
+    assert teacher.model is not None
+    layers = [m for m in teacher.model.modules() if type(m).__name__ == "Linear8bitLt"]
+    assert layers
+    assert {layer.state.threshold for layer in layers} == {0.0}
+    whole, start = (
+        teacher.model(input_ids=given, output_hidden_states=True).hidden_states[-1]
+        for given in (ids, ids[:, :-6])
+    )
+    torch.testing.assert_close(whole[:, :-6], start, rtol=0, atol=1e-5)
+
+
+def test_a_threshold_is_for_8_bit_alone(lab: Path) -> None:
+    with pytest.raises(ValueError, match="int8_threshold is for load_in_8bit"):
+        config(lab / "teacher", int8_threshold=0.0)

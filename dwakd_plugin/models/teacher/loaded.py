@@ -237,7 +237,9 @@ def precision_name(config: TeacherConfig, model_config: Any, device: str) -> str
     if own is not None:
         return f"{describe(own)}, {dtype}"
     names = {
-        "load_in_8bit": f"8 bit, {dtype}",
+        "load_in_8bit": "8 bit, "
+        + ("" if config.int8_threshold is None else f"threshold {config.int8_threshold:g}, ")
+        + dtype,
         "load_in_4bit": f"4 bit (nf4), {dtype}",
         None: dtype,
     }

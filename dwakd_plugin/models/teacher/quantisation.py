@@ -104,7 +104,11 @@ def quantisation_config(config: TeacherConfig, compute_dtype: Any) -> Any | None
     from transformers import BitsAndBytesConfig
 
     if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        threshold = config.int8_threshold
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            **({} if threshold is None else {"llm_int8_threshold": threshold}),
+        )
     if config.load_in_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,
