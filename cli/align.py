@@ -67,7 +67,9 @@ def align(
     given = {} if teacher is None else {"base_model": teacher}
     read = without_an_empty_cache(Recipe.read(recipe, given))
     config = read.config
-    if not config.loss.trained_projectors:
+    from dwakd_plugin.loss import trained_projectors
+
+    if not trained_projectors(config.loss):
         raise UserError(
             f"The loss of this recipe (variant `{config.variant}`) has neither attention nor "
             "projectors, so there is nothing to draw. Use a variant that attends (full, dskd) or "

@@ -73,7 +73,7 @@ def state_figures(alignment: Alignment) -> dict[str, float | None]:
     attention_entropy (nats), band_share of all cells, and the share of the expected paths that lies
     within the band; the last two None without a band.
     """
-    from dwakd_plugin.loss.alignment import attention_entropy
+    from dwakd_plugin.loss import attention_entropy
 
     inside = alignment.inside
     return {

@@ -81,7 +81,9 @@ def warmup(
             "dwakd.loss.kd_weight is 0, so a run would not use the student-space projectors that a "
             "warm-up trains. Give it a weight, or leave the warm-up out."
         )
-    if not config.loss.trained_projectors:
+    from dwakd_plugin.loss import trained_projectors
+
+    if not trained_projectors(config.loss):
         raise UserError(
             f"Variant `{config.variant}` (loss.matching: {config.loss.matching}) has no projectors "
             "to train. Leave the warm-up out."

@@ -1,6 +1,28 @@
-"""The DWA-KD loss: pure functions of tensors and of the recipe's loss settings."""
+"""The DWA-KD loss: pure functions of tensors and of the recipe's loss settings.
 
+A variant is who learns from whom (`matches`) and sums of the objective (`terms`). Its record in
+`variants` is what logs, health and projectors follow.
+"""
+
+from dwakd_plugin.loss.alignment import attention_entropy, valid_positions
+from dwakd_plugin.loss.head_pass import tokens_per_chunk_of
+from dwakd_plugin.loss.matches import Figure
 from dwakd_plugin.loss.objective import Alignment, LossTerms, alignment_of, dwakd_loss
 from dwakd_plugin.loss.states import Head, ResponseStates
+from dwakd_plugin.loss.variants import names_of, trained_projectors, variant_of
 
-__all__ = ["Alignment", "Head", "LossTerms", "ResponseStates", "alignment_of", "dwakd_loss"]
+__all__ = [
+    "Alignment",
+    "Figure",
+    "Head",
+    "LossTerms",
+    "ResponseStates",
+    "alignment_of",
+    "attention_entropy",
+    "dwakd_loss",
+    "names_of",
+    "tokens_per_chunk_of",
+    "trained_projectors",
+    "valid_positions",
+    "variant_of",
+]

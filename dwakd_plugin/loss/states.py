@@ -45,10 +45,23 @@ class Head:
             logits = (logits / self.softcap).tanh() * self.softcap
         return logits
 
+    def product_gradient(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient in `hidden weightᵀ + bias` from that in the logits: (N, V), its dtype."""
+        if self.softcap is not None:
+            grad = grad * (1 - (logits / self.softcap).square())
+        return (grad if self.scale == 1.0 else grad * self.scale).to(self.weight.dtype)
+
     def detached(self) -> Head:
         """The same head as a constant."""
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias)
+
+    def cast(self, dtype: torch.dtype | None) -> Head:
+        """The head as autocast to `dtype` would use it; None where there is no autocast."""
+        if dtype is None or self.weight.dtype == torch.float64:
+            return self
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss.divergence import AUTO_CHUNK_ELEMENTS, AUTO_CHUNK_SHARE, AUTO_CHUNK_TOKENS
+from dwakd_plugin.loss import tokens_per_chunk_of
 from dwakd_plugin.models.teacher.loaded import teacher_device, teacher_dtype
 from dwakd_plugin.models.teacher.quantisation import asked, describe, own_quantisation
 from dwakd_plugin.plan.cards import Card
@@ -250,12 +250,9 @@ class Parts:
         return forward, backward
 
     def chunk(self, rows: int) -> int:
-        """`tokens_per_chunk` of the loss, for a card that need not be here."""
-        chunk_size = self.config.loss.chunk_size
-        if chunk_size != "auto":
-            return chunk_size
-        wanted = max(AUTO_CHUNK_TOKENS * rows, AUTO_CHUNK_ELEMENTS[self.card.kind])
-        return max(1, min(wanted, int(self.card.capacity * AUTO_CHUNK_SHARE) // FLOAT) // rows)
+        """Tokens that go through a head of so many rows at once, on this card."""
+        size = self.config.loss.chunk_size
+        return tokens_per_chunk_of(size, rows, self.card.kind, self.card.capacity)
 
     def loss_sizes(self) -> LossSizes:
         return LossSizes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -25,23 +25,8 @@ from dwakd_plugin.recipe.messages import check_name, explain, unknown_key
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
 ]
-Matching = Literal["attention", "exact", "mapped", "order"]
-Variant = Literal[
-    "full",
-    "dskd",
-    "dskd_weights",
-    "dskd_dtw",
-    "dskd_banded_dtw",
-    "no_gate",
-    "sft",
-    "uld",
-    "dskdv2",
-    "dwakdv2",
-    "mapped",
-]
-
-# The rows of the paper's Table 3 (method, section 7), and the baselines of docs/baselines.md, as
-# the settings that they stand for.
+# The rows of the paper's Table 3, and the baselines of docs/baselines.md, as the settings that they
+# stand for. What the loss makes of a `matching`, `dwakd_plugin.loss.variants` says.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
     "dskd": {"loss": {"student_weighting": "none", "teacher_weighting": "none", "dtw_weight": 0.0}},
@@ -83,6 +68,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
 }
+
+_WAYS = [settings.get("loss", {}) for settings in VARIANTS.values()]
+_WARPED = {way.get("matching", "attention") for way in _WAYS if way.get("dtw_weight", 1) > 0}
+
+if TYPE_CHECKING:
+    Variant: TypeAlias = str
+    Matching: TypeAlias = str
+else:  # what the variants have, and soft-DTW goes with what one of them has it with
+    Variant = Literal[tuple(VARIANTS)]
+    Matching = Literal[tuple(sorted({way.get("matching", "attention") for way in _WAYS}))]
 
 
 class _Block(BaseModel, extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False):
@@ -242,7 +237,7 @@ class LossConfig(_Block):
 
     @model_validator(mode="after")
     def _no_projectors_without_need(self) -> LossConfig:
-        if self.matching in ("order", "mapped") and self.dtw_weight > 0:
+        if self.matching not in _WARPED and self.dtw_weight > 0:
             raise ValueError(
                 f"matching `{self.matching}` has no projectors, which soft-DTW needs, and "
                 f"dtw_weight is {self.dtw_weight:g}; set it to 0"
@@ -253,15 +248,6 @@ class LossConfig(_Block):
     def needs_teacher(self) -> bool:
         """Whether any term asks for the teacher's states; else it is not loaded at all."""
         return self.kd_weight > 0 or self.dtw_weight > 0
-
-    @property
-    def trained_projectors(self) -> frozenset[str]:
-        """The projectors that a term trains; where there are none, none are made."""
-        if not self.needs_teacher or self.matching in ("order", "mapped"):
-            return frozenset()
-        if self.matching == "attention":
-            return frozenset({"query", "t2s", "s2t", "embed_t2s"})
-        return frozenset({"t2s", "embed_t2s"} if self.dtw_weight > 0 else {"t2s"})
 
 
 class SoftDTWConfig(_Block):

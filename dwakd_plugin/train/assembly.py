@@ -19,6 +19,7 @@ from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes, json_checksum, replace_file
+from dwakd_plugin.loss import trained_projectors, variant_of
 from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_positions,
@@ -37,7 +38,7 @@ from dwakd_plugin.models.projectors import (
 from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe import Recipe
-from dwakd_plugin.recipe.schema import DWAKDConfig, Matching
+from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
 from dwakd_plugin.tokenizers.findings import ENOUGH_SHARED_TOKENS
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
@@ -99,9 +100,10 @@ def assemble(
         "initialisation": "none",
         "processes": describe_processes(trainer),
     }
-    if teacher is not None and config.loss.matching in ("exact", "mapped"):
-        _pair_tokens(trainer, teacher, teacher_tokenizer, shared, config.loss.matching)
-    if teacher is None or not config.loss.trained_projectors:
+    variant, trained = variant_of(config.loss), trained_projectors(config.loss)
+    if teacher is not None and variant.match.rows is not None:
+        _pair_tokens(trainer, teacher, teacher_tokenizer, shared, config.loss)
+    if teacher is None or not trained:
         return _signed(recipe, trainer, Distillation(config, teacher, None, rows, {})), facts
     pair, how, follower = {}, "", None
     with whole(tables(student)):
@@ -117,15 +119,14 @@ def assemble(
                 "teacher_head": head_signature(teacher.head.weight),
             }
             how = _initialise(projectors, config, student, teacher, shared, pair)
-        if config.loss.matching == "exact":
-            # M' is no parameter: it belongs to the heads, and follows one that trains.
+        if variant.follows_head:  # s2t, which belongs to the heads, and follows one that trains
             head = output_head(student).weight
             follower = HeadFollower(shared, teacher.head.weight)
             follower.update(projectors.s2t, head)
             if not head.requires_grad:
                 follower = None
     for name, layer in projectors.named_children():
-        layer.requires_grad_(name in config.loss.trained_projectors)
+        layer.requires_grad_(name in trained)
     projectors.to(device)
     # Where a run resumes, the checkpoint's projectors replace these before the first step. The
     # recipe of a sharded student, which cannot be warmed up with, has been refused before.
@@ -168,19 +169,19 @@ def _pair_tokens(
     teacher: Teacher,
     teacher_tokenizer: Any,
     shared: list[tuple[int, int]],
-    matching: Matching,
+    loss: LossConfig,
 ) -> None:
     """Has batches pair tokens by their bytes. Raises UserError where no vocabulary allows it."""
     if not shared:
         raise UserError(
-            f"dwakd.loss.matching is {matching}, and the two vocabularies share no token, so that "
-            "no prediction of the teacher has a counterpart. Use a variant that attends."
+            f"dwakd.loss.matching is {loss.matching}, and the two vocabularies share no token, so "
+            "that no prediction of the teacher has a counterpart. Use a variant that attends."
         )
-    head, exact = teacher.head.weight, matching == "exact"
-    counterparts = token_map if exact else first_tokens
+    head, whole = teacher.head.weight, variant_of(loss).match.rows == "token"
+    counterparts = token_map if whole else first_tokens
     ids = counterparts(teacher_tokenizer, trainer.processing_class, head.shape[0])
     teacher.token_map = torch.tensor(ids, device=head.device)
-    aligner = TokenAligner(trainer.processing_class, teacher_tokenizer, whole=exact)
+    aligner = TokenAligner(trainer.processing_class, teacher_tokenizer, whole=whole)
     for collator in _collators(trainer):
         collator.aligner = aligner
 
@@ -247,7 +248,7 @@ def _initialise(
             student_embeddings=_rows(table.weight, student_ids) * table.scale,
             teacher_embeddings=_rows(teacher.embeddings.weight, teacher_ids)
             * teacher.embeddings.scale,
-            t2s_scale=1.0 if config.loss.matching == "exact" else T2S_SCALE,
+            t2s_scale=1.0 if variant_of(config.loss).match.rows == "token" else T2S_SCALE,
         )
         how = f"shared_vocab ({len(shared):,} shared tokens)"
     if not all(parameter.isfinite().all() for parameter in projectors.parameters()):

@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.loss import names_of, trained_projectors, variant_of
 from dwakd_plugin.recipe.schema import DWAKDConfig, ProjectorConfig
 
 HEALTH_FILE = Path("dwakd") / "health.json"  # within the output folder
@@ -48,8 +49,7 @@ END_MARGIN = 1.0
 FLAT_WINDOWS = 4
 FLAT_NOISE = 3.0
 
-DTW = ("hidden_dtw", "embed_dtw")
-KD = ("student_kd", "teacher_kd", "uld")
+DTW = names_of("warp")
 
 DEFAULT_RATE: float = ProjectorConfig.model_fields["learning_rate"].default
 
@@ -89,9 +89,10 @@ class Health:
     def observe(self, step: int, figures: Figures) -> list[str]:
         """Takes the figures of one log line; returns the warnings that are new with it.
 
-        Figures are means since the line before. Of training: those of `trainer.METRICS`, `epoch`,
-        `chance` (the share of the most frequent label), `attention_spread` and `attention_limit`
-        (nats per token), `kd_share` and `dtw_share` (see `shares`). Of evaluation:
+        Figures are means since the line before. Of training: those of the variant's record
+        (`loss.variants`), `epoch`, `chance` (the share of the most frequent label),
+        `attention_spread` and `attention_limit` (nats per token), `kd_share` and `dtw_share` (see
+        `shares`). Of evaluation:
         `eval_teacher_ce`, `eval_paired_ce`, `eval_teacher_end_ce` and `eval_end_ce`. One that is
         missing is not judged.
         """
@@ -151,7 +152,7 @@ class Health:
         }
         if window[-1].get("epoch", 0.0) <= 1:  # after that the student knows the rows by heart
             judged |= _teacher(mean)
-        if start >= self.settled_after and self.config.loss.trained_projectors:
+        if start >= self.settled_after and trained_projectors(self.config.loss):
             judged["t2s_at_chance"] = self._t2s_at_chance(mean)
             judged["gate_low"] = self._gate_low(mean)
             judged |= self._attention(mean)
@@ -215,7 +216,7 @@ class Health:
 
     def _few_pairs(self, mean: Figures) -> str | None:
         share = mean.get("paired_share", 1.0)
-        if self.config.loss.matching not in ("exact", "mapped") or share >= FEWEST_PAIRED:
+        if variant_of(self.config.loss).match.rows is None or share >= FEWEST_PAIRED:
             return None
         return (
             f"Only {share:.0%} of the student's tokens have a teacher's token of the same bytes to "
@@ -333,7 +334,7 @@ def shares(weighted: Figures) -> dict[str, float]:
     if whole == 0:
         return {}
     return {
-        "kd_share": sum(parts.get(name, 0.0) for name in KD) / whole,
+        "kd_share": sum(parts.get(name, 0.0) for name in names_of("teach")) / whole,
         "dtw_share": sum(parts.get(name, 0.0) for name in DTW) / whole,
     }
 

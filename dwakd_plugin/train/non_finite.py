@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dwakd_plugin.loss import LossTerms, ResponseStates
+from dwakd_plugin.loss import LossTerms, ResponseStates, names_of
 from dwakd_plugin.train.distillation import PROJECTORS
-from dwakd_plugin.train.metrics import LOSS_TERMS
 
 
 class NonFiniteLoss(Exception):
@@ -31,7 +30,7 @@ def non_finite_row(
         terms = terms_of(student.sample(index), own)
         bad = [
             f"{name} = {getattr(terms, name).item()}"
-            for name in LOSS_TERMS
+            for name in names_of()
             if not torch.isfinite(getattr(terms, name))
         ]
         if bad:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dwakd_plugin.loss import variant_of
 from dwakd_plugin.models.causal_lm import causal_lm, parameter_count, size
 from dwakd_plugin.models.projectors import PROJECTOR_FILE
-from dwakd_plugin.recipe.schema import LossConfig
 
 
 def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
@@ -42,7 +42,8 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
         if distillation.projectors is None
         else f"{_count(projectors)}, learning rate {config.projectors.learning_rate:g}, "
         f"{facts['initialisation']}",
-        "loss": f"{loss.ce_weight:g} CE + {loss.kd_weight:g} {_distillation(loss)}, "
+        "loss": f"{loss.ce_weight:g} CE + {loss.kd_weight:g} "
+        f"{variant_of(loss).in_words.format(divergence=loss.divergence)}, "
         f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
         + ("" if config.variant == "full" else f"; variant {config.variant}"),
@@ -55,16 +56,6 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
         return f"Distillation is off: no term asks for the teacher\n{block}"
     name = "DWA-KD" if config.variant == "full" else f"variant {config.variant}"
     return f"Distillation is on ({name})\n{block}"
-
-
-def _distillation(loss: LossConfig) -> str:
-    if loss.matching == "order":
-        return "ULD (sorted probabilities"
-    pairs = {
-        "exact": "tokens of the same bytes, ",
-        "mapped": "the teacher's probabilities by the student's tokens, ",
-    }.get(loss.matching, "")
-    return f"KD ({pairs}{loss.divergence}"
 
 
 def final_words(cfg: Any) -> str:

@@ -280,7 +280,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         """Means since the last log line, over the tokens of all ranks; forgets the sums."""
         assert self.distillation is not None
         totals = self._sums.pop(prefix, Sums()).over_ranks(self.accelerator)
-        return means(totals, self.distillation.config, self._kd_ramp())
+        return means(totals, self.distillation.config, self._kd_ramp(), prefix)
 
     def _watch_health(self, figures: dict[str, float], prefix: str) -> None:
         """Warns, on the first rank, of what the figures say is wrong."""

@@ -18,10 +18,8 @@ from dwakd_plugin.loss.alignment import (
     standardise_scale,
     valid_positions,
 )
-from dwakd_plugin.loss.divergence import (
-    student_statistics,
-    teacher_statistics_,
-)
+from dwakd_plugin.loss.terms.student_space import student_statistics
+from dwakd_plugin.loss.terms.teacher_space import teacher_statistics_
 from dwakd_plugin.loss.token_weights import (
     student_token_weights,
     teacher_token_weights,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dwakd_plugin.loss import LossTerms, alignment_of, dwakd_loss
-from dwakd_plugin.loss.divergence import sorted_distance
+from dwakd_plugin.loss.terms.sorted import sorted_distance
 from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
 from tests.loss.cases import FIGURES, Case, assert_same, collate, gradients, make_case, single
 from tests.loss.matched_references import (

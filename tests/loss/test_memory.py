@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwakd_plugin.loss import dwakd_loss, sequence_level
+from dwakd_plugin.loss import Head, dwakd_loss
 from dwakd_plugin.loss.alignment import (
     valid_positions,
 )
-from dwakd_plugin.loss.divergence import (
+from dwakd_plugin.loss.divergence import DIVERGENCES
+from dwakd_plugin.loss.head_pass import (
     AUTO_CHUNK_ELEMENTS,
     AUTO_CHUNK_TOKENS,
-    DIVERGENCES,
-    map_token_chunks,
+    through_student_head,
     tokens_per_chunk,
 )
+from dwakd_plugin.loss.terms import warp
+from dwakd_plugin.loss.terms.labels import LABELS_ALONE
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import NARROW, collate, evaluate, gradients, make_case
 
@@ -108,8 +110,8 @@ def test_the_loss_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
             (collate(case.teacher, case.teacher_head), 7),
         )
     )
-    torch_only = partial(sequence_level.soft_dtw_distance, backend="torch")
-    monkeypatch.setattr(sequence_level, "soft_dtw_distance", torch_only)
+    torch_only = partial(warp.soft_dtw_distance, backend="torch")
+    monkeypatch.setattr(warp, "soft_dtw_distance", torch_only)
     # Lengths are checked where they lie on the CPU, and only there.
     checks = "dwakd_plugin.loss.soft_dtw._checked_lengths"
     monkeypatch.setattr(checks, lambda name, lengths, cost, dim: lengths)
@@ -121,6 +123,7 @@ def test_the_loss_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_zero_tokens_pass_as_one_empty_chunk() -> None:
-    states = torch.zeros(0, 3, requires_grad=True)
-    (values,) = map_token_chunks(lambda x: (x.sum(-1),), 4, states)
+    states, none = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    heads = Head(torch.zeros(5, 3)), Head(torch.zeros(0, 0))
+    (values,) = through_student_head(LABELS_ALONE, states, states[:, :0], none, none, *heads, 4)
     assert values.shape == (0,) and values.requires_grad

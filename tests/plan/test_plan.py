@@ -21,7 +21,7 @@ from benchmarks.plan_recorded import planned, recorded
 from dwakd_cli.main import app
 from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss.divergence import tokens_per_chunk
+from dwakd_plugin.loss.head_pass import tokens_per_chunk
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
 from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss import trained_projectors
 from dwakd_plugin.models.projectors import HeadFollower
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
@@ -28,7 +29,7 @@ def test_settings_that_do_not_go_together(recipe: Recipe) -> None:
         parse_recipe(recipe({"loss": {"matching": "mapped"}}))
     config = parse_recipe(recipe({"variant": "dskdv2"}))
     assert config is not None
-    assert config.loss.trained_projectors == {"t2s"}
+    assert trained_projectors(config.loss) == {"t2s"}
 
 
 def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(

@@ -28,14 +28,22 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-LANES = 32
+from dwakd_plugin.loss.soft_dtw.llvm import (
+    SIDE,
+    exponent_of,
+    fma,
+    mantissa_of,
+    of_order,
+    order_of_size,
+    power_of_fraction,
+    power_of_whole,
+    transpose,
+)
+
+LANES = 32  # a multiple of SIDE
 CELLS_PER_THREAD = 50_000  # about what is worth starting a thread for, 0.1 ms
-SIDE = 8  # of the blocks that move between layouts through registers; divides LANES
 
 # The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
 # it counts as zero, so the kernel needs no branch and meets no 0/0.
@@ -129,164 +137,6 @@ def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:
     return high, real(factor - float(high)), real(min(-NOTHING * gamma, 1e38))
 
 
-# ---- Bits of a float, as LLVM instructions: numba would make every integer 64 bits wide, and that
-# ---- halves the lanes of float32.
-
-_typed_intrinsic: Callable[[F], F] = intrinsic
-
-
-def _layout(real: Any) -> tuple[Any, int, int]:
-    """The integer type of a float's width, the bits of its mantissa, the bias of its exponent."""
-    return (ir.IntType(32), 23, 127) if real == types.float32 else (ir.IntType(64), 52, 1023)
-
-
-@_typed_intrinsic
-def _fma(_: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c, rounded once."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fma(*args)
-
-    return a(a, b, c), emit
-
-
-@_typed_intrinsic
-def _power_of_whole(_: Any, x: Any) -> Any:
-    """2^x for a whole x ≤ bias, and 0 where that is nothing beside 1.
-
-    Nothing is 2^(−2 · mantissa_bits), so that products of weights keep clear of subnormal numbers,
-    at which processors are slow.
-    """
-    integer, mantissa_bits, bias = _layout(x)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = args[0].type
-        much = builder.fcmp_ordered(">", args[0], real(-2.0 * mantissa_bits))
-        clamped = builder.select(much, args[0], real(-bias))
-        # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
-        shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
-        bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
-        return builder.bitcast(bits, real)
-
-    return x(x), emit
-
-
-@_typed_intrinsic
-def _power_of_fraction(_: Any, x: Any) -> Any:
-    """2^x for |x| ≤ ½, to the last bit, by the Taylor series."""
-    degree = 7 if x == types.float32 else 13
-    series = [math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)]
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = args[0].type
-        power = real(series[0])
-        for coefficient in series[1:]:
-            power = builder.fma(power, args[0], real(coefficient))
-        return power
-
-    return x(x), emit
-
-
-@_typed_intrinsic
-def _exponent(_: Any, x: Any) -> Any:
-    """The exponent of x > 0, as a float; within −bias .. bias + 1 for any bits."""
-    integer, mantissa_bits, bias = _layout(x)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = args[0].type
-        bits = builder.lshr(builder.bitcast(args[0], integer), integer(mantissa_bits))
-        bits = builder.and_(bits, integer(2 * bias + 1))
-        # The float 2^mantissa_bits, with the exponent in its low bits.
-        bits = builder.or_(bits, integer((mantissa_bits + bias) << mantissa_bits))
-        return builder.fsub(builder.bitcast(bits, real), real(2.0**mantissa_bits + bias))
-
-    return x(x), emit
-
-
-@_typed_intrinsic
-def _mantissa(_: Any, x: Any) -> Any:
-    """The mantissa of x > 0; within [1, 2) for any bits."""
-    integer, mantissa_bits, bias = _layout(x)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.and_(builder.bitcast(args[0], integer), integer((1 << mantissa_bits) - 1))
-        bits = builder.or_(bits, integer(bias << mantissa_bits))
-        return builder.bitcast(bits, args[0].type)
-
-    return x(x), emit
-
-
-@_typed_intrinsic
-def _size(_: Any, x: Any) -> Any:
-    """|x| as an integer of the same order: 0 for an infinity, and a NaN comes last."""
-    integer, mantissa_bits, bias = _layout(x)
-    result = types.int32 if x == types.float32 else types.int64
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        infinity = integer((2 * bias + 1) << mantissa_bits)
-        sign = 1 << (integer.width - 1)
-        bits = builder.and_(builder.bitcast(args[0], integer), integer(sign - 1))
-        return builder.select(builder.icmp_signed("==", bits, infinity), integer(0), bits)
-
-    return result(x), emit
-
-
-@_typed_intrinsic
-def _of_size(_: Any, size: Any, x: Any) -> Any:
-    """The float of x's type which has this `_size`."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], args[1].type)
-
-    return x(size, x), emit
-
-
-@_typed_intrinsic
-def _transpose(
-    _: Any, source: Any, at: Any, rows: Any, target: Any, to: Any, columns: Any, barred: Any
-) -> Any:
-    """target[to + k · columns + i] = source[at + i · rows + k] for i, k < SIDE, at most `barred`.
-
-    Both arrays by flat index. A step may go any way, so that a block may be a slanted one.
-    """
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        types_ = signature.args
-        flat = {i: context.make_array(types_[i])(context, builder, args[i]).data for i in (0, 3)}
-        real, index = flat[0].type.pointee, args[1].type
-        vector = ir.VectorType(real, SIDE)
-        size = context.get_abi_sizeof(real)
-
-        def place(array: int, start: Any, step: Any, i: int) -> Any:
-            offset = builder.add(start, builder.mul(step, index(i)))
-            pointer = builder.gep(flat[array], [offset])
-            return builder.bitcast(pointer, vector.as_pointer())
-
-        def shuffle(a: Any, b: Any, order: list[int]) -> Any:
-            return builder.shuffle_vector(a, b, ir.VectorType(ir.IntType(32), SIDE)(order))
-
-        lines = [builder.load(place(0, args[1], args[2], i), align=size) for i in range(SIDE)]
-        # Each round swaps halves, quarters, … of pairs of lines, as one transposes by hand.
-        width = SIDE // 2
-        while width:
-            for i in range(SIDE):
-                if not i & width:
-                    a, b = lines[i], lines[i | width]
-                    first = [k if not k & width else SIDE + (k ^ width) for k in range(SIDE)]
-                    second = [k | width if not k & width else SIDE + k for k in range(SIDE)]
-                    lines[i], lines[i | width] = shuffle(a, b, first), shuffle(a, b, second)
-            width //= 2
-        limit = vector([ir.Constant(real, ir.Undefined)] * SIDE)
-        limit = builder.insert_element(limit, args[6], ir.IntType(32)(0))
-        limit = shuffle(limit, limit, [0] * SIDE)
-        for k, line in enumerate(lines):
-            line = builder.select(builder.fcmp_ordered(">=", line, limit), limit, line)
-            builder.store(line, place(3, args[4], args[5], k), align=size)
-        return context.get_dummy_value()
-
-    return types.void(source, at, rows, target, to, columns, barred), emit
-
-
 # ---- The kernel. A loop over lanes writes one scratch array and few others, and reads the lane
 # ---- before it through a local variable: only so does the compiler turn it into SIMD.
 
@@ -301,12 +151,12 @@ LEFT, UP, DIAGONAL = range(3)
 
 @_jit
 def _largest_size(cost: Array, i0: int, h: int, m: int) -> int:
-    """The largest `_size` in rows i0 .. i0 + h of cost (S, T)."""
-    largest: int = _size(cost[i0, 0])
+    """The largest `order_of_size` in rows i0 .. i0 + h of cost (S, T)."""
+    largest: int = order_of_size(cost[i0, 0])
     for l in range(h):
         row = cost[i0 + l]
         for j in range(m):
-            largest = max(largest, _size(row[j]))
+            largest = max(largest, order_of_size(row[j]))
     return largest
 
 
@@ -331,7 +181,7 @@ def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) ->
         blocks = _whole_blocks(l0, h, m)
         for t in range(l0 + SIDE - 1, l0 + SIDE - 1 + blocks * SIDE, SIDE):
             at = (i0 + l0) * T + t - l0
-            _transpose(cost, at, T - 1, skewed, t * LANES + l0, LANES, barred)
+            transpose(cost, at, T - 1, skewed, t * LANES + l0, LANES, barred)
         for l in range(l0, min(l0 + SIDE, h)):  # what the blocks leave on both sides
             row, lane = cost[i0 + l], skewed[l:, l]
             begin = l0 + SIDE - 1 - l if blocks else m
@@ -349,7 +199,7 @@ def _unskew(mirrored: Array, i0: int, h: int, m: int, matrix: Array) -> None:
         blocks, last = _whole_blocks(l0, h, m), l0 + SIDE - 1
         for t in range(last, last + blocks * SIDE, SIDE):
             at = t * step + LANES - 1 - last
-            _transpose(mirrored, at, step, matrix, (i0 + last) * T + t - last, 1 - T, endless)
+            transpose(mirrored, at, step, matrix, (i0 + last) * T + t - last, 1 - T, endless)
         for l in range(l0, min(l0 + SIDE, h)):
             row, lane = matrix[i0 + l], mirrored[l:, LANES - 1 - l]
             begin = last - l if blocks else m
@@ -390,16 +240,16 @@ def _descend(
         for l in range(LANES):
             c = skewed[t, l]
             whole = np.rint(c * high)
-            fraction = _fma(c, high, -whole) + c * low
+            fraction = fma(c, high, -whole) + c * low
             left_z, left_e = lanes[Z, l], lanes[E, l]
             diagonal_z, diagonal_e = lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l]
             top = max(max(left_e, up_e), diagonal_e)
-            left = left_z * _power_of_whole(left_e - top)
-            up = up_z * _power_of_whole(up_e - top)
-            total = left + up + diagonal_z * _power_of_whole(diagonal_e - top)
-            here = _power_of_fraction(fraction) * total
+            left = left_z * power_of_whole(left_e - top)
+            up = up_z * power_of_whole(up_e - top)
+            total = left + up + diagonal_z * power_of_whole(diagonal_e - top)
+            here = power_of_fraction(fraction) * total
             lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = up_z, up_e
-            lanes[Z, l], lanes[E, l] = _mantissa(here), top + _exponent(here) + whole
+            lanes[Z, l], lanes[E, l] = mantissa_of(here), top + exponent_of(here) + whole
             up_z, up_e = left_z, left_e
             if weights is not None:
                 weights[t, LANES - 1 - l] = left / total
@@ -450,7 +300,7 @@ def _value(
     skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
     edges[0, 0], edges[1, 0] = 1, NOTHING
     edges[1, 0, 0] = 0  # Z_00 = 1
-    z, e, largest = barred, barred, _size(barred - barred)
+    z, e, largest = barred, barred, order_of_size(barred - barred)
     for strip in range((n + LANES - 1) // LANES):
         h = min(LANES, n - strip * LANES)
         largest = max(largest, _largest_size(cost, strip * LANES, h, m))
@@ -458,7 +308,7 @@ def _value(
         above, above_e = edges[0, strip], edges[1, strip]
         below, below_e = edges[0, strip + 1], edges[1, strip + 1]
         z, e = _descend(skewed, h, m, high, low, above, above_e, below, below_e, None)
-    return z, e, _of_size(largest, barred)
+    return z, e, of_order(largest, barred)
 
 
 @_jit

@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, mode
 from transformers.integrations import deepspeed
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.loss import Head, ResponseStates
-from dwakd_plugin.loss.alignment import valid_positions
+from dwakd_plugin.loss import Head, ResponseStates, valid_positions
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,

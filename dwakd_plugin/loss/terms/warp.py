@@ -1,4 +1,11 @@
-"""The sequence level: normalised soft-DTW on cosine costs (Eq. 17-20, 24)."""
+"""The sequence level: time-warped alignment of both models' states (Eq. 17-25).
+
+    hidden_dtw = Σ nDTW(h, t2s(g))      embed_dtw = Σ nDTW(e_tgt, embed_t2s(f_tgt))
+    nDTW(x, y) = sDTW(x, y) − ½ (sDTW(x, x) + sDTW(y, y))       cost_ij = 1 − cos(x_i, y_j)
+
+`t2s` is applied to the raw g, and e_tgt is not detached (D7). Outside the match's band, cells of
+the cost between student and teacher are dearer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dwakd_plugin.loss.batch import Batch
+from dwakd_plugin.loss.matches import Figure
+from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
 
 
@@ -42,9 +52,9 @@ def normalised_soft_dtw(
     penalty: Tensor | None,
     gamma: float,
 ) -> Tensor:
-    """nDTW(x, y) = sDTW(x, y) − ½ (sDTW(x, x) + sDTW(y, y)) on cosine costs (Eq. 17-20, 24).
+    """nDTW of each sample (Eq. 17-20, 24).
 
-    cost_ij = 1 − cos(x_i, y_j), 1 where a vector is zero; `penalty` is added between x and y only.
+    The cost is 1 where a vector is zero; `penalty` is added between x and y only.
 
     Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
     """
@@ -89,3 +99,43 @@ class _NormalisedSoftDTW(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seed = grad[:, None, None]
         return *(seed * saved for saved in ctx.saved_tensors), None, None, None, None
+
+
+def hidden_pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    """h (B, S, d) and t2s(g) (B, T, d)."""
+    return batch.student_side.hidden, batch.project("t2s", batch.teacher_side.hidden)
+
+
+def embed_pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    """e_tgt (B, S, d) and embed_t2s(f_tgt) (B, T, d)."""
+    theirs = batch.project("embed_t2s", batch.teacher_side.target_embeds)
+    return batch.student_side.target_embeds, theirs
+
+
+def warped(passes: HeadPasses, x: Tensor, y: Tensor) -> Tensor:
+    """Σ nDTW(x, y) over samples, within the match's band."""
+    batch, match = passes.batch, passes.match
+    lengths = batch.student_side.lengths, batch.teacher_side.lengths
+    return normalised_soft_dtw(x, y, *lengths, match.penalty, batch.gamma).sum()
+
+
+def _hidden_dtw(passes: HeadPasses) -> dict[str, Tensor]:
+    sums = {"hidden_dtw": warped(passes, *hidden_pair(passes.batch))}
+    if passes.batch.soft_dtw.band:
+        lengths = passes.batch.student_side.lengths * passes.batch.teacher_side.lengths
+        sums |= {"band_cells_inside": passes.match.inside.sum(), "band_cells": lengths.sum()}
+    return sums
+
+
+def _embed_dtw(passes: HeadPasses) -> dict[str, Tensor]:
+    return {"embed_dtw": warped(passes, *embed_pair(passes.batch))}
+
+
+WARP_HIDDEN = Term(
+    "hidden_dtw",
+    "warp",
+    _hidden_dtw,
+    trains=frozenset({"t2s"}),
+    figures=(Figure("band_share", "band_cells_inside", "band_cells"),),
+)
+WARP_EMBEDS = Term("embed_dtw", "warp", _embed_dtw, trains=frozenset({"embed_t2s"}))

@@ -1,0 +1,89 @@
+"""Who learns from whom: one file a match. A term asks a match for what it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from dwakd_plugin.loss.alignment import band_penalty
+from dwakd_plugin.loss.batch import Batch
+from dwakd_plugin.loss.states import Head, gathered, required_labels
+
+__all__ = ["Figure", "Match"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a log line: the sum of `sums` over the sum of `per`, both by their names.
+
+    Counts that are always there: `student_tokens` with a label; `distilled_tokens`, those of them
+    in samples that have a teacher side; `teacher_tokens`, of samples that have a student side. One
+    that is not `logged` is only for `train.health` to watch.
+    """
+
+    name: str
+    sums: str
+    per: str
+    logged: bool = True
+
+
+class Match:
+    """What each position learns from, in one batch. Nothing is computed before a term asks for it.
+
+    compared          (B, S) bool, the student's positions that have something to learn from
+    targets           (B, S) long, what the other side should predict there; any elsewhere
+    Where states are projected, and sequences warped onto one another:
+    t2s_hidden        (B, S, d), and s2t_hidden (B, T, D), finite where nothing is compared
+    teacher_compared  (B, T) bool, and teacher_index: its places in the flattened (B · T), or more
+    matrix            (B, S, T), where each student position looks
+    inside            (B, S, T) bool, the cells within the band
+
+    Of the class: rows, what the rows' `pairs` are (positions of the same token, or that have read
+    the same text); figures, what is logged of the match itself; agreeing_only, whether D is taken
+    only where the projected teacher's argmax is the target.
+    """
+
+    rows: ClassVar[Literal["token", "prefix"] | None] = None
+    figures: ClassVar[tuple[Figure, ...]] = ()
+    agreeing_only: ClassVar[bool] = False
+    compared: Tensor
+    t2s_hidden: Tensor
+    s2t_hidden: Tensor
+    teacher_compared: Tensor
+    teacher_index: Tensor
+    matrix: Tensor
+    inside: Tensor
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    @cached_property
+    def targets(self) -> Tensor:
+        return required_labels(self.batch.student)
+
+    def other(self, index: Tensor) -> tuple[Tensor, Head]:
+        """States (N, ·) that the positions at `index` are compared with, and a head for them."""
+        return gathered(self.t2s_hidden, index), self.batch.student.head
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """The sums of `figures`, of what has been computed."""
+        return {}
+
+    @cached_property
+    def penalty(self) -> Tensor | None:
+        """What the band adds to the cost (B, S, T); None without a band."""
+        config = self.batch.soft_dtw
+        return band_penalty(self.inside, config, self.batch.dtype) if config.band else None
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The last position of each sample on both sides, (B, S) and (B, T) bool: none where one of
+        the two is not compared."""
+        student = self.compared & self.batch.student_side.last
+        teacher = self.teacher_compared & self.batch.teacher_side.last
+        both = (student.any(1) & teacher.any(1))[:, None]
+        return student & both, teacher & both

@@ -1,0 +1,63 @@
+"""Each student position learns from one teacher position's own probabilities."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dwakd_plugin.loss.alignment import valid_positions
+from dwakd_plugin.loss.matches import Match
+from dwakd_plugin.loss.states import Head, gathered
+
+
+class _Partners(Match):
+    """Of each position (B, S) a `partner`, by its place in the flattened (B · T)."""
+
+    partner: Tensor
+
+    def other(self, index: Tensor) -> tuple[Tensor, Head]:
+        hidden = gathered(self.batch.teacher.hidden, gathered(self.partner, index))
+        return hidden.where(gathered(self.compared, index)[:, None], 0.0), self.batch.teacher.head
+
+
+class InOrder(_Partners):
+    """Pairs (i, i): the position of the same number, as far as the shorter side goes."""
+
+    @cached_property
+    def compared(self) -> Tensor:
+        lengths = torch.minimum(self.batch.student_side.lengths, self.batch.teacher_side.lengths)
+        return valid_positions(lengths, self.batch.student.hidden.shape[1])
+
+    @cached_property
+    def partner(self) -> Tensor:
+        (B, S), T = self.compared.shape, self.batch.teacher.hidden.shape[1]
+        rows, columns = (torch.arange(size, device=self.compared.device) for size in (B, S))
+        return rows[:, None] * T + columns.clamp(max=T - 1)
+
+
+class SamePrefix(_Partners):
+    """Pairs (i, j) of positions that have read the same bytes.
+
+    Raises ValueError where one of the two sides has no `pairs`, or the teacher no `token_map`.
+    """
+
+    rows = "prefix"
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        student, teacher = self.batch.student, self.batch.teacher
+        if student.pairs is None or teacher.pairs is None or teacher.token_map is None:
+            raise ValueError("matching by mapping needs `pairs` of both sides, and a `token_map`")
+        return student.pairs, teacher.pairs
+
+    @cached_property
+    def compared(self) -> Tensor:
+        none = torch.zeros_like(self.batch.student_side.valid)
+        return none.flatten().index_fill(0, self._pairs[0], True).view_as(none)
+
+    @cached_property
+    def partner(self) -> Tensor:
+        first = torch.zeros_like(self.compared, dtype=torch.long)
+        return first.flatten().index_copy(0, *self._pairs).view_as(first)

@@ -1,0 +1,124 @@
+"""What is known of a term and of a variant: log, health and projectors follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from dwakd_plugin.loss.batch import Batch
+from dwakd_plugin.loss.head_pass import Kernel, through_student_head
+from dwakd_plugin.loss.matches import Figure, Match
+from dwakd_plugin.loss.states import Head, gathered, padded, required_labels, response_index
+from dwakd_plugin.recipe.schema import LossConfig
+
+Role = Literal["labels", "teach", "projector", "warp"]
+
+
+@dataclass(frozen=True)
+class HeadPasses:
+    """A batch and its match, and what the student's head says of each token, computed once."""
+
+    batch: Batch
+    match: Match
+    kernel: Kernel
+
+    @cached_property
+    def student(self) -> tuple[Tensor, ...]:
+        """The kernel's columns, (B, S) each; 0 where there is no label."""
+        student, match = self.batch.student, self.match
+        index, labels = response_index(student), required_labels(student)
+        hidden, targets, heads = gathered(student.hidden, index), labels, [student.head]
+        if self.kernel.alone:
+            other, other_head = hidden.new_zeros(len(index), 0), Head(hidden.new_zeros(0, 0))
+        else:
+            targets = match.targets
+            other, other_head = match.other(index)
+            heads.append(other_head)
+        columns = through_student_head(
+            self.kernel,
+            hidden,
+            other,
+            gathered(labels, index),
+            gathered(targets, index),
+            student.head,
+            other_head,
+            self.batch.chunk(*heads),
+            self.batch.product,
+        )
+        return tuple(padded(column, index, labels) for column in columns)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One sum of the objective; its equation stands where it is made.
+
+    role      what it is for: the labels, teaching the student, teaching a projector, or warping
+              sequences onto one another; ce_weight weighs the first, kd_weight the next two,
+              dtw_weight the last
+    value     passes → its sum by its name, with a graph, and the sums of its figures
+    per       the count that its line in the log divides by
+    kernel    what the pass through the student's head has to yield for it
+    trains    the projectors that it trains
+    figures   what else is logged of it
+    ramps     whether `kd_warmup_steps` holds it back at first (D6)
+    """
+
+    name: str
+    role: Role
+    value: Callable[[HeadPasses], Mapping[str, Tensor]]
+    per: str = "distilled_tokens"
+    kernel: Callable[[Batch], Kernel] | None = None
+    trains: frozenset[str] = frozenset()
+    figures: tuple[Figure, ...] = ()
+    ramps: bool = False
+
+    def weight(self, loss: LossConfig, kd_ramp: float = 1.0) -> float:
+        """Its λ."""
+        if self.role == "labels":
+            return loss.ce_weight
+        weight = loss.dtw_weight if self.role == "warp" else loss.kd_weight
+        return weight * kd_ramp if self.ramps else weight
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What `loss.matching` stands for: who learns from whom, and the terms in their order.
+
+    in_words       the distillation in a run's report; `{divergence}` is filled in
+    always_trains  projectors that train while any term asks for the teacher
+    follows_head   projectors that are no parameters, as they follow the student's head
+    unlogged       figures that say nothing here, and are left to health
+    """
+
+    match: type[Match]
+    terms: tuple[Term, ...]
+    in_words: str
+    always_trains: frozenset[str] = frozenset()
+    follows_head: frozenset[str] = frozenset()
+    unlogged: frozenset[str] = frozenset()
+
+    def active(self, loss: LossConfig) -> tuple[Term, ...]:
+        """The terms that have a weight; the others are not computed."""
+        return tuple(term for term in self.terms if term.weight(loss) > 0)
+
+    def figures(self, loss: LossConfig, *, evaluating: bool = False) -> Iterator[Figure]:
+        """What a log line has of these settings; an evaluation has all terms of the variant."""
+        active = self.active(loss)
+        for term in self.terms:
+            if term in active or (evaluating and (loss.needs_teacher or term.role == "labels")):
+                yield Figure(term.name, term.name, term.per)
+        for figure in (
+            *(figure for term in active for figure in term.figures),
+            *(self.match.figures if loss.needs_teacher else ()),
+        ):
+            logged = figure.logged and figure.name not in self.unlogged
+            yield Figure(figure.name, figure.sums, figure.per, logged)
+
+    def trained_projectors(self, loss: LossConfig) -> frozenset[str]:
+        """The projectors that these settings train; where there are none, none are made."""
+        always = self.always_trains if loss.needs_teacher else frozenset()
+        return always.union(*(term.trains for term in self.active(loss))) - self.follows_head

@@ -1,0 +1,31 @@
+"""The labels' cross-entropy.
+
+ce = Σ_i −log p_s,i(y_i)        over all of the student's tokens with a label
+
+It needs no pass of its own: where another term goes through the student's head, it is read off.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwakd_plugin.loss.head_pass import Kernel
+from dwakd_plugin.loss.record import HeadPasses, Term
+
+
+def label_statistics(
+    student_logits: Tensor, other_logits: Tensor, labels: Tensor, targets: Tensor
+) -> tuple[Tensor]:
+    """−log p_s(y), with nothing beside it: (C, Vs) → (C,)."""
+    return (F.cross_entropy(student_logits, labels, reduction="none"),)
+
+
+LABELS_ALONE = Kernel(label_statistics, 1, alone=True)  # where no other term needs the pass
+
+
+def _ce(passes: HeadPasses) -> dict[str, Tensor]:
+    return {"ce": passes.student[0].sum()}
+
+
+LABELS = Term("ce", "labels", _ce, per="student_tokens")
