@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dwakd_cli.main import app, main
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.evaluate import generation
+from dwakd_plugin.evaluate import work
 from dwakd_plugin.evaluate.figures import (
     rouge_l,
 )
@@ -124,7 +124,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
         return ended.value.code, capsys.readouterr()
 
     assert dwakd("whole")[0] == 0
-    original = generation.with_transformers
+    original = work.with_transformers
     calls: list[Any] = []
 
     def stopping(*given: Any) -> Any:
@@ -138,10 +138,10 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
 
         return some
 
-    monkeypatch.setattr(generation, "with_transformers", stopping)
+    monkeypatch.setattr(work, "with_transformers", stopping)
     code, said = dwakd("cut")
     assert code == 130 and said.out == "" and "goes on" in said.err
-    monkeypatch.setattr(generation, "with_transformers", original)
+    monkeypatch.setattr(work, "with_transformers", original)
     code, said = dwakd("cut")
     assert code == 0
     whole = json.loads((tmp_path / "whole" / "report.json").read_text())

@@ -72,5 +72,5 @@ def test_mistakes_are_messages(recipe: Recipe, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "no instruction"}\n')
     broken = recipe({}, datasets=[{"path": str(rows), "type": "alpaca"}])
-    with pytest.raises(UserError, match="does not fit its type"), open_run(ReadRecipe(broken)):
+    with pytest.raises(UserError, match="doesn't fit its type"), open_run(ReadRecipe(broken)):
         pass
