@@ -59,7 +59,7 @@ def test_an_override_takes_what_axolotl_hands_it(ours: Any, theirs: Any, name: s
     """A hook or method of the same name takes every argument that the one it replaces takes."""
     if not hasattr(theirs, name):
         # Our own, then, and no hook that has gone: those have these names.
-        assert theirs is not BasePlugin
+        assert theirs is not BasePlugin or name.startswith("_")
         return
     taken = inspect.signature(getattr(ours, name)).parameters
     anything = {parameter.kind for parameter in taken.values()}

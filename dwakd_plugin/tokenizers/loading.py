@@ -30,12 +30,13 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    given: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **given)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
         if not follows_its_file(tokenizer, name, revision):
             named = type(tokenizer).__name__
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **given)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
             if not follows_its_file(tokenizer, name, revision):
                 raise ValueError(
                     f"neither {named}, which its config names, nor the plain class cuts texts as "
