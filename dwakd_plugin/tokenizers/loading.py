@@ -36,7 +36,7 @@ def load_tokenizer(
         )
         if not follows_its_file(tokenizer, name, revision):
             named = type(tokenizer).__name__
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main")
             if not follows_its_file(tokenizer, name, revision):
                 raise ValueError(
                     f"neither {named}, which its config names, nor the plain class cuts texts as "
