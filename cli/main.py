@@ -14,6 +14,7 @@ from dwakd_cli.align import align
 from dwakd_cli.boundary import error_boundary
 from dwakd_cli.cache import cache
 from dwakd_cli.check import check
+from dwakd_cli.cut import cut
 from dwakd_cli.evaluate import evaluate
 from dwakd_cli.export import export
 from dwakd_cli.plan import plan
@@ -78,6 +79,7 @@ for command, example in {
     cache: "cache recipe.yml --load-in-4bit --dtype float8_e4m3",
     plan: "plan sft.yml --teacher Qwen/Qwen1.5-1.8B --gpu 24GB",
     quickstart: "quickstart --folder first-try",
+    cut: "cut HuggingFaceTB/SmolLM2-135M-Instruct student --layers 20 --texts rows.jsonl",
     check: "check Qwen/Qwen1.5-1.8B gpt2 --texts train.jsonl",
     align: "align recipe.yml --checkpoint outputs/dwakd --sample 3",
     export: "export outputs/sft my-student --dtype bfloat16",

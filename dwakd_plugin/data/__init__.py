@@ -3,4 +3,12 @@
 Everything here happens before the first forward pass.
 """
 
-__all__ = ["collator", "dual_tokenization", "library_docs", "packing", "row_report", "teacher_side"]
+__all__ = [
+    "collator",
+    "dual_tokenization",
+    "library_docs",
+    "packing",
+    "passages",
+    "row_report",
+    "teacher_side",
+]

@@ -54,7 +54,7 @@ def find_model(name: str) -> Source:
     folder = user_path(name)
     if not folder.is_dir():
         if (remedy := model_remedy(str(folder), is_adapter=False)) is not None:
-            raise UserError(f"The model `{name}` cannot be evaluated: {remedy}.")
+            raise UserError(f"The model `{name}` cannot be loaded: {remedy}.")
         return Source(name, name, None, name)
     adapter = folder / ADAPTER_CONFIG
     if adapter.is_file():

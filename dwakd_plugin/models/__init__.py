@@ -6,7 +6,9 @@ A teacher is a loaded model or a cache of its states; what uses it cannot tell w
 __all__ = [
     "batches",
     "causal_lm",
+    "cutting",
     "folder",
+    "new_vocabulary",
     "out_of_memory",
     "projectors",
     "small_student",

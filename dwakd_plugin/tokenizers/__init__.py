@@ -8,6 +8,7 @@ __all__ = [
     "findings",
     "loading",
     "pair",
+    "respelling",
     "same_text",
     "side",
     "texts",

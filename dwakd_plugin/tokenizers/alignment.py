@@ -23,7 +23,7 @@ from dwakd_plugin.tokenizers.same_text import Run, common_runs, spelling
 Pairs = list[tuple[int, int]]
 
 # What a text may follow without being joined with it: words and spaced words, white space, marks.
-_BEFORE = ("\n", "a", ".")
+BEFORE = ("\n", "a", ".")
 
 
 class TokenAligner:
@@ -207,12 +207,12 @@ def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
             with suppress(UnicodeDecodeError):
                 texts[index] = piece.decode()
     firsts: dict[int, int] = {}
-    for before in ("", *_BEFORE):
+    for before in ("", *BEFORE):
         cuts = zip(list(texts), cutter.cut([before + text for text in texts.values()]), strict=True)
         for index, cut in cuts:
             if not isinstance(cut, Cut):
                 continue
-            ids = _ids_behind(cut, len(before))
+            ids = ids_behind(cut, len(before))
             if ids == [found[index]]:
                 del texts[index]
             elif ids and before:
@@ -222,7 +222,7 @@ def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
     return found
 
 
-def _ids_behind(cut: Cut, begin: int) -> list[int]:
+def ids_behind(cut: Cut, begin: int) -> list[int]:
     """The tokens from a byte on that one begins with; empty where none does, or holds no byte."""
     spans = list(pairwise([0, *cut.ends]))
     return next((cut.ids[i:] for i, (b, e) in enumerate(spans) if b == begin < e), [])

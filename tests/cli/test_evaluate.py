@@ -187,7 +187,7 @@ def test_rows_beyond_a_models_positions_are_left_out(lab: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "nowhere/at/all"}, "cannot be evaluated: no such folder"),
+        ({"model": "nowhere/at/all"}, "cannot be loaded: no such folder"),
         ({"model": "{lab}"}, "without a model's config.json|holds neither a model"),
         ({"model": "{bare}"}, "has no tokenizer"),
         ({"data": "nothing.jsonl"}, "does not exist"),
