@@ -9,6 +9,7 @@ METRICS = ("rouge_l", "bits_per_byte", *OF_TEACHER)
 __all__ = [
     "METRICS",
     "OF_TEACHER",
+    "figures",
     "generation",
     "held_out",
     "model",
