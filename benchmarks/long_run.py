@@ -159,7 +159,7 @@ class Watch(TrainerCallback):
     @torch.no_grad()
     def loss(self, trainer: Any, inputs: dict[str, Any], count: Any) -> float:
         """The training objective per label token in float64, from copies of the weights."""
-        from dwakd_plugin.data.collator import DISTILLATION_KEYS
+        from dwakd_plugin.data.collator import split_batch
         from dwakd_plugin.loss import dwakd_loss
         from dwakd_plugin.models.projectors import Projectors
         from dwakd_plugin.models.student import student_states
@@ -174,19 +174,20 @@ class Watch(TrainerCallback):
         self.projectors.load_state_dict(
             {name.removeprefix(theirs): ours[name] for name in ours if name.startswith(theirs)}
         )
-        inputs = dict(inputs)
-        batch = {key: inputs.pop(key) for key in DISTILLATION_KEYS if key in inputs}
+        batch, rest = split_batch(inputs)
         batch.pop("teacher_hidden", None)  # what the cache had is checked too
-        config = trainer.distillation.config
+        distillation, state = trainer.distillation, trainer.state
+        config = distillation.config
         terms = dwakd_loss(
-            student_states(self.student, batch, **inputs),
+            student_states(self.student, batch, **rest),
             self.teacher.states(batch),
             self.projectors,
             loss=config.loss,
             soft_dtw=config.soft_dtw,
-            gamma=trainer._gamma(),
+            gamma=distillation.gamma(state.global_step, state.max_steps),
         )
-        return float(terms.total(config.loss, trainer._kd_ramp()) / float(count))
+        total = terms.total(config.loss, distillation.kd_ramp(state.global_step))
+        return float(total / float(count))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in (logs or {}) or not self.check_every:

@@ -40,6 +40,7 @@ from dwakd_plugin.train.open_run import OpenRun, open_run
 
 DTYPES = ("auto", "float16", "bfloat16", "float8_e4m3")
 BATCH = 8
+States = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # see DualCollator.teacher_states
 TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw")
 
 
@@ -154,15 +155,10 @@ def timings(run: OpenRun, caches: dict[str, TeacherCache], rounds: int) -> dict[
         "subtracted": lambda: step(rows, None, given),
     }
     for dtype, cache in caches.items():
-        calls["cached" if dtype == "auto" else dtype] = lambda cache=cache: step(rows, cache)
+        calls["cached" if dtype == "auto" else dtype] = lambda cache=cache: step(rows, cache.read)
 
-    def collate(cache: TeacherCache | None) -> None:
-        trainer.data_collator.teacher_cache = cache
-        trainer.data_collator(rows)
-        trainer.data_collator.teacher_cache = None
-
-    calls["collating_live"] = lambda: collate(None)
-    calls["collating_cached"] = lambda: collate(caches["auto"])
+    calls["collating_live"] = lambda: collated(run, rows, None)
+    calls["collating_cached"] = lambda: collated(run, rows, caches["auto"].read)
     seconds, disturbance = measure.alternate(calls, rounds)
     return {
         **{name: measure.spread(values) for name, values in seconds.items()},
@@ -172,19 +168,21 @@ def timings(run: OpenRun, caches: dict[str, TeacherCache], rounds: int) -> dict[
     }
 
 
+def collated(run: OpenRun, rows: list[Any], states: States | None) -> dict[str, Any]:
+    """A batch, with the teacher's states where they are known."""
+    batch: dict[str, Any] = replace(run.trainer.data_collator, teacher_states=states)(rows)
+    return batch
+
+
 def stepper(run: OpenRun) -> Callable[..., float]:
     """One training step on rows; the learning rate is 0, so that every step is the same."""
     trainer, model = run.trainer, run.trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
 
-    def step(
-        rows: list[Any], cache: TeacherCache | None, hidden: torch.Tensor | None = None
-    ) -> float:
+    def step(rows: list[Any], states: States | None, hidden: torch.Tensor | None = None) -> float:
         model.train()
-        trainer.data_collator.teacher_cache = cache
-        inputs = trainer.data_collator(rows)
-        trainer.data_collator.teacher_cache = None
+        inputs = collated(run, rows, states)
         if hidden is not None:
             inputs["teacher_hidden"] = hidden
         count = (inputs["labels"][:, 1:] != -100).sum()
@@ -208,11 +206,10 @@ def loss_errors(run: OpenRun, caches: dict[str, TeacherCache], batches: int) -> 
     live = run.distillation.teacher
     figures = {"live float32": objective(run, live, groups, None)}
     for dtype, cache in caches.items():
-        figures[f"cached {dtype}"] = objective(run, live, groups, cache)
+        figures[f"cached {dtype}"] = objective(run, live, groups, cache.read)
     for key in ("load_in_8bit", "load_in_4bit"):
         config = TeacherConfig.model_validate({"base_model": "teacher", key: True})
         figures[key] = objective(run, load_teacher(config, "cpu"), groups, None)
-    run.distillation.teacher = live
     exact = figures["live float32"]
     return {
         name: {
@@ -241,20 +238,17 @@ def relative(
 
 @torch.no_grad()
 def objective(
-    run: OpenRun, teacher: Teacher, groups: list[list[Any]], cache: TeacherCache | None
+    run: OpenRun, teacher: Teacher, groups: list[list[Any]], states_of_row: States | None
 ) -> list[dict[str, float]]:
     """Per batch: the objective and two of its terms per token, and the teacher's cross-entropy."""
-    trainer, model = run.trainer, run.trainer.model
-    model.train()  # the training objective; there is no dropout in it
-    run.distillation.teacher = teacher
+    trainer = run.trainer
+    trainer.model.train()  # the training objective; there is no dropout in it
+    trainer.distillation = replace(run.distillation, teacher=teacher)
     result = []
     for rows in groups:
-        trainer.data_collator.teacher_cache = cache
-        inputs = trainer.data_collator(rows)
-        trainer.data_collator.teacher_cache = None
-        count = (inputs["labels"][:, 1:] != -100).sum()
-        outputs = model(**inputs, num_items_in_batch=count)
-        terms = trainer.terms
+        inputs = collated(run, rows, states_of_row)
+        terms = trainer.loss_terms(inputs)
+        total = terms.total(run.config.loss, trainer.distillation.kd_ramp(0))
         batch = teacher_batch(
             *(
                 [torch.tensor(row[f"teacher_{key}"]) for row in rows]
@@ -272,10 +266,10 @@ def objective(
         )
         result.append(
             {
-                "loss": float(outputs["loss"]),
+                "loss": float(total / (inputs["labels"][:, 1:] != -100).sum()),
                 "teacher_ce": float(ce),
-                "teacher_kd": float(terms["teacher_kd"] / terms["teacher_tokens"]),
-                "student_kd": float(terms["student_kd"] / terms["distilled_tokens"]),
+                "teacher_kd": float(terms.teacher_kd / terms.teacher_tokens),
+                "student_kd": float(terms.student_kd / terms.distilled_tokens),
             }
         )
     return result
@@ -315,16 +309,15 @@ def memory_of_two_steps(recipe: dict[str, Any]) -> dict[str, int]:
     """
     with open_run(Recipe(recipe)) as run:
         collator, rows = run.trainer.data_collator, run.trainer.train_dataset
-        cache, step = collator.teacher_cache, stepper(run)
+        step = stepper(run)
         for start in (0, BATCH):
-            step([rows[index] for index in range(start, start + BATCH)], cache)
+            step([rows[index] for index in range(start, start + BATCH)], collator.teacher_states)
         found = {
             "peak": measure.status_bytes("VmHWM"),
             "anonymous": measure.status_bytes("RssAnon"),
             "files": measure.status_bytes("RssFile"),
             "own": own_bytes(),
         }
-        collator.teacher_cache = cache
         for start in range(0, len(rows), BATCH):
             collator([rows[index] for index in range(start, min(start + BATCH, len(rows)))])
         return found | {"files_after_all_rows": measure.status_bytes("RssFile")}

@@ -23,7 +23,7 @@ from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_recipe
 from dwakd_plugin.train.preflight import loads_body
 from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
-from dwakd_plugin.train.run_folder import check_output_folder
+from dwakd_plugin.train.run_folder import check_output_folder, sign_output_folder
 from dwakd_plugin.train.signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
@@ -135,10 +135,12 @@ class DWAKDPlugin(BasePlugin):
             return
         from dwakd_plugin.train.assembly import assemble
 
-        distillation, initialisation = assemble(cfg, recipe, trainer, self._rows)
+        distillation = assemble(cfg, recipe, trainer, self._rows)
+        if trainer.args.should_save:
+            sign_output_folder(recipe)
         trainer.begin_distillation(distillation)
         self._trainer = trainer
-        LOG.info("%s", describe_run(cfg, trainer, initialisation))
+        LOG.info("%s", describe_run(cfg, trainer))
 
     @_without_traceback
     def post_train(self, cfg: DictDefault, model: Any) -> None:
@@ -150,8 +152,9 @@ class DWAKDPlugin(BasePlugin):
         if self._trainer is not None and self._trainer.args.should_save:
             # axolotl has left the process group by now, which its logger would ask for the rank.
             LOG.info("%s", final_words(cfg), main_process_only=False)
-            if self._trainer.health is not None and self._trainer.health.standing:
-                warnings = standing_warnings(self._trainer.health.standing)
+            report = self._trainer.health
+            if report is not None and report.health is not None and report.health.standing:
+                warnings = standing_warnings(report.health.standing)
                 LOG.warning("%s", warnings, main_process_only=False)
         self._trainer = None
         run_lock.release()

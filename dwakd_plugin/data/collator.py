@@ -18,11 +18,12 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
     student_pairs (P,), teacher_pairs (P,)               places there of the positions that predict
                                                          the same bytes; only for exact matching
     source_row (B,)                                      where each row comes from
-    teacher_hidden (B, T, D), float                      only where a teacher cache is in use
+    teacher_hidden (B, T, D), float                      only where `teacher_states` are given
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -35,10 +36,9 @@ from torch.nn.utils.rnn import pad_sequence
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import LENGTH_COLUMN
 from dwakd_plugin.models.batches import response_positions, teacher_batch
-from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.tokenizers.alignment import Pairs, TokenAligner
 
-# What the collator adds to a batch; the student's own forward takes none of it.
+# What is added to axolotl's batch; the student's own forward takes none of it.
 DISTILLATION_KEYS = (
     "teacher_input_ids",
     "teacher_attention_mask",
@@ -52,18 +52,28 @@ DISTILLATION_KEYS = (
     "student_pairs",
     "teacher_pairs",
     "teacher_hidden",
+    "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
 )
+
+
+def split_batch(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What was added to axolotl's batch, and the rest: what the student's own forward takes."""
+    added = {key: inputs[key] for key in DISTILLATION_KEYS if key in inputs}
+    return added, {key: value for key, value in inputs.items() if key not in added}
 
 
 @dataclass
 class DualCollator(DataCollatorForSeq2Seq):
     """axolotl's collator for the student's side, and the same for the teacher's.
 
+    teacher_states: the teacher's hidden states (response positions, D) of a row, by the row's
+    teacher token ids and labels (L,); None where the step computes them.
     teacher_sequence_len: tokens of a packed sequence of the teacher's; None for as many as come.
+    aligner: finds the positions of both sides that `student_pairs` and `teacher_pairs` hold.
     """
 
-    teacher_cache: TeacherCache | None = None
+    teacher_states: Callable[[Tensor, Tensor], Tensor] | None = None
     teacher_sequence_len: int | None = None
     aligner: TokenAligner | None = None
 
@@ -87,9 +97,9 @@ class DualCollator(DataCollatorForSeq2Seq):
         if not has_teacher:  # axolotl's own evaluation command
             return batch
         batch.update(teacher_batch(teacher_ids, teacher_labels, packed, self.teacher_sequence_len))
-        if self.teacher_cache is not None:
-            cached = map(self.teacher_cache.read, teacher_ids, teacher_labels)
-            batch["teacher_hidden"] = pad_sequence(list(cached), batch_first=True)
+        if self.teacher_states is not None:
+            states = map(self.teacher_states, teacher_ids, teacher_labels)
+            batch["teacher_hidden"] = pad_sequence(list(states), batch_first=True)
         width = batch["input_ids"].shape[1]
         starts = []
         for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):

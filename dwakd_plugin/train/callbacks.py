@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
-from dwakd_plugin.train.health import Health
+from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.train.health import Figures, Health, write_report
 from dwakd_plugin.train.signals import is_last_step
 
-if TYPE_CHECKING:
-    from dwakd_plugin.train.trainer import DWAKDTrainer
+LOG = get_logger("axolotl.dwakd")
 
 
 class StopWhenAsked(TrainerCallback):
@@ -23,23 +25,44 @@ class StopWhenAsked(TrainerCallback):
 
 
 class HealthReport(TrainerCallback):
-    """Begins a run's report where it is known whether the run resumes, and ends it."""
+    """Warns of what a run's figures say is wrong, and keeps the report in its output folder.
 
-    def __init__(self, trainer: DWAKDTrainer) -> None:
-        self._trainer = trainer
+    It begins where it is known whether the run resumes; `health` is there from then on.
+    """
+
+    def __init__(self, config: DWAKDConfig) -> None:
+        self.config = config
+        self.health: Health | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._trainer.distillation is not None
-        config = self._trainer.distillation.config
-        untrained = config.projectors.path is None and config.projectors.warmup_steps == 0
+        projectors = self.config.projectors
+        untrained = projectors.path is None and projectors.warmup_steps == 0
         # A ramp that outlasts the run is a low weight, not a time to wait for.
-        ramp = min(config.loss.kd_warmup_steps, state.max_steps // 2)
-        self._trainer.health = Health(
-            config,
+        ramp = min(self.config.loss.kd_warmup_steps, state.max_steps // 2)
+        self.health = Health(
+            self.config,
             settled_after=max(ramp, args.get_warmup_steps(state.max_steps)),
             cold_start=untrained and state.global_step == 0,
         )
-        self._trainer.write_health()
+        self._write(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.write_health()
+        self._write(args)
+
+    def hear(self, figures: Figures, args: Any, state: Any) -> None:
+        """Takes the figures of a log line; the first rank speaks."""
+        if self.health is None or not figures or args.process_index != 0:
+            return
+        before = [alarm.until for alarm in self.health.alarms]
+        for warning in self.health.observe(state.global_step, figures):
+            LOG.warning("Step %d: %s", state.global_step, warning)
+        if [alarm.until for alarm in self.health.alarms] != before:
+            self._write(args)
+
+    def _write(self, args: Any) -> None:
+        if self.health is None or not args.should_save:
+            return
+        try:
+            write_report(self.health, Path(args.output_dir))
+        except OSError as error:  # nothing that a run should end for
+            LOG.warning("The warnings so far cannot be written to the output folder: %s", error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
+    def add(self, terms: LossTerms) -> None:
+        for name, value in vars(terms).items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
 
     def over_ranks(self, accelerator: Any) -> dict[str, float]:
         """The sums of all ranks; empty where nothing was added. All ranks must take part."""
@@ -31,6 +31,21 @@ class Sums:
         values = torch.stack([value.float() for value in self._sums.values()])
         totals = accelerator.reduce(values, reduction="sum").tolist()
         return dict(zip(self._sums, totals, strict=True))
+
+
+class LabelCounts:
+    """How often each token was a label, of this rank's rows, which are drawn as the others' are."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._counts = torch.zeros(tokens, dtype=torch.int32, device=device)
+
+    def add(self, labels: Tensor) -> None:
+        labels = labels.flatten()
+        self._counts.scatter_add_(0, labels.clamp(min=0), labels.ne(-100).int())
+
+    def chance(self) -> float:
+        """How often guessing the most frequent one would be right."""
+        return (self._counts.max() / self._counts.sum().clamp(min=1)).item()
 
 
 def means(
@@ -64,8 +79,8 @@ def _figures(config: DWAKDConfig, prefix: str) -> Iterable[Figure]:
     return variant_of(config.loss).figures(config.loss, evaluating=prefix != "")
 
 
-def mean_cross_entropy(terms: dict[str, Tensor]) -> Tensor:
-    return terms["ce"] / terms["student_tokens"].clamp(min=1)
+def mean_cross_entropy(terms: LossTerms) -> Tensor:
+    return terms.ce.detach() / terms.student_tokens.clamp(min=1)
 
 
 def perplexity(value: float) -> float:

@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dwakd_plugin.data.collator import split_batch
+from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.loss import LossTerms, ResponseStates, names_of
-from dwakd_plugin.train.distillation import PROJECTORS
+from dwakd_plugin.models.student import student_states
+from dwakd_plugin.train.distillation import PROJECTORS, Distillation
 
 
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the message names the term and the row."""
 
 
-def non_finite_row(
-    student: ResponseStates,
-    teacher: ResponseStates | None,
+@torch.no_grad()
+def explain_non_finite(
+    inputs: dict[str, Any],
+    student: nn.Module,
+    distillation: Distillation,
     terms_of: Callable[[ResponseStates, ResponseStates | None], LossTerms],
-    place_of: Callable[[int], str],
     decode: Callable[[Tensor], Any],
+    *,
+    sharded: bool,
 ) -> str:
-    """Term, place and text of the first sample of a batch whose loss, by itself, is not finite."""
-    for index in range(len(student.lengths)):
-        own = None if teacher is None else teacher.sample(index)
-        terms = terms_of(student.sample(index), own)
+    """Which weight, or which term of which row of a collated batch, is not finite.
+
+    A rank that holds a part of the student cannot compute alone: it names all rows.
+    """
+    rows = distillation.rows
+    if sharded:
+        return "one of " + ", ".join(map(rows.locate, inputs[SOURCE_COLUMN].tolist()))
+    if (parameter := non_finite_parameter(student)) is not None:
+        return f"{parameter} is not finite (before the first step: as it was loaded)"
+    batch, own = split_batch(inputs)
+    frozen = distillation.teacher
+    states = student_states(student, batch, **own)
+    teacher_states = None if frozen is None else frozen.states(batch)
+    for index, source in enumerate(batch[SOURCE_COLUMN].tolist()):
+        sample = None if teacher_states is None else teacher_states.sample(index)
+        terms = terms_of(states.sample(index), sample)
         bad = [
             f"{name} = {getattr(terms, name).item()}"
             for name in names_of()
             if not torch.isfinite(getattr(terms, name))
         ]
         if bad:
-            assert student.labels is not None
-            labels = student.labels[index]
+            place = rows.locate(source) if source >= 0 else f"row {index}"
+            assert states.labels is not None
+            labels = states.labels[index]
             text = decode(labels[labels != -100][:200])
-            whose = "" if own is None else _non_finite_states(own)
-            return f"{', '.join(bad)} in {place_of(index)}: {text!r}{whose}"
+            whose = "" if sample is None else _non_finite_states(sample)
+            return f"{', '.join(bad)} in {place}: {text!r}{whose}"
     return "no single row by itself"
 
 
@@ -67,3 +87,12 @@ def _non_finite_states(teacher: ResponseStates) -> str:
     if not bad:
         return ""
     return f"\nThe teacher's {' and '.join(bad)} are not finite there: check its weights."
+
+
+def how_to_go_on(output_dir: str) -> str:
+    checkpoints = any(Path(output_dir).glob("checkpoint-*"))
+    kept = f"Checkpoints are kept in {output_dir}." if checkpoints else ""
+    return (
+        f"Training stops here. {kept} Lower learning_rate or dwakd.projectors.learning_rate, "
+        "set max_grad_norm, or remove the row; then resume from the last checkpoint."
+    )

@@ -8,11 +8,13 @@ from typing import Any
 from dwakd_plugin.loss import variant_of
 from dwakd_plugin.models.causal_lm import causal_lm, parameter_count, size
 from dwakd_plugin.models.projectors import PROJECTOR_FILE
+from dwakd_plugin.train.distillation import Distillation
 
 
-def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
+def describe_run(cfg: Any, trainer: Any) -> str:
     """The block at the start: both models, both tokenizers, the rows, the projectors, the loss."""
-    distillation = trainer.distillation
+    distillation: Distillation = trainer.distillation
+    facts = distillation.facts
     config, teacher, rows = distillation.config, distillation.teacher, distillation.rows
     student = trainer.model
     lm = causal_lm(student)
@@ -33,21 +35,21 @@ def describe_run(cfg: Any, trainer: Any, facts: dict[str, Any]) -> str:
         f"{_count(trained)} trained ({cfg.adapter or 'full fine-tuning'}), "
         f"{str(lm.dtype).removeprefix('torch.')}, attention "
         f"{lm.config._attn_implementation}, on {student.device}",
-        "tokenizers": f"teacher {facts['teacher_vocabulary']:,} tokens, student "
-        f"{facts['student_vocabulary']:,}; {facts['shared_tokens']:,} in both",
+        "tokenizers": f"teacher {facts.teacher_vocabulary:,} tokens, student "
+        f"{facts.student_vocabulary:,}; {facts.shared_tokens:,} in both",
         "rows": f"{len(trainer.train_dataset):,} to train on, {evaluated:,} to evaluate on; "
         + (f"packed into sequences of {cfg.sequence_len:,} tokens; " if cfg.sample_packing else "")
         + "; ".join(f"{count:,} {status}" for status, count in sorted(rows.counts.items())),
         "projectors": "none"
         if distillation.projectors is None
         else f"{_count(projectors)}, learning rate {config.projectors.learning_rate:g}, "
-        f"{facts['initialisation']}",
+        f"{facts.initialisation}",
         "loss": f"{loss.ce_weight:g} CE + {loss.kd_weight:g} "
         f"{variant_of(loss).in_words.format(divergence=loss.divergence)}, "
         f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
         + ("" if config.variant == "full" else f"; variant {config.variant}"),
-        "processes": facts["processes"],
+        "processes": facts.processes,
         "cache": config.teacher.cache or "none: the teacher runs in every step",
     }
     width = max(map(len, lines))

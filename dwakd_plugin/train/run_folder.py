@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import dwakd_plugin
 from dwakd_plugin.errors import UserError, without_credentials
-from dwakd_plugin.io.files import json_checksum
+from dwakd_plugin.io.files import explaining_writes, json_checksum, replace_file
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.places import is_a_path
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
-
-
 CHECKSUM = "crc32"  # of all else in that file
-
 
 _TRAINING_KEYS = (
     "adapter",
@@ -58,6 +57,22 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
             if recipe.keys.get(key) not in (None, "")
         },
     }
+
+
+def sign_output_folder(recipe: Recipe) -> None:
+    """Says in the output folder whose run it holds, and with what settings. Raises UserError."""
+    file = recipe.output_dir / RUN_FILE
+    content: dict[str, Any] = {
+        "identity": run_identity(recipe),
+        "version": dwakd_plugin.__version__,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": recipe.config.model_dump(),
+        **run_facts(recipe),
+    }
+    with explaining_writes(file, "Free some space, and run it again."):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content[CHECKSUM] = json_checksum(json.loads(json.dumps(content)))
+        replace_file(file, json.dumps(content, indent=1))
 
 
 def check_output_folder(recipe: Recipe, *, only_look: bool = False) -> None:

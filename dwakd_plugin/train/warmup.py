@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from dwakd_plugin.data.collator import DISTILLATION_KEYS
+from dwakd_plugin.data.collator import split_batch
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.models.causal_lm import embedding_table
@@ -98,10 +98,9 @@ def both_sides(
 ) -> tuple[ResponseStates, ResponseStates]:
     """What the loss needs of both models for a collated batch."""
     inputs = {key: value.to(student.device) for key, value in inputs.items()}
-    keys = (*DISTILLATION_KEYS, "student_hidden")
-    batch = {key: inputs.pop(key) for key in keys if key in inputs}
+    batch, own = split_batch(inputs)
     with torch.no_grad():
-        return student_states(student, batch, **inputs), teacher.states(batch)
+        return student_states(student, batch, **own), teacher.states(batch)
 
 
 # Some steps at the start of a run ------------------------------------------------------------

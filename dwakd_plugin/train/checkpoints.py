@@ -1,0 +1,58 @@
+"""The projectors in a run's checkpoints, beside the student, and what saving and loading need."""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.io.files import explaining_writes
+from dwakd_plugin.models.projectors import PROJECTOR_FILE, load_projectors, save_projectors
+from dwakd_plugin.train.distillation import Distillation
+from dwakd_plugin.train.sharding import gathered
+from dwakd_plugin.train.signals import end_run
+
+
+def write_projectors(distillation: Distillation, folder: Path, *, first_rank: bool) -> None:
+    """Writes the projectors below `folder`. All ranks must take part, and the first writes."""
+    if distillation.projectors is None:
+        return
+    tensors = gathered(distillation.projectors)
+    if first_rank:
+        save_projectors(tensors, folder / PROJECTOR_FILE, distillation.pair)
+
+
+def resume_projectors(distillation: Distillation, checkpoint: Path) -> None:
+    """Takes the projectors of a checkpoint. Raises UserError where they cannot be read."""
+    if distillation.projectors is not None:
+        file = checkpoint / PROJECTOR_FILE
+        load_projectors(distillation.projectors, file, distillation.pair)
+
+
+def explain_a_failing_save(student: Any) -> None:
+    """Has axolotl's saving of the student end with a message where the disk is full."""
+    save = student.save_pretrained
+
+    @wraps(save)
+    def explaining(folder: Any, *args: Any, **kwargs: Any) -> Any:
+        remedy = "Free some space, and resume: the last checkpoint has all that was trained."
+        try:
+            with explaining_writes(Path(folder), remedy):
+                return save(folder, *args, **kwargs)
+        except UserError as error:
+            end_run(str(error))
+
+    student.save_pretrained = explaining
+
+
+@cache  # torch refuses a second one
+def have_torch_load_to_numbered_cpus() -> None:
+    """accelerate numbers the CPUs of several processes, and `torch.load` knows only `cpu`."""
+    torch.serialization.register_package(
+        99,
+        lambda storage: None,
+        lambda storage, place: storage if place.startswith("cpu:") else None,
+    )
