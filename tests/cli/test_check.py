@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import (
-    normalizers,
-)
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from dwakd_cli.main import app
 from dwakd_cli.token_picture import terminal_rows
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.tokenizers.pair import (
-    ByteCutter,
-    cut_both,
-)
+from dwakd_plugin.tokenizers.pair import ByteCutter, cut_both
 from tests.tokenizers.small_tokenizers import byte_level, sentencepiece
 
 

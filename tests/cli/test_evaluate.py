@@ -21,9 +21,7 @@ from typer.testing import CliRunner
 from dwakd_cli.main import app, main
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import work
-from dwakd_plugin.evaluate.figures import (
-    rouge_l,
-)
+from dwakd_plugin.evaluate.figures import rouge_l
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 from dwakd_plugin.evaluate.subjects import short_names
 from tests.conftest import ROWS, write_rows

@@ -9,12 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dwakd_plugin.evaluate.rows import (
-    Encoded,
-    Format,
-    encode,
-    read_rows,
-)
+from dwakd_plugin.evaluate.rows import Encoded, Format, encode, read_rows
 from tests.conftest import ROWS
 
 ALPACA = Format("alpaca", "as asked")

@@ -29,11 +29,7 @@ from dwakd_plugin.evaluate.figures import (
     without_words,
 )
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
-from dwakd_plugin.evaluate.rows import (
-    Encoded,
-    bytes_of_tokens,
-    token_ends,
-)
+from dwakd_plugin.evaluate.rows import Encoded, bytes_of_tokens, token_ends
 from tests.conftest import ROWS
 from tests.evaluate.conftest import TEXTS
 
@@ -87,6 +83,7 @@ def test_bits_per_byte_is_the_quickstarts(
     without = bits_per_byte(readings, TEXTS, end=False)
     ends = sum(each.bits[-1] for each in readings)
     assert found.value - without.value == pytest.approx(ends / found.below.sum())
+    assert bits_per_byte(readings[:1], ["größte 数"]).below == [12]
 
 
 def test_the_next_byte_sums_the_tokens_that_begin_with_it(
@@ -186,6 +183,7 @@ def test_what_a_template_or_a_tokenizer_adds_is_no_place() -> None:
     assert token_ends([0, 1, 2, 3], "ab", [b" ", b"ab", b"\n", b""]) == [0, 2, 3]
     assert common_places([0, 2, 3], [1, 2], 2) == [(1, 1)]
     assert token_ends([0, 1], "AB", [b"ab", b""]) is None
+    assert common_places([0, 2], [0, 2], 2) == [(1, 1)]
     assert common_places(None, [1], 1) == []
 
 

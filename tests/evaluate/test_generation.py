@@ -20,9 +20,7 @@ from dwakd_plugin.evaluate.generation import (
     with_transformers,
 )
 from dwakd_plugin.evaluate.responses import ResponseStore
-from dwakd_plugin.evaluate.rows import (
-    Encoded,
-)
+from dwakd_plugin.evaluate.rows import Encoded
 
 IDENTITY = {"weights": "abc", "temperature": 1.0}
 

@@ -14,9 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.evaluate.figures import (
-    read,
-)
+from dwakd_plugin.evaluate.figures import read
 from dwakd_plugin.evaluate.model import Held, find_model, load_config, load_model
 from dwakd_plugin.evaluate.rows import (
     Encoded,

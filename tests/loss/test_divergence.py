@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss.divergence import (
-    DIVERGENCES,
-    SKEW,
-    adaptive_kl,
-    forward_kl,
-    reverse_kl,
-)
+from dwakd_plugin.loss.divergence import DIVERGENCES, SKEW, adaptive_kl, forward_kl, reverse_kl
 from tests.loss.cases import assert_same
 from tests.loss.references import reference_divergence
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from dwakd_plugin.loss import dwakd_loss
-from dwakd_plugin.loss.divergence import (
-    DIVERGENCES,
-)
+from dwakd_plugin.loss.divergence import DIVERGENCES
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 from tests.loss.cases import (
     FIGURES,

@@ -20,10 +20,7 @@ from dwakd_plugin.loss.alignment import (
 )
 from dwakd_plugin.loss.terms.student_space import student_statistics
 from dwakd_plugin.loss.terms.teacher_space import teacher_statistics_
-from dwakd_plugin.loss.token_weights import (
-    student_token_weights,
-    teacher_token_weights,
-)
+from dwakd_plugin.loss.token_weights import student_token_weights, teacher_token_weights
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 from tests.conftest import ROOT

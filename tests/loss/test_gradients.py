@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss
-from dwakd_plugin.loss.alignment import (
-    valid_positions,
-)
+from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import FIGURES, TERMS, collate, evaluate, gradients, make_case
 

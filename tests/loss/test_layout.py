@@ -8,9 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwakd_plugin.loss.divergence import (
-    DIVERGENCES,
-)
+from dwakd_plugin.loss.divergence import DIVERGENCES
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import FIGURES, TERMS, assert_same, evaluate, gradients, make_case, single
 

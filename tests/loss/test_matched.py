@@ -237,6 +237,15 @@ def test_without_a_teacher_the_loss_is_the_labels_cross_entropy() -> None:
         dwakd_loss(student, teacher, case.projectors, loss=loss_of("dskdv2"))
 
 
+@pytest.mark.parametrize(("last", "ends"), [((2, 3), 1), ((2, 1), 0), ((1, 3), 0)])
+def test_an_end_is_compared_where_both_sides_have_it(last: tuple[int, int], ends: int) -> None:
+    case = make_case([(3, 4)])
+    mapped = torch.zeros(case.teacher_head.weight.shape[0], dtype=torch.long)
+    terms = evaluate(case, loss_of("dskdv2"), [[(0, 0), last]], mapped, BAND)
+    assert terms.paired_tokens == 2 and terms.end_tokens == ends
+    assert (terms.end_ce > 0) == (terms.teacher_end_ce > 0) == bool(ends)
+
+
 def test_an_alignment_of_pairs_is_their_matrix() -> None:
     case = make_case([(3, 4)])
     student = replace(collate(case.student, case.student_head), pairs=torch.tensor([0, 2]))

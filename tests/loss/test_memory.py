@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwakd_plugin.loss import Head, dwakd_loss
-from dwakd_plugin.loss.alignment import (
-    valid_positions,
-)
+from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.divergence import DIVERGENCES
 from dwakd_plugin.loss.head_pass import (
     AUTO_CHUNK_ELEMENTS,

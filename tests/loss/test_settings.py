@@ -50,10 +50,11 @@ def test_a_switch_changes_its_terms_only(
 
 def test_total_weighs_and_ramps() -> None:
     values = dict(zip(TERMS, torch.arange(1.0, 7.0), strict=True))
-    terms = LossTerms(**values, **dict.fromkeys(FIGURES, torch.tensor(0)))
+    figures = dict.fromkeys(FIGURES, torch.tensor(0)) | {"uld": torch.tensor(7.0)}
+    terms = LossTerms(**values, **figures)
     loss = LossConfig(ce_weight=10, kd_weight=100, dtw_weight=1000)
-    assert terms.total(loss) == 10 * 1 + 100 * (3 + 4 + 2) + 1000 * (5 + 6)
-    assert terms.total(loss, kd_ramp=0.5) == 10 * 1 + 100 * (1.5 + 4 + 2) + 1000 * (5 + 6)
+    assert terms.total(loss) == 10 * 1 + 100 * (3 + 4 + 2 + 7) + 1000 * (5 + 6)
+    assert terms.total(loss, kd_ramp=0.5) == 10 * 1 + 100 * (1.5 + 4 + 2 + 7) + 1000 * (5 + 6)
 
 
 def test_gamma_defaults_to_the_start_of_its_schedule() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from dwakd_plugin.loss.alignment import (
-    valid_positions,
-)
+from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.token_weights import (
     normalise_per_sample,
     student_token_weights,
@@ -33,3 +33,10 @@ def test_weights_normalise_at_any_scale(scale: float) -> None:
     valid = valid_positions(torch.tensor([3]), 4)
     weights = normalise_per_sample(torch.full((1, 4), scale), valid)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 1.0, 1.0, 0.0]]))
+
+
+def test_an_entropy_that_rounding_puts_above_its_limit_weighs_nothing() -> None:
+    limit = math.log(10)
+    entropy = torch.tensor([[limit * (1 + 1e-6), limit / 2]])
+    weights = teacher_token_weights(entropy, 10, torch.ones(1, 2, dtype=torch.bool), "confidence")
+    assert weights.tolist() == [[0, 2]]

@@ -143,6 +143,11 @@ def test_turns_are_compared_each_with_its_own() -> None:
         (" in", " in"),
         ("<|end|>", "</s>"),
     ]
+    # Where nothing but the prompt ends a turn, the next is compared all the same.
+    prompt = ("Q:", "[user] two? [assistant]", False)
+    unended = both(("", "", False), ("a b the", "a b", True), prompt, ("a b in", "a b in", True))
+    expected = [(" b", " b"), (" b", " b"), (" in", " in")]
+    assert texts(aligner.pairs(*unended), unended) == expected
     # A space that the text begins with is the text's.
     spaced = both(("", "", False), (" a b<|end|>", " a b</s>", True))
     assert texts(aligner.pairs(*spaced), spaced)[:2] == [(" a", " a"), (" b", " b")]
@@ -230,6 +235,24 @@ def test_predictions_are_mapped_to_the_token_that_they_begin_with(student: str) 
     assert longer > 20
     unmapped = [theirs[index] for index, token in enumerate(found[:-2]) if token < 0]
     assert len(unmapped) < 0.1 * len(teacher), unmapped
+
+
+def with_merges(*merges: tuple[str, str]) -> Any:
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_a_token_that_joins_what_is_before_it_is_cut_after_something_else() -> None:
+    """After a line break, the student would take the first of two more for its own."""
+    student = with_merges(("Ċ", "Ċ"))
+    teacher = with_merges(("Ċ", "Ċ"), ("ĊĊ", "t"))
+    found = first_tokens(teacher, student, len(teacher))
+    longer = found[teacher.convert_tokens_to_ids("ĊĊt")]
+    assert student.convert_ids_to_tokens(longer) == "Ċ"
 
 
 def chat_rows(student: Any, teacher: Any) -> list[dict[str, Any]]:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import (
-    normalizers,
-)
+from tokenizers import normalizers
 
 from dwakd_cli.sample_texts import SAMPLE
 from dwakd_plugin.tokenizers.figures import TextFigures, measure, vocabulary_figures
 from dwakd_plugin.tokenizers.findings import findings_of
-from dwakd_plugin.tokenizers.pair import (
-    ByteCutter,
-)
+from dwakd_plugin.tokenizers.pair import ByteCutter
 from dwakd_plugin.tokenizers.verdict import Finding, Side, verdict_of
 from tests.tokenizers.small_tokenizers import CORPUS, TEMPLATE, byte_level, sentencepiece, unigram
 

@@ -8,22 +8,12 @@ from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
-from tokenizers import (
-    Tokenizer,
-    models,
-    normalizers,
-)
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.tokenizers.figures import TextFigures, measure, vocabulary_figures
-from dwakd_plugin.tokenizers.pair import (
-    ByteCutter,
-    Changed,
-    Cut,
-    PairCut,
-    cut_both,
-)
+from dwakd_plugin.tokenizers.pair import ByteCutter, Changed, Cut, PairCut, cut_both
 from tests.conftest import SHARED
 from tests.tokenizers.small_tokenizers import (
     AWKWARD,
