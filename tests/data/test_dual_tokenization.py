@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
+from dwakd_plugin.data.dual_strategy import DualStrategy
 from dwakd_plugin.data.dual_tokenization import _find_what_is_wrong, dual_tokenization
 from dwakd_plugin.data.row_report import (
     LABELS_ONLY,
@@ -127,6 +130,31 @@ def test_both_sides_have_the_same_response(
         )
         assert said in student
         assert len(row["teacher_input_ids"]) == len(row["teacher_labels"])
+
+
+def test_a_strategy_that_edits_its_row_leaves_the_other_what_the_user_wrote() -> None:
+    seen = []
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        seen.append(copy.deepcopy(row))
+        row["messages"].clear()
+        return {"input_ids": [1, 2], "labels": [-100, -100]}
+
+    side = SimpleNamespace(tokenize_prompt=tokenize)
+    both = DualStrategy(
+        side,
+        side,
+        "rows",
+        readers=(None, None),  # type: ignore[arg-type]  # no answer is read where there is none
+        lengths=(8, 8),
+        excess_length="drop",
+        different_answers="drop",
+        messages="messages",
+        teacher_name="teacher",
+    )
+    row = {"messages": ["Hi"]}
+    both.tokenize_prompt(row)
+    assert seen == [row, row] == [{"messages": ["Hi"]}] * 2
 
 
 def test_the_teacher_gets_its_own_chat_template(
