@@ -185,7 +185,7 @@ def _gemma() -> PreTrainedTokenizerFast:
 
 # Models -----------------------------------------------------------------------------------------
 
-_WIDTHS = {
+WIDTHS = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -194,7 +194,7 @@ _WIDTHS = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.3,
 }
-_OPT_WIDTHS = {
+_OPTWIDTHS = {
     "hidden_size": 32,
     "ffn_dim": 48,
     "num_hidden_layers": 2,
@@ -221,50 +221,50 @@ FAMILIES: dict[str, Family] = {
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3},
         0,
     ),
-    "opt": (_opt, OPTConfig, {**_OPT_WIDTHS, "word_embed_proj_dim": 32}, 7),
+    "opt": (_opt, OPTConfig, {**_OPTWIDTHS, "word_embed_proj_dim": 32}, 7),
     # OPT-350m's two peculiarities: narrower embeddings, and norms after the layers.
     "opt-350m": (
         _opt,
         OPTConfig,
-        {**_OPT_WIDTHS, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+        {**_OPTWIDTHS, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
         7,
     ),
-    "llama": (_llama2, LlamaConfig, {**_WIDTHS, "tie_word_embeddings": False}, 0),
+    "llama": (_llama2, LlamaConfig, {**WIDTHS, "tie_word_embeddings": False}, 0),
     "llama-biased": (
         _llama2,
         LlamaConfig,
-        {**_WIDTHS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        {**WIDTHS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
         0,
     ),
     "llama3": (
         _llama3,
         LlamaConfig,
-        {**_WIDTHS, "rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True},
+        {**WIDTHS, "rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True},
         0,
     ),
     "smollm2": (
         _smollm2,
         LlamaConfig,
-        {**_WIDTHS, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        {**WIDTHS, "num_key_value_heads": 4, "tie_word_embeddings": True},
         0,
     ),
     "mistral": (
         _mistral,
         MistralConfig,
-        {**_WIDTHS, "sliding_window": WINDOW, "tie_word_embeddings": False},
+        {**WIDTHS, "sliding_window": WINDOW, "tie_word_embeddings": False},
         0,
     ),
     "qwen2": (
         lambda: _qwen("<|endoftext|>", CHAT_TEMPLATE),
         Qwen2Config,
-        {**_WIDTHS, "tie_word_embeddings": False},
+        {**WIDTHS, "tie_word_embeddings": False},
         21,
     ),
     "qwen2-instruct": (
         lambda: _qwen("<|im_end|>", CHAT_TEMPLATE),
         Qwen2Config,
         {
-            **_WIDTHS,
+            **WIDTHS,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
             "max_window_layers": 1,
@@ -275,15 +275,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3": (
         lambda: _qwen("<|im_end|>", get_chat_template("qwen3")),
         Qwen3Config,
-        {**_WIDTHS, "head_dim": 16, "tie_word_embeddings": False},
+        {**WIDTHS, "head_dim": 16, "tie_word_embeddings": False},
         21,
     ),
-    "gemma": (_gemma, GemmaConfig, {**_WIDTHS, "head_dim": 16}, 5),
+    "gemma": (_gemma, GemmaConfig, {**WIDTHS, "head_dim": 16}, 5),
     "gemma2": (
         _gemma,
         Gemma2Config,
         {
-            **_WIDTHS,
+            **WIDTHS,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,
@@ -296,7 +296,7 @@ FAMILIES: dict[str, Family] = {
         _gemma,
         Gemma3TextConfig,
         {
-            **_WIDTHS,
+            **WIDTHS,
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,

@@ -13,7 +13,7 @@ from axolotl.prompt_tokenizers import AlpacaPromptTokenizingStrategy
 from axolotl.prompters import AlpacaPrompter
 from axolotl.utils.dict import DictDefault
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, GraniteConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.opt.modeling_opt import OPTAttention
@@ -21,13 +21,18 @@ from transformers.models.opt.modeling_opt import OPTAttention
 from dwakd_plugin.data.collator import DISTILLATION_KEYS, DualCollator
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
-from dwakd_plugin.models.causal_lm import check_positions, embedding_table, hidden_states
+from dwakd_plugin.models.causal_lm import (
+    check_positions,
+    embedding_table,
+    hidden_states,
+    output_head,
+)
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe.schema import TeacherConfig
 from tests.conftest import ROWS, SHARED
-from tests.families import FAMILIES, WINDOW, create
+from tests.families import FAMILIES, WIDTHS, WINDOW, create
 from tests.runs import TERMS
 
 CHOSEN = (ROWS[1], ROWS[7], ROWS[3], ROWS[8])  # two are not ASCII, and their lengths differ
@@ -237,6 +242,19 @@ def test_a_soft_capped_teacher_is_not_read_with_sdpa(zoo: Zoo) -> None:
         hidden_states(each.model, ids, torch.ones_like(ids)) for each in (teacher, sdpa)
     )
     assert not torch.allclose(given, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "scaling"),
+    [(CohereConfig, {"logit_scale": 0.25}), (GraniteConfig, {"logits_scaling": 4.0})],
+)
+@torch.no_grad()
+def test_a_head_scales_as_its_model_does(config_class: Any, scaling: dict[str, float]) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config_class(**WIDTHS, vocab_size=64, **scaling))
+    ids = torch.arange(1, 11)[None]
+    mine = output_head(model).logits(hidden_states(model, ids, torch.ones_like(ids)))
+    torch.testing.assert_close(mine, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(("name", "count"), [("gpt2", 1024), ("opt", 1024), ("opt-350m", 1024)])

@@ -148,6 +148,9 @@ def test_turns_are_compared_each_with_its_own() -> None:
     unended = both(("", "", False), ("a b the", "a b", True), prompt, ("a b in", "a b in", True))
     expected = [(" b", " b"), (" b", " b"), (" in", " in")]
     assert texts(aligner.pairs(*unended), unended) == expected
+    # What one side says in its first turn and the other in its second is not the same text.
+    apart = both(("", "", False), ("a b", "a b in", True), prompt, (" in", " the", True))
+    assert texts(aligner.pairs(*apart), apart) == [(" b", " b")]
     # A space that the text begins with is the text's.
     spaced = both(("", "", False), (" a b<|end|>", " a b</s>", True))
     assert texts(aligner.pairs(*spaced), spaced)[:2] == [(" a", " a"), (" b", " b")]
