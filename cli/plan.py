@@ -81,11 +81,13 @@ def plan(
 
     from dwakd_plugin.recipe import Recipe
     from dwakd_plugin.recipe.checks import check_recipe
+    from dwakd_plugin.train.preflight import check_variant
 
     console = PlainConsole(stderr=json_output)
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
     read = Recipe.read(recipe, given)
     check_recipe(read)
+    check_variant(read)
     read, assumed = as_planned(read)
     changes = [*read.changes, *assumed]
     if read.has_engine:
@@ -127,16 +129,16 @@ def as_planned(recipe: Recipe) -> tuple[Recipe, list[str]]:
     they are as large in all. Raises UserError where no term asks for the teacher.
     """
     config = recipe.config
-    if config.loss.matching == "attention" and config.loss.needs_teacher:
+    usual = type(config.loss).model_fields["matching"].default
+    if config.loss.matching == usual and config.loss.needs_teacher:
         return recipe, []
     if not config.loss.needs_teacher:
         raise UserError(
             "kd_weight and dtw_weight are 0, so this recipe trains without a teacher, and "
             "`dwakd plan` reckons runs that have one. What `variant: dskd` takes is an upper bound."
         )
-    loss = config.loss.model_dump() | {"matching": "attention"}
-    block = recipe.keys["dwakd"] | {"variant": "full", "loss": loss}
-    return recipe.but(dwakd=block), [
+    block = {key: value for key, value in recipe.keys["dwakd"].items() if key != "variant"}
+    return recipe.but(dwakd=block | {"loss": config.loss.model_dump() | {"matching": usual}}), [
         f"variant {config.variant} is reckoned as if it attended, with projectors for it"
     ]
 

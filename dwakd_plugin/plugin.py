@@ -72,6 +72,9 @@ class DWAKDPlugin(BasePlugin):
         recipe = self._recipe(cfg)
         if recipe is not None:
             check_recipe(recipe)
+            from dwakd_plugin.train.preflight import check_variant
+
+            check_variant(recipe)
             if recipe.config.loss.needs_teacher:
                 teacher = recipe.config.teacher.base_model
                 LOG.info("Distillation is on: %s teaches %s", teacher, recipe.base_model)

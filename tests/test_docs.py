@@ -12,11 +12,12 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 
 from dwakd_cli.main import app
 from dwakd_plugin.loss.variants import every_figure
 from dwakd_plugin.recipe.reference import configuration_table
-from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.recipe.schema import VARIANTS, DWAKDConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,19 @@ def test_every_key_has_a_description() -> None:
             assert field.description, f"{block.__name__}.{name}"
             if hasattr(field.annotation, "model_fields"):
                 blocks.append(field.annotation)
+
+
+def test_the_table_of_baselines_is_the_schemas() -> None:
+    rows = {}
+    for line in read(ROOT / "docs" / "baselines.md").splitlines():
+        if found := re.fullmatch(r"\| `(\w+)` \| .+ \| (.+) \|", line):
+            settings = yaml.safe_load("\n".join(re.findall(r"`(\w+: [\w.]+)`", found[2])))
+            if "no weights" in found[2]:
+                settings = {"student_weighting": "none", "teacher_weighting": "none"} | settings
+            rows[found[1]] = {"loss": settings}
+    assert {name: VARIANTS[name] for name in rows} == rows
+    table_3 = read(ROOT / "docs" / "method.md").split("paper's Table 3")[1].split("\n\n")[0]
+    assert set(VARIANTS) == {*rows, *re.findall(r"`(\w+)`(?= \(|,)", table_3)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,7 +10,6 @@ from typing import Any
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.messages import as_found, name_problem
 from dwakd_plugin.recipe.recipe import Recipe
-from dwakd_plugin.recipe.schema import VARIANTS
 
 # Settings of axolotl that distillation does not go with: key, and what to do about it.
 _CONFLICTS = {
@@ -97,8 +96,7 @@ def check_recipe(recipe: Recipe) -> None:
 def _engine_problems(recipe: Recipe) -> Iterator[str]:
     """What distillation cannot do under FSDP and DeepSpeed, with what to do about it."""
     fsdp = recipe.keys.get("fsdp_config") or {}
-    sharded = bool(fsdp or recipe.keys.get("fsdp"))
-    if sharded:
+    if fsdp or recipe.keys.get("fsdp"):
         version = recipe.keys.get("fsdp_version") or _fsdp(fsdp, "version") or 1
         if str(version) != "2":
             yield (
@@ -121,7 +119,6 @@ def _engine_problems(recipe: Recipe) -> Iterator[str]:
                 "such as `axolotl fetch deepspeed_configs` brings"
             )
             return
-        sharded = sharded or _section(config, "zero_optimization").get("stage") == 3
         for section in _DEEPSPEED_SECTIONS:
             if config.get(section):
                 yield (
@@ -130,20 +127,23 @@ def _engine_problems(recipe: Recipe) -> Iterator[str]:
                 )
         if _section(config, "tensor_parallel").get("autotp_size") not in (None, 0, 1):
             yield "  deepspeed: tensor_parallel.autotp_size — heads must be whole; remove it"
-    variant = str(recipe.written("variant"))
-    preset = VARIANTS.get(variant, {}).get("loss", {})
-    if sharded and "exact" in (recipe.written("loss", "matching"), preset.get("matching")):
-        yield (
-            "  dwakd.loss.matching: exact — its map between the heads follows the whole student, "
-            "which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
-        )
     steps = recipe.written("projectors", "warmup_steps")
-    if steps and sharded:
+    if steps and is_sharded(recipe):
         yield (
             f"  dwakd.projectors.warmup_steps: {steps} — no process holds the whole student under "
             "FSDP and ZeRO-3; run `dwakd warmup RECIPE` before, and give its file as "
             "dwakd.projectors.path"
         )
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether no process holds the whole student. Raises OSError, ValueError (DeepSpeed's file)."""
+    if recipe.keys.get("fsdp_config") or recipe.keys.get("fsdp"):
+        return True
+    deepspeed = recipe.keys.get("deepspeed")
+    return bool(deepspeed) and (
+        _section(_deepspeed_config(deepspeed), "zero_optimization").get("stage") == 3
+    )
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.run_lock import check_free
 from dwakd_plugin.models.teacher.quantisation import check_packages, own_quantisation
 from dwakd_plugin.recipe import Recipe
-from dwakd_plugin.recipe.checks import check_data_types, check_kinds, check_recipe
+from dwakd_plugin.recipe.checks import check_data_types, check_kinds, check_recipe, is_sharded
 from dwakd_plugin.recipe.places import check_files
 from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig
 from dwakd_plugin.train.run_folder import check_output_folder
@@ -39,6 +39,7 @@ def check_all(recipe: Recipe) -> None:
     if passes(check_kinds):  # the rest reads these values
         checks += [check_recipe, check_data_types, check_files]
         if parsed:
+            checks.append(check_variant)
             checks.append(lambda recipe: check_teacher_recipe(recipe.config))
         # What is whose run can be said of a recipe that names both models.
         if parsed and recipe.base_model:
@@ -48,6 +49,24 @@ def check_all(recipe: Recipe) -> None:
         passes(check)
     if findings:
         raise UserError("\n".join(findings))
+
+
+def check_variant(recipe: Recipe) -> None:
+    """Raises UserError where the variant does not go with what runs the student."""
+    try:
+        if not is_sharded(recipe):
+            return
+    except (OSError, ValueError):  # `check_recipe` has told of it
+        return
+    from dwakd_plugin.loss import variant_of
+
+    loss = recipe.config.loss
+    if variant_of(loss).follows_head:
+        raise UserError(
+            "The recipe asks for what does not go with `distillation: dwakd`:\n"
+            f"  dwakd.loss.matching: {loss.matching} — its map between the heads follows the whole "
+            "student, which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
+        )
 
 
 def check_teacher_recipe(config: DWAKDConfig) -> None:

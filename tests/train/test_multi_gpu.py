@@ -20,10 +20,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss.variants import VARIANTS
 from dwakd_plugin.models.teacher.loaded import load_teacher
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.checks import check_recipe
 from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.train.preflight import check_variant
 from dwakd_plugin.train.trainer import DWAKDTrainer
 from tests.conftest import ROOT, ROWS
 from tests.runs import wait_for
@@ -170,6 +172,19 @@ def test_what_an_engine_cannot_do_is_refused_by_name(
     assert message in str(refused.value)
     check_recipe(ReadRecipe(recipe({}, **FSDP)))
     check_recipe(ReadRecipe(recipe({}, deepspeed={"zero_optimization": {"stage": 3}})))
+
+
+@pytest.mark.parametrize("matching", VARIANTS)
+def test_a_map_that_follows_the_whole_student_needs_one(recipe: Recipe, matching: str) -> None:
+    loss = {"matching": matching, "dtw_weight": 0}
+    check_variant(ReadRecipe(recipe({"loss": loss})))
+    for settings in (FSDP, {"deepspeed": {"zero_optimization": {"stage": 3}}}):
+        sharded = ReadRecipe(recipe({"loss": loss}, **settings))
+        if VARIANTS[matching].follows_head:
+            with pytest.raises(UserError, match=f"matching: {matching} — its map between"):
+                check_variant(sharded)
+        else:
+            check_variant(sharded)
 
 
 def test_the_teacher_is_whole_where_the_student_is_not(

@@ -32,15 +32,10 @@ class Figure:
 
 
 class Match:
-    """What each position learns from, in one batch. Nothing is computed before a term asks for it.
+    """What each position learns from, in one batch; a term asks, and then it is computed.
 
-    compared          (B, S) bool, the student's positions that have something to learn from
-    targets           (B, S) long, what the other side should predict there; any elsewhere
-    Where states are projected, and sequences warped onto one another:
-    t2s_hidden        (B, S, d), and s2t_hidden (B, T, D), finite where nothing is compared
-    teacher_compared  (B, T) bool, and teacher_index: its places in the flattened (B · T), or more
-    matrix            (B, S, T), where each student position looks
-    inside            (B, S, T) bool, the cells within the band
+    Where states are projected, and sequences warped onto one another, there is more than `compared`
+    and `targets`.
 
     Of the class: rows, what the rows' `pairs` are (positions of the same token, or that have read
     the same text); figures, what is logged of the match itself; agreeing_only, whether D is taken
@@ -50,20 +45,49 @@ class Match:
     rows: ClassVar[Literal["token", "prefix"] | None] = None
     figures: ClassVar[tuple[Figure, ...]] = ()
     agreeing_only: ClassVar[bool] = False
-    compared: Tensor
-    t2s_hidden: Tensor
-    s2t_hidden: Tensor
-    teacher_compared: Tensor
-    teacher_index: Tensor
-    matrix: Tensor
-    inside: Tensor
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
+    @property
+    def compared(self) -> Tensor:
+        """(B, S) bool, the student's positions that have something to learn from."""
+        raise NotImplementedError
+
+    @property
+    def teacher_compared(self) -> Tensor:
+        """(B, T) bool."""
+        raise NotImplementedError
+
+    @property
+    def teacher_index(self) -> Tensor:
+        """The places of `teacher_compared` in the flattened (B · T), or more."""
+        raise NotImplementedError
+
     @cached_property
     def targets(self) -> Tensor:
+        """(B, S) long, what the other side should predict there; any elsewhere."""
         return required_labels(self.batch.student)
+
+    @property
+    def t2s_hidden(self) -> Tensor:
+        """(B, S, d), finite where nothing is compared."""
+        raise NotImplementedError
+
+    @property
+    def s2t_hidden(self) -> Tensor:
+        """(B, T, D), finite where nothing is compared."""
+        raise NotImplementedError
+
+    @property
+    def matrix(self) -> Tensor:
+        """(B, S, T), where each student position looks."""
+        raise NotImplementedError
+
+    @property
+    def inside(self) -> Tensor:
+        """(B, S, T) bool, the cells within the band."""
+        raise NotImplementedError
 
     def other(self, index: Tensor) -> tuple[Tensor, Head]:
         """States (N, ·) that the positions at `index` are compared with, and a head for them."""

@@ -13,9 +13,10 @@ from dwakd_plugin.loss.states import Head, gathered
 
 
 class _Partners(Match):
-    """Of each position (B, S) a `partner`, by its place in the flattened (B · T)."""
-
-    partner: Tensor
+    @property
+    def partner(self) -> Tensor:
+        """Of each position, by its place in the flattened (B · T): (B, S)."""
+        raise NotImplementedError
 
     def other(self, index: Tensor) -> tuple[Tensor, Head]:
         hidden = gathered(self.batch.teacher.hidden, gathered(self.partner, index))
