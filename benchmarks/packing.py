@@ -1,10 +1,10 @@
 """Tokens per second with sample packing and without, on a real pair, and the difference in loss.
 
-    python -m benchmarks.packing --folder quickstart
+    python -m benchmarks.packing --folder small-pair
 
-The pair and its rows are the quickstart's (prepared in the folder, unless they are there), long and
-short rows mixed as shuffling mixes them. Each way trains on the same rows: collating, both models'
-forward, loss, backward, optimizer. Tokens are those of both sides that are not padding.
+The pair and its rows are `benchmarks.small_pair`'s (prepared in the folder, unless they are there),
+long and short rows mixed as shuffling mixes them. Each way trains on the same rows: collating, both
+models' forward, loss, backward, optimizer. Tokens are those of both sides that are not padding.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 import typer
 import yaml
 
-from benchmarks import measure
+from benchmarks import measure, small_pair
 from benchmarks.teacher import stepper, with_cache
-from dwakd_cli import quickstart
 from dwakd_plugin.data.packing import LENGTH_COLUMN
 from dwakd_plugin.models.batches import pack
 from dwakd_plugin.recipe import Recipe
@@ -32,7 +31,7 @@ WAYS = {UNPACKED: 0, "packed, 1 sequence": 1, "packed, 4 sequences": 4}  # of a 
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="The quickstart's folder.")] = Path("quickstart"),
+    folder: Annotated[Path, typer.Option(help="Where the pair is.")] = Path("small-pair"),
     rows: Annotated[int, typer.Option(help="Rows that each way trains on.")] = 64,
     rounds: Annotated[int, typer.Option(help="Timings of each way.")] = 3,
     threads: int = 2,
@@ -41,9 +40,8 @@ def main(
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(threads)
     results, folder = results.resolve(), folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    quickstart.prepare(folder)
-    quickstart.train(folder, "pretrain", lambda done, total: None)
+    small_pair.prepare(folder)
+    small_pair.pretrain(folder)
     os.chdir(folder)
     recipe = yaml.safe_load(Path("dwakd.yml").read_text(encoding="utf-8"))
     started = measure.start(threads, False, ["transformers"])

@@ -47,13 +47,13 @@ RUNTIME = (
 
 
 def prepare(folder: Path) -> None:
-    """The quickstart's models, two random pairs, and rows longer than any run's."""
-    from dwakd_cli import quickstart
+    """The small pair's models, two random pairs, and rows longer than any run's."""
+    from benchmarks import small_pair
     from dwakd_plugin.data.library_docs import documentation_rows
 
     folder.mkdir(parents=True, exist_ok=True)
-    quickstart.prepare(folder / "quickstart")
-    texts = documentation_rows(quickstart.HELD_OUT_ROWS).pretraining_texts
+    small_pair.prepare(folder / "small-pair")
+    texts = documentation_rows(small_pair.HELD_OUT_ROWS).pretraining_texts
     rows = [
         {"instruction": "Read.", "input": "", "output": " ".join(texts[index::ROWS])[:12_000]}
         for index in range(ROWS)
@@ -135,7 +135,7 @@ LORA = {
 
 def configurations(folder: Path) -> dict[str, dict[str, Any]]:
     """Recipes by name."""
-    embedded = str(folder / "quickstart" / "untrained"), str(folder / "quickstart" / "teacher")
+    embedded = str(folder / "small-pair" / "untrained"), str(folder / "small-pair" / "teacher")
     gpt2 = str(folder / "gpt2"), str(folder / "qwen")
     llama = str(folder / "small-llama"), str(folder / "llama")
     tiny = str(folder / "tiny"), str(folder / "tiny")

@@ -68,7 +68,7 @@ def random_models() -> dict[str, Any]:
 
 def configurations(folder: Path) -> dict[str, HeldOut]:
     """By name, in the order in which they were thought of."""
-    embedded = str(folder / "quickstart" / "untrained"), str(folder / "quickstart" / "teacher")
+    embedded = str(folder / "small-pair" / "untrained"), str(folder / "small-pair" / "teacher")
     tied = str(folder / "llama-tied"), str(folder / "qwen-tied")
     gpt2 = str(folder / "gpt2"), str(folder / "qwen")
     checkpointing = {"gradient_checkpointing": True}

@@ -21,13 +21,13 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "planning.md"
 
 
 def embedded_pair() -> dict[str, Any]:
-    """Configs of the quickstart's models: SmolLM2-135M, and what `quickstart.STUDENT` makes."""
+    """Configs of the small pair: SmolLM2-135M, and what `small_pair.STUDENT` makes."""
     from transformers import LlamaConfig
 
-    from dwakd_cli.quickstart import STUDENT, VOCABULARY
+    from benchmarks.small_pair import STUDENT, VOCABULARY
 
     return {
-        "quickstart/teacher": LlamaConfig(
+        "small-pair/teacher": LlamaConfig(
             vocab_size=49_152,
             hidden_size=576,
             intermediate_size=1536,
@@ -36,7 +36,7 @@ def embedded_pair() -> dict[str, Any]:
             num_key_value_heads=3,
             tie_word_embeddings=True,
         ),
-        "quickstart/untrained": LlamaConfig(
+        "small-pair/untrained": LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=STUDENT["hidden_size"],
             intermediate_size=STUDENT["intermediate_size"],

@@ -1,10 +1,9 @@
 """What the projectors' initialisation is worth, on a real pair: at the start and after an epoch.
 
-    python -m benchmarks.projector_init --folder quickstart
+    python -m benchmarks.projector_init --folder small-pair
 
-The pair is the quickstart's: SmolLM2-135M-Instruct and a student of 5M parameters that has read
-Python's documentation (prepared in the folder, unless it is there). Trains one epoch of
-`dwakd warmup`; figures are of the quickstart's held-out rows. Prints a Markdown table.
+The pair is `benchmarks.small_pair`'s (prepared in the folder, unless it is there). Trains one
+epoch of `dwakd warmup`; figures are of its held-out rows. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -19,19 +18,18 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from dwakd_cli import quickstart
+from benchmarks import small_pair
 
 DWAKD = [sys.executable, "-c", "from dwakd_cli.main import main; main()"]
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="The quickstart's folder.")] = Path("quickstart"),
+    folder: Annotated[Path, typer.Option(help="Where the pair is.")] = Path("small-pair"),
     seeds: Annotated[int, typer.Option(help="Random initialisations to average.")] = 3,
 ) -> None:
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    quickstart.prepare(folder)
-    quickstart.train(folder, "pretrain", lambda done, total: None)
+    small_pair.prepare(folder)
+    small_pair.pretrain(folder)
     print("| init | seed | t2s CE at the start | accuracy | steps | t2s CE after them | accuracy |")
     print("|---|---|---|---|---|---|---|")
     for init, seed in [("shared_vocab", 7), *(("random", 7 + each) for each in range(seeds))]:
@@ -46,7 +44,7 @@ def main(
 
 
 def warmed_up(folder: Path, init: str, seed: int) -> dict[str, Any]:
-    """The report of one epoch of `dwakd warmup` on the quickstart's recipe."""
+    """The report of one epoch of `dwakd warmup` on its recipe."""
     recipe = yaml.safe_load((folder / "dwakd.yml").read_text(encoding="utf-8"))
     recipe["seed"] = seed
     recipe["dwakd"]["projectors"] = {"init": init}

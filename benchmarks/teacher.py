@@ -1,10 +1,9 @@
 """What a cached and a quantised teacher save, and what they cost in the loss, on a real pair.
 
-    python -m benchmarks.teacher --folder quickstart
+    python -m benchmarks.teacher --folder small-pair
 
-The pair is the quickstart's: SmolLM2-135M-Instruct and a student of 4M parameters that has read
-Python's documentation (prepared in the folder, unless it is there). A step is what training does
-with a batch: collating, forward, loss, backward, optimizer.
+The pair is `benchmarks.small_pair`'s (prepared in the folder, unless it is there). A step is what
+training does with a batch: collating, forward, loss, backward, optimizer.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ import torch
 import typer
 import yaml
 
-from benchmarks import measure
-from dwakd_cli import quickstart
+from benchmarks import measure, small_pair
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.causal_lm import gather_positions
@@ -45,7 +43,7 @@ TERMS = ("ce", "t2s_ce", "student_kd", "teacher_kd", "hidden_dtw", "embed_dtw")
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="The quickstart's folder.")] = Path("quickstart"),
+    folder: Annotated[Path, typer.Option(help="Where the pair is.")] = Path("small-pair"),
     rounds: Annotated[int, typer.Option(help="Timings of each step.")] = 7,
     batches: Annotated[int, typer.Option(help="Batches of 8 held-out rows for the losses.")] = 6,
     threads: int = 2,
@@ -59,9 +57,8 @@ def main(
     torch.set_num_threads(threads)
     results, folder = results.resolve(), folder.resolve()
     if peak is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        quickstart.prepare(folder)
-        quickstart.train(folder, "pretrain", lambda done, total: None)
+        small_pair.prepare(folder)
+        small_pair.pretrain(folder)
     os.chdir(folder)
     recipe = yaml.safe_load(Path("dwakd.yml").read_text(encoding="utf-8"))
     if peak is not None:

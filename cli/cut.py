@@ -151,7 +151,7 @@ def cut(
         report |= {"kept": kept, "parameters": student.num_parameters()}
         with new_folder(dest) as folder:
             with explaining_writes(dest, "Free some space, or choose another folder."):
-                _save(student, source, config, (old, new or old), folder)
+                save_student(student, source, config, (old, new or old), folder)
             del student
             # What is written is what is measured: in its own precision, as anyone will load it.
             written = models.find_model(str(folder))
@@ -275,7 +275,9 @@ def _spelled(spelled: list[list[int]]) -> dict[str, int]:
     }
 
 
-def _save(model: Any, source: Any, config: Any, tokenizers: tuple[Any, Any], folder: Path) -> None:
+def save_student(
+    model: Any, source: Any, config: Any, tokenizers: tuple[Any, Any], folder: Path
+) -> None:
     """Weights in the precision that the model is stored in, tokenizer, and how it generates."""
     import torch
     from transformers import GenerationConfig

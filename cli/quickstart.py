@@ -1,4 +1,4 @@
-"""`dwakd quickstart`: the main job on an embedded default, from nothing to a table.
+"""`dwakd quickstart`: the main job on an embedded default, from nothing to answers and a table.
 
 Every training here is axolotl's own, started as a process on a recipe in the quickstart's folder,
 so that whatever it does can be done again by hand: `cd quickstart && axolotl train dwakd.yml`.
@@ -6,17 +6,14 @@ so that whatever it does can be done again by hand: `cd quickstart && axolotl tr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from rich.panel import Panel
@@ -24,69 +21,78 @@ from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
-from dwakd_cli.terminal import progress_bar
+from dwakd_cli.stages import Hear, Stages
 from dwakd_plugin.data.library_docs import Row, documentation_rows
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.evaluate.held_out import alpaca_prompt, held_out_bits_per_byte, sample_answers
 from dwakd_plugin.io.files import replace_file
-from dwakd_plugin.models.small_student import create_student
 from dwakd_plugin.models.smollm2 import prepare_teacher
-from dwakd_plugin.tokenizers.training import train_tokenizer
+from dwakd_plugin.train import progress
+from dwakd_plugin.train.child_process import execute
 from dwakd_plugin.train.health import standing_in
+from dwakd_plugin.train.launch import axolotl_environment, axolotl_train
 
-TRAIN_ROWS = 300
+TRAIN_ROWS = 200
 HELD_OUT_ROWS = 120
-VOCABULARY = 4096
-STUDENT = {"hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 704, "seed": 7}
-ANSWERS = 3
+LONGEST_ANSWER = 160  # characters: a CPU has minutes
+# `dwakd cut teacher student --layers 24` on Python's documentation leaves these out.
+LEFT_OUT = (12, 13, 14, 15, 17, 25)
+VOCABULARY = 8192
+ANSWERS = 5
 RECIPES = {
-    "pretrain": "The student reads Python's documentation",
-    "sft": "Fine-tuning without a teacher",
-    "dwakd": "Fine-tuning with the teacher (DWA-KD)",
+    "adapt": "The teacher learns the task (LoRA)",
+    "sft": "The student, fine-tuned without a teacher",
+    "dwakd": "The same student, taught by the teacher",
 }
-_STEP = re.compile(rb"(\d+)/(\d+) \[")
+# Seconds on two cores, for the time that is left.
+EXPECTED = {"prepare": 50.0, "adapt": 80.0, "sft": 110.0, "dwakd": 140.0, "measure": 50.0}
+MODELS = {  # what is measured, by the folder that it lies in
+    "student as cut": "student",
+    "student, fine-tuned": "sft",
+    "student, taught": "dwakd",
+    "teacher": "adapt",
+}
+_QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def run(folder: Path, *, json_output: bool) -> None:
     """Prepares, trains, measures and reports; what is there already is kept."""
-    # One progress display: the libraries' own bars are for the trainings' logs.
-    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     console = PlainConsole(stderr=json_output)
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     console.print(
         Panel(
-            "Teacher  SmolLM2-135M-Instruct, with its own tokenizer\n"
-            "Student  a Llama of 4M parameters with a tokenizer trained on the data\n"
-            "Data     questions about the Python standard library, answered by its documentation\n"
-            f"Folder   {folder.resolve()}",
+            "Teacher  SmolLM2-135M-Instruct, which first learns the task itself\n"
+            f"Student  {30 - len(LEFT_OUT)} of its 30 layers, and a tokenizer of {VOCABULARY:,} "
+            "tokens of its own\n"
+            f"Data     {TRAIN_ROWS} questions about the Python standard library, answered by its "
+            "documentation\n"
+            f"Folder   {folder.resolve()}\n"
+            "The two trainings of the student take most of the time.",
             title="dwakd quickstart",
             expand=False,
         )
     )
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    with progress_bar(
-        console, "{task.description:<44}", count="{task.percentage:>3.0f}%", width=24
-    ) as progress:
-
-        def stage(name: str, title: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
-            task = progress.add_task(title, total=1)
-            begin = time.monotonic()
-            result = work(lambda done, total: progress.update(task, completed=done / max(1, total)))
-            progress.update(task, completed=1)
-            seconds[name] = round(time.monotonic() - begin, 1)
-            return result
-
-        held_out = stage("prepare", "Models, tokenizer and data", lambda _: prepare(folder))
+    environment = axolotl_environment() | {"HF_HUB_OFFLINE": "1"}
+    # The libraries' own bars are for the trainings' logs: here, there is one display.
+    os.environ |= _QUIET
+    with Stages(console, EXPECTED) as stages:
+        held_out = stages.run(
+            "prepare", "Teacher, data; a student is cut", lambda _: prepare(folder)
+        )
         for name, title in RECIPES.items():
-            stage(name, title, lambda on_step, name=name: train(folder, name, on_step))
-        report = stage(
+            if is_done(folder, name):
+                stages.skip(name)
+            else:
+                stages.run(
+                    name, title, lambda hear, name=name: train(folder, name, environment, hear)
+                )
+        report = stages.run(
             "measure",
             "Held-out loss and answers",
-            lambda on_step: measure(folder, held_out, on_step),
+            lambda hear: measure(folder, held_out, hear),
         )
     report["warnings"] = standing_in(folder / "dwakd")
-    report["seconds"] = seconds | {"all": round(time.monotonic() - started, 1)}
+    report["seconds"] = stages.seconds | {"all": round(time.monotonic() - started, 1)}
     replace_file(folder / "report.json", json.dumps(report, indent=1))
     if json_output:
         print(json.dumps(report, indent=1))
@@ -94,124 +100,149 @@ def run(folder: Path, *, json_output: bool) -> None:
         show(report, console)
 
 
+# The stages -----------------------------------------------------------------------------------
+
+
+def prompt(row: Row) -> str:
+    """The text before the response, as the recipes' `format` has it."""
+    return row["instruction"] + "\n"
+
+
 def prepare(folder: Path) -> list[Row]:
-    """Teacher, data, tokenizer, untrained student and recipes; returns the held-out rows."""
+    """Teacher, data, student and recipes; returns the held-out rows."""
     prepare_teacher(folder / "teacher")
     documentation = documentation_rows(HELD_OUT_ROWS)
-    train = documentation.train[:TRAIN_ROWS]
-    texts = [alpaca_prompt(row) + row["output"] for row in train]
-    # The recipes' data: rows for fine-tuning, plain text for the student's first reading.
-    _write_lines(folder / "data" / "train.jsonl", train)
-    _write_lines(folder / "data" / "held_out.jsonl", documentation.held_out)
-    pretraining = [{"text": text} for text in documentation.pretraining_texts]
-    _write_lines(folder / "data" / "pretraining.jsonl", pretraining)
-    if not (folder / "untrained").is_dir():
-        tokenizer = train_tokenizer([*texts, *documentation.pretraining_texts], VOCABULARY)
-        create_student(folder / "untrained", tokenizer, **STUDENT, teacher=folder / "teacher")
+    short, held_out = (
+        [row for row in rows if len(row["output"]) <= LONGEST_ANSWER]
+        for rows in (documentation.train, documentation.held_out)
+    )
+    _write_lines(folder / "data" / "train.jsonl", short[:TRAIN_ROWS])
+    _write_lines(folder / "data" / "held_out.jsonl", held_out)
+    if not (folder / "student").is_dir():
+        texts = [prompt(row) + row["output"] for row in documentation.train]
+        cut_student(folder, [*texts, *documentation.pretraining_texts])
     for name in RECIPES:
-        recipe = resources.files("dwakd_recipes").joinpath(f"quickstart-{name}.yml").read_text()
-        (folder / f"{name}.yml").write_text(recipe, encoding="utf-8")
-    return documentation.held_out
+        (folder / f"{name}.yml").write_text(_recipe(name), encoding="utf-8")
+    return held_out
 
 
-def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
+def cut_student(folder: Path, texts: list[str]) -> None:
+    """The teacher without the layers that matter least, over a tokenizer trained on the texts."""
+    from dwakd_cli.cut import save_student
+    from dwakd_plugin.evaluate import model as models
+    from dwakd_plugin.io.folders import new_folder
+    from dwakd_plugin.models.cutting import keep_layers, layer_count
+    from dwakd_plugin.models.new_vocabulary import replace_vocabulary
+    from dwakd_plugin.tokenizers.loading import load_tokenizer
+    from dwakd_plugin.tokenizers.respelling import spellings
+    from dwakd_plugin.tokenizers.training import train_tokenizer
+
+    source = models.find_model(str(folder / "teacher"))
+    config = models.load_config(source, trust_remote_code=False)
+    old = load_tokenizer(source.tokenizer, "The teacher's tokenizer")
+    new = train_tokenizer(texts, VOCABULARY, like=old)
+    student = models.load_model(source, config, models.Held("cpu"))
+    keep_layers(student, [n for n in range(layer_count(config)) if n not in LEFT_OUT])
+    replace_vocabulary(student, spellings(new, old), len(old))
+    with new_folder(folder / "student") as place:
+        save_student(student, source, config, (old, new), place)
+
+
+def _recipe(name: str) -> str:
+    return resources.files("dwakd_recipes").joinpath(f"quickstart-{name}.yml").read_text()
+
+
+def _write_lines(file: Path, rows: list[Row]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(folder: Path, name: str, on_step: Callable[[int, int], None]) -> None:
-    """Runs axolotl on one of the recipes, unless that was done; `on_step` hears its progress.
+def is_done(folder: Path, name: str) -> bool:
+    """Whether this recipe, as it stands, was trained to its end."""
+    done = folder / name / "quickstart-done"
+    return done.is_file() and done.read_text(encoding="utf-8") == _recipe(name)
+
+
+def train(folder: Path, name: str, environment: dict[str, str], hear: Hear) -> None:
+    """Runs axolotl on one of the recipes; `hear` is told how far it is, and its losses.
 
     Raises UserError with the end of axolotl's log where it fails.
     """
-    output, done = folder / name, folder / name / "quickstart-done"
-    if done.is_file():
-        return
-    shutil.rmtree(output, ignore_errors=True)  # an interrupted run starts over: it takes a minute
-    log = folder / f"{name}.log"
-    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("TQDM_DISABLE", None)  # its steps are the progress shown here
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", f"{name}.yml"]
-    with (
-        log.open("wb") as stream,
-        subprocess.Popen(
-            [*command, "--launcher", "python"],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
+    shutil.rmtree(folder / name, ignore_errors=True)  # an interrupted run starts over
+    log, steps = folder / f"{name}.log", (folder / f"{name}.progress.jsonl").resolve()
+    steps.unlink(missing_ok=True)
+
+    def tell() -> None:
+        heard = progress.read_progress(steps)
+        hear(heard.share, heard.losses)
+
+    with log.open("wb") as stream:
+        code, stopped_by = execute(
+            axolotl_train(f"{name}.yml", "python"),
+            environment | {progress.FILE: str(steps)},
+            stream,
+            can_save=lambda: False,  # a minute's work
+            meanwhile=tell,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is ours to pass on: axolotl would save and exit with 0
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            while chunk := process.stdout.read1(4096):
-                stream.write(chunk)
-                if steps := _STEP.findall(chunk):
-                    on_step(*map(int, steps[-1]))
-        except KeyboardInterrupt:
-            process.kill()
-            raise
-    if process.returncode != 0:
+            cwd=folder,
+        )
+    if stopped_by is not None:
+        raise KeyboardInterrupt
+    if code != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
         raise UserError(
-            f"axolotl ended with exit code {process.returncode} on {folder / name}.yml. The end of "
-            f"{log}:\n" + "\n".join(f"  {line}" for line in tail)
+            f"axolotl ended with exit code {code} on {folder / name}.yml. The end of {log}:\n"
+            + "\n".join(f"  {line}" for line in tail)
         )
-    done.touch()
+    replace_file(folder / name / "quickstart-done", _recipe(name))
 
 
-def measure(
-    folder: Path, held_out: list[Row], on_step: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """Held-out bits per byte of the student's stages and of the teacher, and sampled answers."""
-    stages = {
-        "student before": "pretrain",
-        "student after SFT": "sft",
-        "student after DWA-KD": "dwakd",
-        "teacher": "teacher",
-    }
-    report: dict[str, Any] = {"bits_per_byte": {}, "answers": []}
+def measure(folder: Path, held_out: list[Row], hear: Hear) -> dict[str, Any]:
+    """Held-out bits per byte of the student's stages and of the teacher, and greedy answers."""
+    from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte, sample_answers
+
+    report: dict[str, Any] = {"held_out_rows": len(held_out), "bits_per_byte": {}}
     questions = held_out[:ANSWERS]
-    answers: dict[str, list[str]] = {}
-    for index, (title, name) in enumerate(stages.items()):
-        bits = held_out_bits_per_byte(folder / name, held_out)
+    answers = [
+        {"question": row["instruction"], "documentation": row["output"]} for row in questions
+    ]
+    for index, (title, name) in enumerate(MODELS.items()):
+        # Where the recipes ran: an adapter names its model as the recipe does.
+        with contextlib.chdir(folder):
+            bits = held_out_bits_per_byte(Path(name), held_out, prompt)
+            texts = sample_answers(Path(name), questions, 48, seed=None, prompt=prompt)
         report["bits_per_byte"][title] = round(bits, 4)
-        if title != "student before":
-            answers[title] = sample_answers(folder / name, questions, 40, seed=None)
-        on_step(index + 1, len(stages))
-    for index, question in enumerate(questions):
-        report["answers"].append(
-            {
-                "question": question["instruction"],
-                "documentation": question["output"],
-                **{title: texts[index] for title, texts in answers.items()},
-            }
-        )
-    return report
+        for answer, text in zip(answers, texts, strict=True):
+            answer[title] = text
+        hear((index + 1) / len(MODELS))
+    return report | {"answers": answers}
+
+
+# The report -----------------------------------------------------------------------------------
 
 
 def show(report: dict[str, Any], console: PlainConsole) -> None:
-    """The report as tables, whichever way the figures fall."""
+    """Each question with every model's answer under it, then the loss, whichever way it falls."""
+    for answer in report["answers"]:
+        console.print(Text(f"\n{answer['question']}", style="bold"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="cyan", min_width=21)
+        grid.add_column(max_width=100)
+        for title, text in answer.items():
+            if title != "question":
+                grid.add_row(f"  {title}", " ".join(text.split()))
+        console.print(grid)
+    console.print()
     bits = report["bits_per_byte"]
-    table = Table(title=f"Held-out loss, {HELD_OUT_ROWS} questions")
+    table = Table(title=f"Loss on {report['held_out_rows']} held-out questions")
     table.add_column("model")
     table.add_column("bits per byte", justify="right")
-    table.add_column("against SFT", justify="right")
+    table.add_column("against fine-tuned", justify="right")
     for title, value in bits.items():
-        change = value - bits["student after SFT"]
+        change = value - bits["student, fine-tuned"]
         table.add_row(title, f"{value:.3f}", "" if change == 0 else f"{change:+.3f}")
     console.print(table)
-    samples = Table(title="Greedy answers", show_lines=True)
-    samples.add_column("question")
-    columns = [key for key in report["answers"][0] if key != "question"]
-    for column in columns:
-        samples.add_column(column, overflow="fold")
-    for answer in report["answers"]:
-        texts = (shorten(answer[column], 160, placeholder=" …") for column in columns)
-        samples.add_row(answer["question"], *texts)
-    console.print(samples)
-    gain = bits["student after SFT"] - bits["student after DWA-KD"]
+    gain = bits["student, fine-tuned"] - bits["student, taught"]
     verdict = (
         f"The teacher saved {gain:.3f} bits per byte over fine-tuning alone."
         if gain > 0

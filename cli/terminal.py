@@ -31,7 +31,7 @@ _ASCII = {
     "╸": "-",
     "╺": "-",
     "›": ">",
-}
+} | dict(zip("▁▂▃▄▅▆▇█", "_.-=+*%#", strict=True))
 _ERRORS = "dwakd.nearest"
 
 

@@ -1,6 +1,7 @@
 """axolotl's hooks, and nothing else: each hands over to the module that does the work.
 
-Every hook is inert in a recipe without `distillation: dwakd`.
+Every hook is inert in a recipe without `distillation: dwakd`, but for the one that says how far a
+run is to whoever asked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.train import progress
 from dwakd_plugin.train.preflight import loads_body
 from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
 from dwakd_plugin.train.run_folder import check_output_folder, sign_output_folder
@@ -130,6 +132,9 @@ class DWAKDPlugin(BasePlugin):
         from dwakd_plugin.data.collator import DualCollator
 
         return DualCollator, {}
+
+    def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
+        return progress.callbacks()
 
     @_without_traceback
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:

@@ -25,7 +25,7 @@ LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others s
 FEWER = 4
 
 _WARMED = {"projectors": {"warmup_steps": 100}}
-# As in the quickstart's recipe: labels lead, and the ramp leaves little of the student-space term.
+# As on `benchmarks.small_pair`: labels lead, and the ramp leaves little of the student-space term.
 _TEACHER_SPACE: Settings = {
     "loss": {"ce_weight": 1.0, "temperature": 1.0, "kd_warmup_steps": 2500}
 } | _WARMED

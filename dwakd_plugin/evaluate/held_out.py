@@ -110,15 +110,10 @@ def sample_answers(
 
 
 def _load(model_dir: Path) -> tuple[Any, Any, str]:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from dwakd_plugin.evaluate import model as models
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = (
-        AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, trust_remote_code=False
-        )
-        .eval()
-        .to(device)
-    )
-    return model, load_tokenizer(model_dir, f"The tokenizer of `{model_dir}`"), device
+    held = models.Held(dtype="float32")
+    source = models.find_model(str(model_dir))
+    model = models.load_model(source, models.load_config(source, trust_remote_code=False), held)
+    tokenizer = load_tokenizer(source.tokenizer, f"The tokenizer of `{model_dir}`")
+    return model, tokenizer, models.choose_device(held.device)

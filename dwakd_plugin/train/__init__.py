@@ -10,6 +10,7 @@ __all__ = [
     "launch",
     "open_run",
     "preflight",
+    "progress",
     "report",
     "run_folder",
     "signals",

@@ -20,6 +20,8 @@ def execute(
     stdout: Any = None,
     can_save: Callable[[], bool] = lambda: True,
     signals: Path | None = None,
+    meanwhile: Callable[[], None] | None = None,
+    **further: Any,
 ) -> tuple[int, int | None]:
     """Runs a command to its end; returns its exit code and the signal that stopped it, if one did.
 
@@ -27,6 +29,7 @@ def execute(
     as soon as there is anything to save; a second one kills it. Where the command starts
     several processes, `signals` is the folder for `dwakd_plugin.train.signals`: they are asked
     there to stop, and killed when one of them has left its message or as long as none can save.
+    `meanwhile` is called now and then as long as the command runs; `further` is for Popen.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -55,10 +58,15 @@ def execute(
     before = {number: signal.signal(number, pass_on) for number in caught}
     try:
         # In a session of its own, Ctrl-C reaches it through `pass_on` alone, and once.
-        process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=stdout, start_new_session=True, **further
+        )
         if received:
             stop(process.pid)
-        while (code := _wait(process, None if signals is None else 0.2)) is None:
+        waits_for_all = signals is None and meanwhile is None
+        while (code := _wait(process, None if waits_for_all else 0.2)) is None:
+            if meanwhile is not None:
+                meanwhile()
             if signals is not None and (signals / MESSAGE).exists():
                 _kill(process.pid)
     finally:

@@ -104,8 +104,7 @@ def prepare(
         option = {"accelerate": "--num_processes", "torchrun": "--nproc_per_node"}[launcher]
         launcher_arguments = [option, str(processes), *launcher_arguments]
     file = str(seen.output_dir / RECIPE_FILE)
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", file]
-    command += ["--launcher", launcher, *arguments]
+    command = [*axolotl_train(file, launcher), *arguments]
     if launcher_arguments:
         command += ["--", *launcher_arguments]
     return Launch(recipe, seen, launcher, processes, command, environment)
@@ -113,14 +112,7 @@ def prepare(
 
 def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, dict[str, str]]:
     """Launcher, number of processes (0: as many as the launcher chooses), and environment."""
-    environment = dict(os.environ)
-    environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # it hangs at exit where it is offline
-    # axolotl looks for `accelerate` and `torchrun` in PATH: they must be this environment's.
-    binaries = str(Path(sys.executable).parent)
-    # `python -m` puts the working folder first on the path: a user's `evaluate.py` there would be
-    # imported instead of the library of that name.
-    environment["PYTHONSAFEPATH"] = "1"
-    environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", os.defpath)])
+    environment = axolotl_environment()
     devices = 0 if launcher == "python" else _gpus()
     if launcher is None:
         several = devices > 1 if processes is None else processes > 1
@@ -134,6 +126,26 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
     if launcher != "python" and not devices:
         environment["ACCELERATE_USE_CPU"] = "true"
     return launcher, 1 if launcher == "python" else processes or 0, environment
+
+
+def axolotl_environment() -> dict[str, str]:
+    """This process's environment, with what axolotl needs of ours."""
+    environment = dict(os.environ)
+    environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # it hangs at exit where it is offline
+    # Threads of a CPU that wait for each other spin by default, and hold up whatever else runs.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # `python -m` puts the working folder first on the path: a user's `evaluate.py` there would be
+    # imported instead of the library of that name.
+    environment["PYTHONSAFEPATH"] = "1"
+    # axolotl looks for `accelerate` and `torchrun` in PATH: they must be this environment's.
+    binaries = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", os.defpath)])
+    return environment
+
+
+def axolotl_train(recipe: str, launcher: str) -> list[str]:
+    """The command that trains a recipe's file in this Python."""
+    return [sys.executable, "-m", "axolotl.cli.main", "train", recipe, "--launcher", launcher]
 
 
 def _gpus() -> int:

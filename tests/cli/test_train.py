@@ -247,7 +247,7 @@ def test_recipes_are_listed_shown_and_copied(
     listed = json.loads(invoke("list", "--json"))
     assert all(recipe["purpose"] and recipe["student"] for recipe in listed)
     (mine,) = [recipe for recipe in listed if recipe["name"] == "quickstart-dwakd"]
-    assert (mine["student"], mine["teacher"]) == ("pretrain", "teacher")
+    assert (mine["student"], mine["teacher"]) == ("student", "teacher")
     assert "quickstart-dwakd" in invoke("list")
 
     shown = invoke("show", "quickstart-dwakd")
