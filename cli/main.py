@@ -62,10 +62,10 @@ def quickstart(
 ) -> None:
     """Distil a real teacher into a small student on this machine's CPU, in minutes.
 
-    Prepares SmolLM2-135M-Instruct as the teacher and a 4M-parameter student with a tokenizer of its
-    own, takes Python's own documentation as data, and trains with axolotl: once without a teacher,
-    once with. Ends with a table of the student's held-out loss before and after each. A second call
-    goes on where the first one stopped.
+    The teacher is SmolLM2-135M-Instruct, which learns the task first; the student is cut out of it
+    and gets a tokenizer of its own; the data are Python's own documentation. The student is trained
+    with axolotl twice: without a teacher, and with. Ends with each model's answers to held-out
+    questions and a table of their loss. A second call goes on where the first one stopped.
     """
     from dwakd_cli.quickstart import run
 
