@@ -11,7 +11,6 @@ __all__ = [
     "new_vocabulary",
     "out_of_memory",
     "projectors",
-    "small_student",
     "smollm2",
     "student",
     "teacher",
