@@ -28,8 +28,6 @@ from dwakd_plugin.io.files import replace_file
 from dwakd_plugin.models.smollm2 import prepare_teacher
 from dwakd_plugin.train import progress
 from dwakd_plugin.train.child_process import execute
-from dwakd_plugin.train.health import standing_in
-from dwakd_plugin.train.launch import axolotl_environment, axolotl_train
 
 TRAIN_ROWS = 200
 HELD_OUT_ROWS = 120
@@ -39,9 +37,9 @@ LEFT_OUT = (12, 13, 14, 15, 17, 25)
 VOCABULARY = 8192
 ANSWERS = 5
 RECIPES = {
-    "adapt": "The teacher learns the task (LoRA)",
-    "sft": "The student, fine-tuned without a teacher",
-    "dwakd": "The same student, taught by the teacher",
+    "adapt": "The teacher learns the task",
+    "sft": "The student, fine-tuned alone",
+    "dwakd": "The student, taught",
 }
 # Seconds on two cores, for the time that is left.
 EXPECTED = {"prepare": 50.0, "adapt": 80.0, "sft": 110.0, "dwakd": 140.0, "measure": 50.0}
@@ -51,11 +49,17 @@ MODELS = {  # what is measured, by the folder that it lies in
     "student, taught": "dwakd",
     "teacher": "adapt",
 }
-_QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def run(folder: Path, *, json_output: bool) -> None:
     """Prepares, trains, measures and reports; what is there already is kept."""
+    before = dict(os.environ)
+    # The libraries' own bars are for the trainings' logs: here, there is one display. They read
+    # this as they are imported, so none is before.
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    from dwakd_plugin.train.health import standing_in
+    from dwakd_plugin.train.launch import axolotl_environment
+
     console = PlainConsole(stderr=json_output)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +76,9 @@ def run(folder: Path, *, json_output: bool) -> None:
             expand=False,
         )
     )
-    environment = axolotl_environment() | {"HF_HUB_OFFLINE": "1"}
-    # The libraries' own bars are for the trainings' logs: here, there is one display.
-    os.environ |= _QUIET
+    environment = axolotl_environment(before) | {"HF_HUB_OFFLINE": "1"}
     with Stages(console, EXPECTED) as stages:
-        held_out = stages.run(
-            "prepare", "Teacher, data; a student is cut", lambda _: prepare(folder)
-        )
+        held_out = stages.run("prepare", "Models and data", lambda _: prepare(folder))
         for name, title in RECIPES.items():
             if is_done(folder, name):
                 stages.skip(name)
@@ -168,6 +168,8 @@ def train(folder: Path, name: str, environment: dict[str, str], hear: Hear) -> N
 
     Raises UserError with the end of axolotl's log where it fails.
     """
+    from dwakd_plugin.train.launch import axolotl_train
+
     shutil.rmtree(folder / name, ignore_errors=True)  # an interrupted run starts over
     log, steps = folder / f"{name}.log", (folder / f"{name}.progress.jsonl").resolve()
     steps.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ Hear = Callable[[float, Sequence[float]], None]
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def curve(values: Sequence[float], width: int = 16) -> str:
+def curve(values: Sequence[float], width: int = 12) -> str:
     """Figures as blocks from the lowest to the highest, at most `width`: each the mean of a part.
 
     >>> curve([4.0, 3.0, 2.0, 1.0])
@@ -50,8 +50,8 @@ class Stages:
         self._done = 0.0  # of what was expected, in stages that ran
         self._started = time.monotonic()
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description:<40}"),
-            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.description:<30}"),
+            progress.BarColumn(bar_width=16),
             progress.TextColumn("{task.percentage:>3.0f}%"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[note]}"),
@@ -103,7 +103,7 @@ class Stages:
         done, task = self._done + of_this, self._bars.tasks[0]
         left = (task.total or 0.0) - done
         seconds = left * (time.monotonic() - self._started) / done if done else None
-        note = "" if seconds is None or left <= 0 else f"about {time_left(seconds)} left"
+        note = "" if seconds is None or left <= 0 else f"{time_left(seconds)} left"
         self._bars.update(self._all, completed=done, note=note)
 
 

@@ -22,8 +22,8 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_recipe
-from dwakd_plugin.train import progress
 from dwakd_plugin.train.preflight import loads_body
+from dwakd_plugin.train.progress_callback import callbacks
 from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
 from dwakd_plugin.train.run_folder import check_output_folder, sign_output_folder
 from dwakd_plugin.train.signals import end_run
@@ -134,7 +134,7 @@ class DWAKDPlugin(BasePlugin):
         return DualCollator, {}
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: Any) -> list[Any]:
-        return progress.callbacks()
+        return callbacks()
 
     @_without_traceback
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:

@@ -11,6 +11,7 @@ __all__ = [
     "open_run",
     "preflight",
     "progress",
+    "progress_callback",
     "report",
     "run_folder",
     "signals",

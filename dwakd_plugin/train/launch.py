@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,9 @@ def _processes(launcher: str | None, processes: int | None) -> tuple[str, int, d
     return launcher, 1 if launcher == "python" else processes or 0, environment
 
 
-def axolotl_environment() -> dict[str, str]:
-    """This process's environment, with what axolotl needs of ours."""
-    environment = dict(os.environ)
+def axolotl_environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """An environment, this process's unless it is given, with what axolotl needs of ours."""
+    environment = dict(base)
     environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # it hangs at exit where it is offline
     # Threads of a CPU that wait for each other spin by default, and hold up whatever else runs.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
