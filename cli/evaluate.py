@@ -138,8 +138,8 @@ def evaluate(
 
         from dwakd_plugin.evaluate import report as figures
         from dwakd_plugin.evaluate import subjects, work
-        from dwakd_plugin.evaluate.generation import Sampling
         from dwakd_plugin.evaluate.model import Held
+        from dwakd_plugin.models.sampling import Sampling
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

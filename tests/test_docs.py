@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -42,8 +43,8 @@ def test_every_key_has_a_description() -> None:
         block = blocks.pop()
         for name, field in block.model_fields.items():
             assert field.description, f"{block.__name__}.{name}"
-            if hasattr(field.annotation, "model_fields"):
-                blocks.append(field.annotation)
+            parts = (field.annotation, *get_args(field.annotation))
+            blocks += [part for part in parts if hasattr(part, "model_fields")]
 
 
 def test_the_table_of_baselines_is_the_schemas() -> None:

@@ -10,5 +10,6 @@ __all__ = [
     "packing",
     "passages",
     "row_report",
+    "sampled_rows",
     "teacher_side",
 ]

@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import LENGTH_COLUMN
+from dwakd_plugin.data.sampled_rows import OWN_ROWS
 from dwakd_plugin.models.batches import response_positions, teacher_batch
 from dwakd_plugin.tokenizers.alignment import Pairs, TokenAligner
 
@@ -54,6 +55,7 @@ DISTILLATION_KEYS = (
     "teacher_hidden",
     "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
+    OWN_ROWS,
 )
 
 

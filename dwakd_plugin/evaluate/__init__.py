@@ -10,7 +10,6 @@ __all__ = [
     "METRICS",
     "OF_TEACHER",
     "figures",
-    "generation",
     "held_out",
     "model",
     "report",

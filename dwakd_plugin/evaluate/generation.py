@@ -1,118 +1,18 @@
-"""Sampled responses, one for each row and seed, that are the same however they are computed.
-
-Token t of row r under seed s is the inverse of the cumulative distribution at a uniform number that
-depends on (s, r, t) alone. So neither the batch nor its order nor an interruption decides what is
-drawn; only rounding in the model's own logits can, where a number falls on a token's edge.
-"""
+"""Sampled responses, one for each row and seed; none is made twice (see `models.sampling`)."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.responses import Response, ResponseStore
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn. Temperature 0 is greedy."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-
-
-# Drawing ------------------------------------------------------------------------------------
-
-
-def uniforms(seed: int, row: int, count: int) -> np.ndarray:
-    """The numbers in [0, 1) that a row's tokens are drawn with: a prefix of one sequence."""
-    key = np.array([seed, row], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
-def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Token ids (B,) for logits (B, V) and uniform numbers (B,) in float64.
-
-    The first token at which the cumulative probability exceeds the number. With top_p below 1, the
-    smallest set of most likely tokens that reaches it is what is drawn from.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.double() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, places = probabilities.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.masked_fill(outside.gather(-1, places.argsort(-1)), 0.0)
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    targets = torch.minimum(numbers * total, below)
-    return torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
-
-
-class _Drawn(LogitsProcessor):
-    """Leaves one token possible a row: the one that its next number draws."""
-
-    def __init__(self, numbers: Tensor, sampling: Sampling) -> None:
-        self.numbers = numbers
-        self.sampling = sampling
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sampling = self.sampling
-        drawn = draw(scores, self.numbers[:, self.step], sampling.temperature, sampling.top_p)
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn.unsqueeze(-1), 0.0)
-
-
-# (prompts, (seed, row) of each, largest number of new tokens) to new token ids
-Generator = Callable[[list[list[int]], list[tuple[int, int]], int], list[list[int]]]
-
-
-def with_transformers(model: Any, sampling: Sampling, stop: Sequence[int]) -> Generator:
-    """Generates a batch at once, prompts padded on the left; new tokens up to the first stop."""
-
-    @torch.no_grad()
-    def generate(
-        prompts: list[list[int]], keys: list[tuple[int, int]], limit: int
-    ) -> list[list[int]]:
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt) :] = torch.tensor(prompt)
-            mask[place, width - len(prompt) :] = 1
-        numbers = torch.tensor(np.stack([uniforms(*key, limit) for key in keys]))
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_processor=LogitsProcessorList([_Drawn(numbers.to(model.device), sampling)]),
-            max_new_tokens=limit,
-            do_sample=False,
-            eos_token_id=list(stop),
-            pad_token_id=stop[0],
-        )
-        return [_up_to_stop(new, stop) for new in output[:, width:].tolist()]
-
-    return generate
-
-
-def _up_to_stop(new: list[int], stop: Sequence[int]) -> list[int]:
-    for place, index in enumerate(new):
-        if index in stop:
-            return new[: place + 1]
-    return new
+from dwakd_plugin.models.sampling import Generator, Sampling, up_to_stop
 
 
 @contextmanager
@@ -163,12 +63,9 @@ def with_vllm(
             lora_request=lora,
             use_tqdm=False,
         )
-        return [_up_to_stop(list(each.outputs[0].token_ids), stop) for each in outputs]
+        return [up_to_stop(list(each.outputs[0].token_ids), stop) for each in outputs]
 
     yield generate
-
-
-# All of it ----------------------------------------------------------------------------------
 
 
 def batches(

@@ -9,7 +9,6 @@ from typing import Any
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.figures import Reading
-from dwakd_plugin.evaluate.generation import Sampling
 from dwakd_plugin.evaluate.model import (
     Held,
     Source,
@@ -29,6 +28,7 @@ from dwakd_plugin.evaluate.rows import (
     recipe_rows,
 )
 from dwakd_plugin.io.files import user_path
+from dwakd_plugin.models.sampling import Sampling
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.reading import read_recipe
 from dwakd_plugin.tokenizers.loading import load_tokenizer

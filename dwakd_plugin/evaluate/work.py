@@ -10,12 +10,13 @@ from typing import Any
 
 from dwakd_plugin.evaluate import OF_TEACHER
 from dwakd_plugin.evaluate.figures import bits_per_byte, read, symbols_of
-from dwakd_plugin.evaluate.generation import Generator, respond, with_transformers, with_vllm
+from dwakd_plugin.evaluate.generation import respond, with_vllm
 from dwakd_plugin.evaluate.model import identity, load_model, most_positions
 from dwakd_plugin.evaluate.responses import ResponseStore, discard
 from dwakd_plugin.evaluate.rows import bytes_of_tokens
 from dwakd_plugin.evaluate.subjects import Model, Request, place
 from dwakd_plugin.models.causal_lm import causal_lm, output_head, parameter_count, short_dtype
+from dwakd_plugin.models.sampling import Generator, with_transformers
 
 # Rows generated at once, where the batch size is auto; halved where a GPU's memory runs out.
 BATCH_GPU, BATCH_CPU, BATCH_VLLM = 64, 8, 256

@@ -107,22 +107,28 @@ class ResponseStates:
             head=self.head.detached(),
         )
 
-    def sample(self, index: int) -> ResponseStates:
-        """One sample of the batch, as a batch of one."""
-        one = slice(index, index + 1)
-        places = None if self.pairs is None else self.pairs - index * self.hidden.shape[1]
-        if places is not None:
-            places = places[(places >= 0) & (places < self.hidden.shape[1])]
+    def samples(self, places: Tensor) -> ResponseStates:
+        """Some samples of the batch (k,) long, in that order, as a batch of their own."""
+        pairs, size = self.pairs, self.hidden.shape[1]
+        if pairs is not None:
+            number = torch.full_like(self.lengths, -1)
+            number[places] = torch.arange(len(places), device=places.device)
+            found = number[pairs // size]
+            pairs = (found * size + pairs % size)[found >= 0]
         return replace(
             self,
-            input_embeds=self.input_embeds[one],
-            target_embeds=self.target_embeds[one],
-            hidden=self.hidden[one],
-            lengths=self.lengths[one],
-            labels=None if self.labels is None else self.labels[one],
+            input_embeds=self.input_embeds[places],
+            target_embeds=self.target_embeds[places],
+            hidden=self.hidden[places],
+            lengths=self.lengths[places],
+            labels=None if self.labels is None else self.labels[places],
             index=None,  # of the whole batch
-            pairs=places,
+            pairs=pairs,
         )
+
+    def sample(self, index: int) -> ResponseStates:
+        """One sample of the batch, as a batch of one."""
+        return self.samples(torch.tensor([index], device=self.hidden.device))
 
 
 def response_index(states: ResponseStates) -> Tensor:

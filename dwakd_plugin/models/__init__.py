@@ -11,6 +11,7 @@ __all__ = [
     "new_vocabulary",
     "out_of_memory",
     "projectors",
+    "sampling",
     "smollm2",
     "student",
     "teacher",

@@ -10,7 +10,12 @@ import torch
 
 from dwakd_plugin.errors import UserError
 
-Part = Literal["loading the teacher", "the teacher's forward", "the student's step"]
+Part = Literal[
+    "loading the teacher",
+    "the teacher's forward",
+    "the student's step",
+    "sampling the student's own answers",
+]
 
 # The three that help most, best first.
 _REMEDIES: dict[Part, tuple[str, str, str]] = {
@@ -30,6 +35,11 @@ _REMEDIES: dict[Part, tuple[str, str, str]] = {
         "set gradient_checkpointing: true, or train a LoRA (adapter: lora)",
         "run `dwakd cache RECIPE` first: the teacher's body then takes no memory; a smaller "
         "dwakd.loss.chunk_size helps where a vocabulary is large",
+    ),
+    "sampling the student's own answers": (
+        "lower dwakd.own_answers.max_new_tokens",
+        "lower dwakd.own_answers.share, so that fewer rows are answered at once",
+        "hold the teacher in fewer bits: dwakd.teacher.load_in_4bit (or load_in_8bit)",
     ),
 }
 

@@ -5,4 +5,4 @@ Reads no model, and imports neither torch nor axolotl.
 
 from dwakd_plugin.recipe.recipe import ENGINE_KEYS, Recipe
 
-__all__ = ["ENGINE_KEYS", "Recipe", "checks", "places", "reading", "schema"]
+__all__ = ["ENGINE_KEYS", "Recipe", "blocks", "checks", "places", "reading", "schema"]

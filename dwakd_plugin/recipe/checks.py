@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.messages import as_found, name_problem
 from dwakd_plugin.recipe.recipe import Recipe
 
@@ -30,6 +31,8 @@ _CONFLICTS = {
 }
 
 PARALLEL_KEYS = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
+
+_LONGEST_OWN = ("own_answers", "max_new_tokens")
 
 # Sections of a DeepSpeed config that take away from the recipe what the projectors need.
 _DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
@@ -84,6 +87,8 @@ def check_recipe(recipe: Recipe) -> None:
         if (recipe.keys.get(key) or 1) > 1:
             problems.append(f"  {key}: {recipe.keys[key]} — sequences must be whole; set it to 1")
     problems += _engine_problems(recipe)
+    if recipe.written("own_answers") is not None:
+        problems += _own_answers_problems(recipe)
     if not recipe.datasets:
         problems.append("  datasets: none given — add the rows to train on")
     if problems:
@@ -144,6 +149,28 @@ def is_sharded(recipe: Recipe) -> bool:
     return bool(deepspeed) and (
         _section(_deepspeed_config(deepspeed), "zero_optimization").get("stage") == 3
     )
+
+
+def _own_answers_problems(recipe: Recipe) -> Iterator[str]:
+    """What sampling answers from the student cannot do yet, with what to do about it."""
+    if recipe.packs:
+        yield (
+            "  dwakd.own_answers: with sample_packing — sampled answers are not packed yet; set "
+            "`sample_packing: false`"
+        )
+    if recipe.has_engine:
+        yield (
+            "  dwakd.own_answers: with FSDP or DeepSpeed — the student is sampled from in one "
+            "process that holds it whole; train on one GPU without them"
+        )
+    length, longest = recipe.keys.get("sequence_len"), recipe.written(*_LONGEST_OWN)
+    if longest is None:
+        longest = OwnAnswersConfig.model_fields[_LONGEST_OWN[-1]].default
+    if isinstance(length, int) and isinstance(longest, int) and longest >= length:
+        yield (
+            f"  {'.'.join(('dwakd', *_LONGEST_OWN))}: {longest} — sequence_len is {length}, which "
+            "leaves no place for a prompt; raise sequence_len, or lower it"
+        )
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:

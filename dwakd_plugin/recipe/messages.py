@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -33,8 +33,14 @@ def _place(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
         if part not in fields:
             break
         path.append(part)
-        block = fields[part].annotation
+        block = _block_of(fields[part].annotation)
     return path
+
+
+def _block_of(annotation: Any) -> Any:
+    """The block that a key holds, which may be one that can be left out."""
+    parts = (annotation, *get_args(annotation))
+    return next((part for part in parts if hasattr(part, "model_fields")), annotation)
 
 
 _SHORT = reprlib.Repr()
@@ -58,7 +64,7 @@ def unknown_key(path: list[str], schema: type[BaseModel], name: str) -> str:
     """The place of a key that the block `name` does not have, and the nearest that it has."""
     block: Any = schema
     for key in path[:-1]:
-        block = block.model_fields[key].annotation
+        block = _block_of(block.model_fields[key].annotation)
     known = list(block.model_fields)
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"

@@ -6,13 +6,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from dwakd_plugin.recipe.schema import (
-    DWAKDConfig,
-    LossConfig,
-    ProjectorConfig,
-    SoftDTWConfig,
-    TeacherConfig,
-)
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig, ProjectorConfig, SoftDTWConfig
+from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig, TeacherConfig
 
 
 def configuration_table() -> str:
@@ -24,6 +19,7 @@ def configuration_table() -> str:
         ("dwakd.loss", LossConfig),
         ("dwakd.soft_dtw", SoftDTWConfig),
         ("dwakd.projectors", ProjectorConfig),
+        ("dwakd.own_answers", OwnAnswersConfig),
     ):
         lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
         for name, field in block.model_fields.items():
@@ -38,10 +34,11 @@ def configuration_table() -> str:
 
 def _values(annotation: Any) -> str:
     """A field's type in a reader's words."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    parts = get_args(annotation) or (annotation,)
+    if any(isinstance(part, type) and issubclass(part, BaseModel) for part in parts):
         return "block"
     words = []
-    for part in get_args(annotation) or (annotation,):
+    for part in parts:
         if get_origin(part) is Annotated:
             part = get_args(part)[0]
         if get_origin(part) is Literal:

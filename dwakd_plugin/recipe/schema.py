@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     Field,
     ValidationError,
@@ -20,11 +19,16 @@ from pydantic import (
 )
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.messages import check_name, explain, unknown_key
+from dwakd_plugin.recipe.blocks import (
+    Block,
+    Name,
+    OwnAnswersConfig,
+)
+from dwakd_plugin.recipe.blocks import Divergence as Divergence
+from dwakd_plugin.recipe.blocks import ProjectorConfig as ProjectorConfig
+from dwakd_plugin.recipe.blocks import SoftDTWConfig as SoftDTWConfig
+from dwakd_plugin.recipe.messages import explain, unknown_key
 
-Divergence = Literal[
-    "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
-]
 # The rows of the paper's Table 3, and the baselines of docs/baselines.md, as the settings that they
 # stand for. What the loss makes of a `matching`, `dwakd_plugin.loss.variants` says.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -80,28 +84,21 @@ else:  # what the variants have, and soft-DTW goes with what one of them has it 
     Matching = Literal[tuple(sorted({way.get("matching", "attention") for way in _WAYS}))]
 
 
-class _Block(BaseModel, extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False):
-    """A block of the recipe. Unknown keys are refused; `parse_recipe` names the nearest known."""
-
-
-_Name = Annotated[str, AfterValidator(check_name)]
-
-
 def teacher_keys(teacher: Any) -> Any:
     """`dwakd.teacher` as a mapping: a text is its `base_model`. All else is left to the schema."""
     return {"base_model": teacher} if isinstance(teacher, str) else teacher
 
 
-class TeacherConfig(_Block):
+class TeacherConfig(Block):
     """Where the teacher comes from and how it is held."""
 
-    base_model: _Name = Field(min_length=1, description="Hub id or folder of the teacher.")
-    tokenizer: _Name | None = Field(None, description="Hub id or folder; default: `base_model`.")
-    adapter: _Name | None = Field(
+    base_model: Name = Field(min_length=1, description="Hub id or folder of the teacher.")
+    tokenizer: Name | None = Field(None, description="Hub id or folder; default: `base_model`.")
+    adapter: Name | None = Field(
         None,
         description="A LoRA of the teacher: merged at load, or attached where it is quantised.",
     )
-    revision: _Name | None = Field(None, description="Revision of the teacher on the hub.")
+    revision: Name | None = Field(None, description="Revision of the teacher on the hub.")
     trust_remote_code: bool = Field(
         False, description="Let the teacher's repository run code of its own."
     )
@@ -148,7 +145,7 @@ class TeacherConfig(_Block):
         description="What the teacher's chat template calls a message's reasoning (`thinking`, "
         "`reasoning_content`); default: as the data set's `template_thinking_key`.",
     )
-    cache: _Name | None = Field(
+    cache: Name | None = Field(
         None,
         description="Folder for the teacher's hidden states, filled by `dwakd cache`. Rows that it "
         "lacks are computed before training; when it holds every row, only the teacher's head and "
@@ -189,7 +186,7 @@ class TeacherConfig(_Block):
         return device
 
 
-class LossConfig(_Block):
+class LossConfig(Block):
     """Weights and forms of the terms at token level, and the weight of the sequence level."""
 
     ce_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the labels' cross-entropy.")
@@ -250,51 +247,7 @@ class LossConfig(_Block):
         return self.kd_weight > 0 or self.dtw_weight > 0
 
 
-class SoftDTWConfig(_Block):
-    """The sequence level: soft-DTW's smoothing and the attention-entropy band."""
-
-    gamma_start: float = Field(2.0, ge=0.001, le=1000, description="Smoothing γ at the first step.")
-    gamma_end: float = Field(
-        0.8, ge=0.001, le=1000, description="Smoothing γ at the last step; linear between."
-    )
-    band: bool = Field(True, description="Penalise cells far from where the attention looks.")
-    band_width: float = Field(
-        5.0, ge=0, le=10**6, description="Half width b of the band, in tokens."
-    )
-    band_entropy_coef: float = Field(
-        2.0, ge=0, le=10**6, description="β: tokens of half width per nat of attention entropy."
-    )
-    band_center_blend: float = Field(
-        0.7, ge=0, le=1, description="α: 1 centres on the attention's mean, 0 on the diagonal."
-    )
-    band_penalty: float = Field(
-        1.0, ge=0, le=1000, description="Added to the cost of cells outside."
-    )
-
-
-class ProjectorConfig(_Block):
-    """The trainable maps between the two models' spaces."""
-
-    learning_rate: float = Field(
-        1.0e-3, gt=0, le=10, description="Learning rate of the projectors."
-    )
-    init: Literal["auto", "shared_vocab", "random"] = Field(
-        "auto",
-        description="shared_vocab: least squares on the head rows of the tokens that both "
-        "vocabularies share; auto: that, where enough are shared.",
-    )
-    warmup_steps: int = Field(
-        0, ge=0, le=10**9, description="Steps before training in which the projectors learn alone."
-    )
-    warmup_learning_rate: float = Field(
-        3.0e-3, gt=0, le=10, description="Learning rate of the projectors while they warm up."
-    )
-    path: _Name | None = Field(
-        None, description="A projector file of an earlier run to start from."
-    )
-
-
-class DWAKDConfig(_Block):
+class DWAKDConfig(Block):
     """The `dwakd:` block of a recipe."""
 
     teacher: TeacherConfig = Field(description="The big model, and how it is held.")
@@ -315,6 +268,9 @@ class DWAKDConfig(_Block):
     )
     projectors: ProjectorConfig = Field(
         default_factory=ProjectorConfig, description="The maps between the two models."
+    )
+    own_answers: OwnAnswersConfig | None = Field(
+        None, description="Answers that the student samples itself; none where it isn't given."
     )
 
     @model_validator(mode="before")
@@ -337,6 +293,22 @@ class DWAKDConfig(_Block):
                     )
             values[block] = {**given, **settings}
         return values
+
+    @model_validator(mode="after")
+    def _own_answers_have_a_judge(self) -> DWAKDConfig:
+        if self.own_answers is None:
+            return self
+        if not self.loss.needs_teacher:
+            raise ValueError(
+                "own_answers are judged by the teacher, and these loss weights load none; give "
+                "loss.kd_weight above 0 (variant `mapped`), or remove own_answers"
+            )
+        if self.teacher.cache is not None:
+            raise ValueError(
+                "own_answers are new in every step, and teacher.cache holds the given ones only; "
+                "remove teacher.cache, so that the teacher is loaded whole"
+            )
+        return self
 
 
 class DWAKDArgs(BaseModel):

@@ -10,6 +10,7 @@ __all__ = [
     "pair",
     "respelling",
     "same_text",
+    "sampled",
     "side",
     "texts",
     "training",

@@ -25,6 +25,7 @@ from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
 from dwakd_plugin.train.distillation import Distillation, Facts
+from dwakd_plugin.train.own_answers import check_own_answers, own_answers
 from dwakd_plugin.train.projector_start import start_projectors
 from dwakd_plugin.train.sharding import (
     describe_processes,
@@ -48,6 +49,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     """
     config, student, student_tokenizer = recipe.config, trainer.model, trainer.processing_class
     check_positions(student, cfg.sequence_len, "sequence_len")
+    check_own_answers(cfg, config, trainer)
     # A sharded student is not on its device before it is wrapped.
     place = trainer.args.device if is_sharded(trainer) else student.device
     device = "cpu" if place.type == "cpu" else str(place)  # accelerate numbers CPUs
@@ -79,8 +81,9 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
         shared_tokens=len(shared),
         processes=describe_processes(trainer),
     )
+    own = own_answers(cfg, config, trainer, teacher, teacher_tokenizer, teacher_len)
     if teacher is None or not trained_projectors(config.loss):
-        return Distillation(config, rows, facts, teacher)
+        return Distillation(config, rows, facts, teacher, own_answers=own)
     seed = int(cfg.seed or 42)
     with whole(tables(student)):
         readable, name = has_weights(trainer), str(cfg.base_model)
@@ -106,7 +109,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
         how += f"; {report}"
     pair, how = from_first_rank(projectors, pair, how)
     facts = replace(facts, initialisation=how)
-    return Distillation(config, rows, facts, teacher, projectors, pair, follower)
+    return Distillation(config, rows, facts, teacher, projectors, pair, follower, own)
 
 
 def _teacher(

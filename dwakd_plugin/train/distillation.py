@@ -13,6 +13,7 @@ from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.projectors import HeadFollower, Projectors
 from dwakd_plugin.models.teacher.loaded import Teacher
 from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.train.own_answers import OwnAnswers
 
 PROJECTORS = "dwakd_projectors"  # the submodule's name on the student
 
@@ -40,6 +41,7 @@ class Distillation:
     # Which two models the projectors belong to.
     pair: dict[str, str] = field(default_factory=dict)
     head_follower: HeadFollower | None = None  # where `s2t` follows a head that trains
+    own_answers: OwnAnswers | None = None
 
     def gamma(self, step: int, steps: int) -> float:
         """γ after `step` of `steps` optimizer steps: linear from the first to the last (D8)."""

@@ -52,6 +52,12 @@ def describe_run(cfg: Any, trainer: Any) -> str:
         "processes": facts.processes,
         "cache": config.teacher.cache or "none: the teacher runs in every step",
     }
+    own = config.own_answers
+    if own is not None and distillation.own_answers is not None:
+        lines["own answers"] = (
+            f"for {own.share:g} of the rows after step {own.start_after}, at most "
+            f"{own.max_new_tokens} tokens; {own.matching}, {own.divergence}"
+        )
     width = max(map(len, lines))
     block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
     if teacher is None:

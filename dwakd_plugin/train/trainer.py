@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dwakd_plugin.data.collator import split_batch
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS
 from dwakd_plugin.data.packing import SeededOrder
+from dwakd_plugin.data.sampled_rows import OWN_ROWS, given_labels
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
@@ -72,6 +73,8 @@ class _DistillationLog(Trainer):
         logs.update(logged(figures, distillation.config, prefix))
         if distillation.config.loss.dtw_weight > 0 and not prefix:
             logs["gamma"] = round(distillation.gamma(step - 1, self.state.max_steps), 5)
+        if distillation.own_answers is not None and not prefix:
+            logs.update(distillation.own_answers.logged())
         if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
             logs[f"{prefix}ppl"] = round(perplexity(logs[f"{prefix}ce"]), 5)
         super().log(logs, start_time)
@@ -144,6 +147,19 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     # -- the step ---------------------------------------------------------------------------------
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of an optimizer step, and how many labels they have, sampled ones included.
+
+        Of all batches at once, before the first backward: the student that answers is one.
+        """
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        own = None if self.distillation is None else self.distillation.own_answers
+        if own is None:
+            return batches, count
+        with self.accelerator.autocast():
+            batches = own.put_into(batches, self.state.global_step, self.model)
+        return batches, self._get_num_items_in_batch(batches, self.args.device)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -169,7 +185,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             raise NonFiniteLoss(self._explain_non_finite(inputs))
         self._sums["" if model.training else "eval_"].add(terms)
         if model.training:
-            self._label_counts.add(inputs["labels"])
+            self._label_counts.add(given_labels(inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _distilling_forward(self, *args: Any, **inputs: Any) -> Any:
@@ -183,25 +199,35 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             return self._student_forward(*args, **inputs)
         assert self.distillation is not None
         label_tokens = inputs.pop("num_items_in_batch", None)
-        terms = self.loss_terms(inputs)
+        student, teacher = self._states(inputs)
+        own_loss: Tensor | float = 0.0
+        if OWN_ROWS in inputs:
+            own = self.distillation.own_answers
+            assert own is not None
+            assert teacher is not None
+            student, teacher, own_loss = own.set_apart(student, teacher, inputs[OWN_ROWS])
+        terms = self._terms(student, teacher)
         if hear is not None:
             hear(terms)
         if not self.model.training:
             return {"loss": mean_cross_entropy(terms)}
         ramp = self.distillation.kd_ramp(self.state.global_step)
-        total = terms.total(self.distillation.config.loss, ramp)
+        total = terms.total(self.distillation.config.loss, ramp) + own_loss
         count = terms.student_tokens if label_tokens is None else label_tokens
         return {"loss": total / torch.as_tensor(count, device=total.device).clamp(min=1)}
 
     def loss_terms(self, inputs: dict[str, Any]) -> LossTerms:
-        """The loss's terms for one collated batch."""
+        """The loss's terms for one collated batch of given answers."""
+        return self._terms(*self._states(inputs))
+
+    def _states(self, inputs: dict[str, Any]) -> tuple[ResponseStates, ResponseStates | None]:
         assert self.distillation is not None
         if self.is_fsdp_enabled:
             check_gathered(self.model)
         batch, own = split_batch(inputs)
         student = student_states(self.model, batch, **own)
         teacher = self.distillation.teacher
-        return self._terms(student, None if teacher is None else teacher.states(batch))
+        return student, None if teacher is None else teacher.states(batch)
 
     def _terms(self, student: ResponseStates, teacher: ResponseStates | None) -> LossTerms:
         assert self.distillation is not None

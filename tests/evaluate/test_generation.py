@@ -11,16 +11,10 @@ import torch
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import generation
-from dwakd_plugin.evaluate.generation import (
-    Sampling,
-    batches,
-    draw,
-    respond,
-    uniforms,
-    with_transformers,
-)
+from dwakd_plugin.evaluate.generation import batches, respond
 from dwakd_plugin.evaluate.responses import ResponseStore
 from dwakd_plugin.evaluate.rows import Encoded
+from dwakd_plugin.models.sampling import Sampling, draw, uniforms, with_transformers
 
 IDENTITY = {"weights": "abc", "temperature": 1.0}
 

@@ -1,0 +1,130 @@
+"""Rows of a batch whose last answer the student gives anew, and their way back into the batch.
+
+Of such a row only those positions are labelled that both sides have in common, so that the k-th
+labelled position of one side and the k-th of the other have read the same bytes. All tokens are
+there to be read. Earlier turns of a conversation stay as they are given, without labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
+from dwakd_plugin.tokenizers.sampled import SampledText
+
+OWN_ROWS = "own_rows"  # (k,) long: which samples of a batch have an answer of the student's own
+
+
+@dataclass(frozen=True)
+class Row:
+    """Both sides of a row: token ids, and the labels, −100 where nothing is learnt."""
+
+    student_ids: list[int]
+    student_labels: list[int]
+    teacher_ids: list[int]
+    teacher_labels: list[int]
+    source: int
+
+    def feature(self) -> dict[str, Any]:
+        """The row as the collator takes it."""
+        return {
+            "input_ids": self.student_ids,
+            "attention_mask": [1] * len(self.student_ids),
+            "labels": self.student_labels,
+            "teacher_input_ids": self.teacher_ids,
+            "teacher_labels": self.teacher_labels,
+            SOURCE_COLUMN: self.source,
+        }
+
+
+def rows_of(batch: dict[str, Tensor]) -> list[Row]:
+    """The rows that `DualCollator` made a batch of, without packing."""
+    names = ("input_ids", "labels", "attention_mask", "teacher_input_ids", "teacher_attention_mask")
+    columns = [batch[name].tolist() for name in names]
+    positions, lengths = batch["teacher_positions"].tolist(), batch["teacher_lengths"].tolist()
+    width, rows = batch["teacher_input_ids"].shape[1], []
+    for row, (ids, labels, mask, theirs, their_mask) in enumerate(zip(*columns, strict=True)):
+        labelled = {place - row * width + 1 for place in positions[row][: lengths[row]]}
+        rows.append(
+            Row(
+                [token for token, real in zip(ids, mask, strict=True) if real],
+                [label for label, real in zip(labels, mask, strict=True) if real],
+                theirs[: sum(their_mask)],
+                [
+                    token if place in labelled else -100
+                    for place, token in enumerate(theirs[: sum(their_mask)])
+                ],
+                int(batch[SOURCE_COLUMN][row]),
+            )
+        )
+    return rows
+
+
+def answer_begins(labels: Sequence[int]) -> int | None:
+    """Where the last run of labels begins; None where there is none behind the first token."""
+    places = [place for place, label in enumerate(labels) if label != -100 and place > 0]
+    if not places:
+        return None
+    begin = places[-1]
+    while begin > 1 and labels[begin - 1] != -100:
+        begin -= 1
+    return begin
+
+
+def end_of(ids: Sequence[int], special: Iterable[int]) -> int | None:
+    """The token that ends an answer: its last special one; None where it has none."""
+    special = frozenset(special)
+    return next((token for token in reversed(ids) if token in special), None)
+
+
+def prompt_of(row: Row) -> list[int] | None:
+    """The student's tokens before the last answer; None where a side has no answer."""
+    begin = answer_begins(row.student_labels)
+    if begin is None or answer_begins(row.teacher_labels) is None:
+        return None
+    return row.student_ids[:begin]
+
+
+def answered(
+    row: Row, sample: list[int], ended: bool, text: SampledText, teacher_end: int, longest: int
+) -> Row | None:
+    """The row with a sampled answer on both sides; None where it cannot be aligned.
+
+    sample: the sampled ids, which stay as they are, an end included where it `ended`. The teacher's
+    end is the one that the given answer has, else `teacher_end`; its side takes `longest` tokens.
+    """
+    begin, other_begin = answer_begins(row.student_labels), answer_begins(row.teacher_labels)
+    assert begin is not None
+    assert other_begin is not None
+    said = text.text(sample[:-1] if ended else sample)
+    prompt = row.teacher_ids[:other_begin]
+    answer = None if said is None else text.behind(prompt, said)
+    if answer is None:
+        return None
+    if ended:
+        given = row.teacher_ids[other_begin:]
+        labels = row.teacher_labels[other_begin:]
+        own = [token for token, label in zip(given, labels, strict=True) if label != -100]
+        end = end_of(own, text.teacher_special)
+        answer = [*answer, teacher_end if end is None else end]
+    pairs = text.pairs(sample, answer)
+    if not pairs or len(prompt) + len(answer) > longest:
+        return None
+    ours, theirs = {i for i, _ in pairs}, {j for _, j in pairs}
+    return Row(
+        [*row.student_ids[:begin], *sample],
+        [-100] * begin + [token if i in ours else -100 for i, token in enumerate(sample)],
+        [*prompt, *answer],
+        [-100] * len(prompt) + [token if j in theirs else -100 for j, token in enumerate(answer)],
+        row.source,
+    )
+
+
+def given_labels(batch: dict[str, Tensor]) -> Tensor:
+    """The labels of a batch (B, L), without what the student sampled."""
+    labels, own = batch["labels"], batch.get(OWN_ROWS)
+    return labels if own is None else labels.index_fill(0, own, -100)

@@ -1,0 +1,56 @@
+"""The loss of answers that the student sampled itself: the teacher judges, and no label does.
+
+    own = Σ_i D(p_map,i ‖ p_s,i)       over positions of both sides that have read the same bytes
+
+With the reverse KL, D = KL(p_s ‖ p_map) on what the student itself writes, as in MiniLLM
+(arXiv 2306.08543) and GKD (arXiv 2306.13649), here across tokenizers. Sampled tokens are constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dwakd_plugin.loss.head_pass import most_likely, tokens_per_chunk
+from dwakd_plugin.loss.objective import LossTerms, dwakd_loss
+from dwakd_plugin.loss.states import ResponseStates, gathered, required_labels, response_index
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig
+from dwakd_plugin.recipe.schema import LossConfig
+
+
+def own_loss_config(own: OwnAnswersConfig, loss: LossConfig) -> LossConfig:
+    """The settings of the loss on own answers, beside `loss` on the given ones."""
+    return LossConfig(
+        matching=own.matching,
+        divergence=own.divergence,
+        ce_weight=0.0,
+        kd_weight=1.0,
+        dtw_weight=0.0,
+        temperature=1.0,
+        student_weighting="none",
+        teacher_weighting="none",
+        chunk_size=loss.chunk_size,
+    )
+
+
+def own_answer_terms(
+    student: ResponseStates, teacher: ResponseStates, loss: LossConfig
+) -> LossTerms:
+    """The terms of answers of the student's own, as sums; `t2s_correct` counts where both models
+    have the same most likely token.
+
+    Each sample has as many positions on both sides, (B, S) and (B, T), the k-th of one having read
+    the same bytes as the k-th of the other. `loss` is `own_loss_config`'s; the student's labels say
+    only which positions count.
+    """
+    ours, theirs = response_index(student), response_index(teacher)
+    head = student.head
+    chunk = tokens_per_chunk(loss.chunk_size, head.weight.shape[0], head.weight.device)
+    best = most_likely(gathered(student.hidden, ours), head, chunk)
+    labels = required_labels(student)
+    labels = labels.flatten().index_copy(0, ours, best).view_as(labels)
+    return dwakd_loss(
+        replace(student, labels=labels, index=ours, pairs=ours),
+        replace(teacher, index=theirs, pairs=theirs),
+        None,
+        loss=loss,
+    )

@@ -1,0 +1,76 @@
+"""An answer that the student sampled, as the teacher reads it: the same text in its own tokens.
+
+A sample is the tokens that were drawn. Its text may have another cut by the student's own
+tokenizer, which is never asked: what is compared is what the student did. The teacher's tokenizer
+cuts the text behind the teacher's prompt, as it would have cut it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from dwakd_plugin.tokenizers.alignment import Pairs, TokenAligner, ids_behind
+from dwakd_plugin.tokenizers.pair import ByteCutter, Cut
+
+_TAIL = 32  # tokens of a prompt that decide how a text behind it is cut, and many more
+
+
+class SampledText:
+    """Reads samples of the student for the teacher. Raises UserError for kinds without bytes."""
+
+    def __init__(self, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+        self._aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=False)
+        self._student = ByteCutter(student_tokenizer, "student")
+        self._teacher = ByteCutter(teacher_tokenizer, "teacher")
+        self.student_special = special_tokens(student_tokenizer)
+        self.teacher_special = special_tokens(teacher_tokenizer)
+
+    def text(self, sample: Sequence[int]) -> str | None:
+        """What sampled tokens say, without the one that ends them.
+
+        None where they are no text: bytes of no character, a special token, or a row of the head
+        that no token has. A character that the sample's end cuts off is left out, and so is the
+        space that SentencePiece puts before a text.
+        """
+        pieces = self._student.pieces
+        if any(token in self.student_special or token not in pieces for token in sample):
+            return None
+        data = b"".join(pieces[token] for token in sample)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                return None
+            text = data[: error.start].decode()
+        return text if self._student.byte_level else text.removeprefix(" ")
+
+    def behind(self, prompt: Sequence[int], text: str) -> list[int] | None:
+        """The teacher's tokens of a text behind its prompt; None where it reads a special token in
+        it. Where the text would be joined with the prompt, it is cut by itself."""
+        if not text:
+            return []
+        pieces, added = self._teacher.pieces, self._teacher.tokenizer.added_tokens_decoder
+        last = takewhile(lambda token: token not in added, reversed(prompt[-_TAIL:]))
+        tail = b"".join(reversed([pieces.get(token, b"") for token in last]))
+        before = tail.decode(errors="ignore")  # which may begin within a character
+        (cut,) = self._teacher.cut([before + text])
+        ids = ids_behind(cut, len(before.encode())) if isinstance(cut, Cut) else []
+        if not ids:
+            ids = self._teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return None if self.teacher_special.intersection(ids) else ids
+
+    def pairs(self, sample: Sequence[int], teacher_ids: Sequence[int]) -> Pairs:
+        """(student, teacher) places of tokens before which both have read the same bytes: what
+        `TokenAligner` pairs where the teacher's probabilities are mapped. Both may end with an end
+        of turn."""
+        ours, theirs = [0, *sample], [0, *teacher_ids]  # nothing predicts a row's first token
+        return self._aligner.pairs(ours, ours, theirs, theirs)
+
+
+def special_tokens(tokenizer: Any) -> frozenset[int]:
+    """The ids that are no text."""
+    return frozenset(
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    )

@@ -1,0 +1,277 @@
+"""The student's own answers: sampled in each step, judged by the teacher, counted for the log."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dwakd_plugin.data.sampled_rows import (
+    OWN_ROWS,
+    Row,
+    answer_begins,
+    answered,
+    end_of,
+    prompt_of,
+    rows_of,
+)
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss import ResponseStates, own_answer_terms, own_loss_config
+from dwakd_plugin.models.causal_lm import causal_lm
+from dwakd_plugin.models.out_of_memory import explain_out_of_memory
+from dwakd_plugin.models.sampling import Sampling, with_transformers
+from dwakd_plugin.models.teacher.loaded import Teacher
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig
+from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.tokenizers.alignment import first_tokens
+from dwakd_plugin.tokenizers.sampled import SampledText
+
+AT_ONCE = 64  # answers sampled together at most
+_CHOICE = 2**32 - 1  # the number of the row that no step has, for what chooses among them
+
+
+class OwnAnswers:
+    """Replaces given answers by sampled ones, and has the teacher judge these.
+
+    What is drawn depends on seed, step and the row's number in the step alone (`models.sampling`):
+    there is no state to save, and a resumed run draws what it would have drawn.
+    """
+
+    def __init__(
+        self,
+        config: DWAKDConfig,
+        own: OwnAnswersConfig,
+        tokenizers: tuple[Any, Any],
+        teacher: Teacher,
+        collate: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]],
+        *,
+        ends: frozenset[int],
+        lengths: tuple[int, int],
+        seed: int,
+    ) -> None:
+        """tokenizers and lengths (of sequences, in tokens) are the student's and the teacher's;
+        ends are the student's tokens that end an answer, beside the given answer's own."""
+        student_tokenizer, teacher_tokenizer = tokenizers
+        self._own = own
+        self._loss = own_loss_config(own, config.loss)
+        self._text = SampledText(student_tokenizer, teacher_tokenizer)
+        self._teacher_end = int(teacher_tokenizer.eos_token_id)
+        head = teacher.head.weight
+        if own.matching != "mapped":
+            self._token_map = None
+        elif config.loss.matching == "mapped":
+            self._token_map = teacher.token_map
+        else:
+            ids = first_tokens(teacher_tokenizer, student_tokenizer, head.shape[0])
+            self._token_map = torch.tensor(ids, device=head.device)
+        self._collate = collate
+        self._ends = ends
+        self._student_len, self._teacher_len = lengths
+        self._seed = seed
+        self._sums: dict[str, Any] = defaultdict(float)  # since the last log line
+
+    # Sampling ------------------------------------------------------------------------------------
+
+    def put_into(
+        self, batches: list[dict[str, Tensor]], step: int, student: Any
+    ) -> list[dict[str, Tensor]]:
+        """The batches of an optimizer step, with sampled answers in place of a share of theirs.
+
+        A row whose sample cannot be aligned keeps its given answer. `step` is how many are done.
+        """
+        if step < self._own.start_after:
+            return batches
+        rows = [rows_of(batch) for batch in batches]
+        flat = [row for of_batch in rows for row in of_batch]
+        chosen = self._choose(flat, step)
+        if not chosen:
+            return batches
+        own: dict[int, Row] = {}
+        for number, (sample, ended) in self._sample(flat, chosen, step, student).items():
+            row = answered(
+                flat[number], sample, ended, self._text, self._teacher_end, self._teacher_len
+            )
+            self._sums["unaligned"] += row is None
+            if row is not None:
+                own[number] = row
+        result, first = [], 0
+        for batch, of_batch in zip(batches, rows, strict=True):
+            numbers = range(first, first + len(of_batch))
+            result.append(self._with_own(batch, [own.get(n, flat[n]) for n in numbers], own, first))
+            first = numbers.stop
+        return result
+
+    def _with_own(
+        self, batch: dict[str, Tensor], rows: list[Row], own: Mapping[int, Row], first: int
+    ) -> dict[str, Tensor]:
+        places = [place for place in range(len(rows)) if first + place in own]
+        if not places:
+            return batch
+        collated = dict(self._collate([row.feature() for row in rows]))
+        collated[OWN_ROWS] = torch.tensor(places)
+        device = batch["input_ids"].device
+        return {name: tensor.to(device) for name, tensor in collated.items()}
+
+    def _choose(self, rows: list[Row], step: int) -> list[int]:
+        """Numbers of the rows to sample for, in order: on average the share of all of them."""
+        room = self._student_len - self._own.max_new_tokens
+        fit = [
+            number
+            for number, row in enumerate(rows)
+            if (prompt := prompt_of(row)) is not None and len(prompt) <= room
+        ]
+        key = np.array([self._seed, _key(step, _CHOICE)], dtype=np.uint64)
+        random = np.random.Generator(np.random.Philox(key=key))
+        count = int(self._own.share * len(rows) + random.random())
+        return sorted(random.permutation(fit)[:count].tolist())
+
+    def _sample(
+        self, rows: list[Row], chosen: list[int], step: int, student: Any
+    ) -> dict[int, tuple[list[int], bool]]:
+        """A sample for each chosen row, by its number, and whether it ended."""
+        begun = time.perf_counter()
+        own, special = self._own, self._text.student_special
+        prompts = {number: prompt_of(rows[number]) or [] for number in chosen}
+        given = [end_of(rows[n].student_ids[len(prompts[n]) :], special) for n in chosen]
+        stop = sorted(self._ends | {end for end in given if end is not None})
+        sampling = Sampling(own.temperature, own.top_p, own.max_new_tokens)
+        samples: dict[int, tuple[list[int], bool]] = {}
+        with _as_a_sampler(student), explain_out_of_memory("sampling the student's own answers"):
+            generate = with_transformers(causal_lm(student), sampling, stop)
+            for begin in range(0, len(chosen), AT_ONCE):
+                part = chosen[begin : begin + AT_ONCE]
+                keys = [(self._seed, _key(step, number)) for number in part]
+                drawn = generate([prompts[n] for n in part], keys, own.max_new_tokens)
+                for number, sample in zip(part, drawn, strict=True):
+                    samples[number] = sample, sample[-1] in stop
+        self._sums["seconds"] += time.perf_counter() - begun
+        self._sums["answers"] += len(samples)
+        self._sums["ended"] += sum(ended for _, ended in samples.values())
+        self._sums["tokens"] += sum(len(sample) for sample, _ in samples.values())
+        return samples
+
+    # Judging -------------------------------------------------------------------------------------
+
+    def set_apart(
+        self, student: ResponseStates, teacher: ResponseStates, own: Tensor
+    ) -> tuple[ResponseStates, ResponseStates, Tensor]:
+        """The states of the given rows, and the loss of the student's `own` (k,), as a sum."""
+        given = torch.ones_like(student.lengths, dtype=torch.bool)
+        given[own] = False
+        others = given.nonzero().squeeze(1)
+        judged = replace(teacher.samples(own), token_map=self._token_map)
+        terms = own_answer_terms(student.samples(own), judged, self._loss)
+        loss = terms.total(self._loss)
+        self._sums["divergence"] += loss.detach()
+        self._sums["compared"] += terms.paired_tokens
+        self._sums["agreed"] += terms.t2s_correct
+        return student.samples(others), teacher.samples(others), loss
+
+    def logged(self) -> dict[str, float]:
+        """What a log line says of the answers since the last one; empty where there were none."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        self._sums.clear()
+        if not sums.get("answers"):
+            return {}
+        per_answer = {"length": "tokens", "ended": "ended", "unaligned": "unaligned"}
+        figures = {name: sums[key] / sums["answers"] for name, key in per_answer.items()}
+        if sums.get("compared"):
+            figures["divergence"] = sums["divergence"] / sums["compared"]
+            if self._token_map is not None:
+                figures["agreement"] = sums["agreed"] / sums["compared"]
+        figures["seconds"] = sums["seconds"]
+        return {f"own_{name}": round(value, 5) for name, value in figures.items()}
+
+
+def own_answers(
+    cfg: Any,
+    config: DWAKDConfig,
+    trainer: Any,
+    teacher: Teacher | None,
+    teacher_tokenizer: Any,
+    teacher_len: int,
+) -> OwnAnswers | None:
+    """What a run samples with, where the recipe asks for it; see `check_own_answers`."""
+    own = config.own_answers
+    if own is None or own.share == 0:
+        return None
+    assert teacher is not None
+    return OwnAnswers(
+        config,
+        own,
+        (trainer.processing_class, teacher_tokenizer),
+        teacher,
+        trainer.train_data_collator,
+        ends=_ends(cfg, trainer.processing_class),
+        lengths=(cfg.sequence_len, teacher_len),
+        seed=trainer.args.seed,
+    )
+
+
+def check_own_answers(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
+    """Raises UserError where answers cannot be sampled in this run, before a teacher is loaded."""
+    own = config.own_answers
+    if own is None or own.share == 0:
+        return
+    if trainer.args.world_size > 1:
+        raise UserError(
+            f"dwakd.own_answers: this run has {trainer.args.world_size} processes, and answers are "
+            "sampled in one only so far. Train on one GPU, or remove dwakd.own_answers."
+        )
+    if not _ends(cfg, trainer.processing_class):
+        raise UserError(
+            "dwakd.own_answers: the student's tokenizer has no end-of-sequence token, so a sampled "
+            "answer would have no end. Name one in the recipe as `special_tokens: {eos_token: "
+            "...}`."
+        )
+    shortest = None
+    for row in trainer.train_dataset:
+        begin = answer_begins(row["labels"])
+        if begin is None or answer_begins(row["teacher_labels"]) is None:
+            continue
+        shortest = begin if shortest is None else min(shortest, begin)
+        if shortest + own.max_new_tokens <= cfg.sequence_len:
+            return
+    if shortest is None:
+        raise UserError(
+            "dwakd.own_answers: no row has an answer on both sides, so there is nothing to sample "
+            "in its place. `dwakd train --dry-run` says what became of the rows."
+        )
+    raise UserError(
+        f"dwakd.own_answers.max_new_tokens is {own.max_new_tokens}, and sequence_len is "
+        f"{cfg.sequence_len}: with the shortest prompt, of {shortest} tokens, no answer has room. "
+        f"Raise sequence_len to {shortest + own.max_new_tokens} at least, or lower max_new_tokens."
+    )
+
+
+def _ends(cfg: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends the student's turns: its end of sequence, and the recipe's `eot_tokens`."""
+    turns = tokenizer.convert_tokens_to_ids(list(cfg.eot_tokens or ()))
+    return frozenset(index for index in (tokenizer.eos_token_id, *turns) if index is not None)
+
+
+def _key(step: int, row: int) -> int:
+    """A number of its own for each row of each step."""
+    return (step << 32) | row
+
+
+@contextmanager
+def _as_a_sampler(student: Any) -> Iterator[None]:
+    """Without dropout, and without what the model's own generation settings do to probabilities."""
+    lm, training = causal_lm(student), student.training
+    settings = lm.generation_config
+    lm.generation_config = GenerationConfig(use_cache=True)
+    student.eval()
+    try:
+        yield
+    finally:
+        lm.generation_config = settings
+        student.train(training)
