@@ -173,7 +173,7 @@ def short_run(
         "base_model": student,
         "plugins": ["dwakd_plugin.DWAKDPlugin"],
         "distillation": "dwakd",
-        "dwakd": {"teacher": {"base_model": teacher, "cache": cache}},
+        "dwakd": {"variant": "paper", "teacher": {"base_model": teacher, "cache": cache}},
         "datasets": [{"path": str(folder / "rows.jsonl"), "type": "alpaca"}],
         "dataset_prepared_path": str(folder / "prepared"),
         "excess_length_strategy": "truncate",

@@ -72,7 +72,7 @@ def align(
     if not trained_projectors(config.loss):
         raise UserError(
             f"The loss of this recipe (variant `{config.variant}`) has neither attention nor "
-            "projectors, so there is nothing to draw. Use a variant that attends (full, dskd) or "
+            "projectors, so there is nothing to draw. Use a variant that attends (paper, dskd) or "
             "projects paired tokens (dskdv2)."
         )
     try:

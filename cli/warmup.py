@@ -86,7 +86,7 @@ def warmup(
     if not trained_projectors(config.loss):
         raise UserError(
             f"Variant `{config.variant}` (loss.matching: {config.loss.matching}) has no projectors "
-            "to train. Leave the warm-up out."
+            "to train. Leave the warm-up out, or say `variant: paper`."
         )
     if output is None:
         folder = read.output_dir

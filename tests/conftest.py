@@ -138,7 +138,9 @@ def tiny_recipe(
         "pad_to_sequence_len": False,
     }
     if dwakd is not None:
+        named = "variant" in dwakd or "matching" in dwakd.get("loss", {})
         block = {
+            **({} if named else {"variant": "paper"}),  # which has all parts
             **dwakd,
             "teacher": {"base_model": str(lab / "teacher")} | (dwakd.get("teacher") or {}),
         }

@@ -116,7 +116,7 @@ def test_ablations_and_levers_are_valid_and_share_the_runs_of_the_methods(tmp_pa
         for kind, groups in (("ablations", ablations), ("levers", levers))
     }
     dwakd = ["tune-dwakd-teacher_space", "dwakd-seed2"]
-    assert names["ablations"]["full"] == names["levers"]["all"] == dwakd
+    assert names["ablations"]["paper"] == names["levers"]["all"] == dwakd
     assert names["ablations"]["dskd"] == ["tune-dskd-teacher_space", "dskd-seed2"]
     assert names["ablations"]["no_gate"] == ["ablation-no_gate-seed1", "ablation-no_gate-seed2"]
     assert names["levers"]["none"] == ["tune-dwakd-paper", "lever-none-seed2"]
@@ -154,7 +154,7 @@ def test_few_rows_are_read_as_often_as_there_are_fewer(tmp_path: Path) -> None:
     base = materials_of(tmp_path)
     base.rows("train").parent.mkdir()
     base.rows("train").write_text("{}\n" * 40, encoding="utf-8")
-    tuned = Run("tune-dwakd-paper", {"variant": "full"}, 1e-3)
+    tuned = Run("tune-dwakd-paper", {"variant": "paper"}, 1e-3)
     ((group, runs),) = methods.few_rows(base, {"dwakd": tuned, "uld": tuned}, 2).items()
     settings = recipe(base, runs[0])
     assert group == "dwakd" and [run.seed for run in runs] == [1, 2]

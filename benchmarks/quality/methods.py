@@ -46,7 +46,7 @@ _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
     ],
     **{
         method: [
-            (name, {"variant": "full" if method == "dwakd" else method} | settings, 1)
+            (name, {"variant": "paper" if method == "dwakd" else method} | settings, 1)
             for name, settings in (
                 ("paper", {}),
                 ("teacher_space", _TEACHER_SPACE),
@@ -126,7 +126,7 @@ def ablations(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
     best = tuned["dwakd"]
     rows = {
         variant: replace(best, name="", dwakd={**best.dwakd, "variant": variant})
-        for variant in (*ABLATIONS, "full")
+        for variant in (*ABLATIONS, "paper")
     }
     return _beside_sft("ablation", rows, tuned, seeds)
 
@@ -134,7 +134,9 @@ def ablations(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
 def levers(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
     """DWA-KD at the paper's settings, with each of its levers alone, and with all, beside SFT."""
     rows = {
-        lever: replace(tuned["sft"], name=name, dwakd={"variant": "full"} | copy.deepcopy(settings))
+        lever: replace(
+            tuned["sft"], name=name, dwakd={"variant": "paper"} | copy.deepcopy(settings)
+        )
         for lever, name, settings in (
             ("none", "tune-dwakd-paper", {}),
             *((lever, "", own) for lever, own in LEVERS.items()),

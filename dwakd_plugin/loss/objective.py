@@ -94,6 +94,7 @@ def dwakd_loss(
     and the projectors get zero gradients (not None).
 
     >>> import torch
+    >>> from dwakd_plugin.loss import Head
     >>> from dwakd_plugin.models.projectors import Projectors
     >>> seed = torch.manual_seed(0)
     >>> def states(positions, width, vocab, lengths):

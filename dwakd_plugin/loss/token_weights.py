@@ -2,9 +2,9 @@
 
     B batch   L positions of one side (right-padded)
 
-Weights are normalised per sample, after the gate, to sum to the sample's length on that side: they
-move attention between the tokens of a sample and leave the size of the term alone (D2). Where only
-some of a sample's tokens are compared, theirs sum to the same length.
+Weights are normalised per sample, after the gate unless told otherwise, to sum to the sample's
+length on that side: they move attention between the tokens of a sample and leave the size of the
+term alone (D2). Where only some of a sample's tokens are compared, theirs sum to the same length.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dwakd_plugin.recipe.schema import StudentWeighting
 
 
 def entropy(log_probs: Tensor) -> Tensor:
@@ -42,14 +44,16 @@ def student_token_weights(
     student_entropy: Tensor,
     gate: Tensor,
     valid: Tensor,
-    weighting: Literal["entropy_gate", "entropy", "none"],
+    weighting: StudentWeighting,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """w_s: where the student is unsure, as far as the projected teacher is sure (Eq. 11-13).
 
         w_s,i ∝ H(p_s,i) · g_i,   g_i = max_v p_t2s,i(v)      both at temperature 1
 
-    `entropy` leaves the gate out, `none` weighs every token the same.
+    `entropy` leaves the gate out, `none` weighs every token the same. `entropy_then_gate`
+    multiplies by g_i after H is normalised, as the public research code does (D10): an unsure
+    teacher then shrinks the term, where it otherwise only moves weight between tokens.
 
     Shapes: student_entropy, gate and valid (bool) (B, S), lengths (B,) → (B, S).
     """
@@ -58,7 +62,8 @@ def student_token_weights(
     weights = student_entropy.detach()
     if weighting == "entropy_gate":
         weights = weights * gate.detach()
-    return normalise_per_sample(weights, valid, lengths)
+    weights = normalise_per_sample(weights, valid, lengths)
+    return weights * gate.detach() if weighting == "entropy_then_gate" else weights
 
 
 def teacher_token_weights(

@@ -29,10 +29,12 @@ from dwakd_plugin.recipe.blocks import ProjectorConfig as ProjectorConfig
 from dwakd_plugin.recipe.blocks import SoftDTWConfig as SoftDTWConfig
 from dwakd_plugin.recipe.messages import explain, unknown_key
 
+StudentWeighting = Literal["entropy_gate", "entropy_then_gate", "entropy", "none"]
 # The rows of the paper's Table 3, and the baselines of docs/baselines.md, as the settings that they
 # stand for. What the loss makes of a `matching`, `dwakd_plugin.loss.variants` says.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "full": {},
+    "paper": {},
+    "full": {},  # an older name of it
     "dskd": {"loss": {"student_weighting": "none", "teacher_weighting": "none", "dtw_weight": 0.0}},
     "dskd_weights": {"loss": {"dtw_weight": 0.0}},
     "dskd_dtw": {
@@ -72,6 +74,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
 }
+
+# What a recipe that names no variant means: the one that beats fine-tuning in every trial of
+# docs/results.md. It yields to weights and temperatures that the recipe gives.
+DEFAULT_VARIANT = "mapped"
+_YIELDS = {"mapped": {"ce_weight", "kd_weight", "temperature", "student_weighting"}}
+# What a recipe says of these, `mapped` has no use for: it means the paper's form.
+_OF_THE_PAPERS_FORM = {"matching", "dtw_weight", "teacher_weighting", "attention_value"}
 
 _WAYS = [settings.get("loss", {}) for settings in VARIANTS.values()]
 _WARPED = {way.get("matching", "attention") for way in _WAYS if way.get("dtw_weight", 1) > 0}
@@ -196,8 +205,13 @@ class LossConfig(Block):
         "attention",
         description="What of the teacher a token learns from. attention: all positions, by "
         "cross-model attention; exact: the position of the same bytes (DSKDv2); mapped: the "
-        "position that has read the same bytes, its probabilities summed by the student's tokens; "
+        "position that has read the same bytes, its probabilities by the student's tokens; "
         "order: the position of the same number, by sorted probabilities (ULD).",
+    )
+    attention_value: Literal["label_and_hidden", "hidden"] = Field(
+        "label_and_hidden",
+        description="What attention hands from the teacher to the student's space: the embedding "
+        "of the token to be predicted and the hidden state, or the hidden state alone.",
     )
     temperature: float = Field(
         2.0,
@@ -208,10 +222,11 @@ class LossConfig(Block):
     divergence: Divergence = Field(
         "forward_kl", description="Divergence in the student's space; the teacher's is forward KL."
     )
-    student_weighting: Literal["entropy_gate", "entropy", "none"] = Field(
+    student_weighting: StudentWeighting = Field(
         "entropy_gate",
-        description="Token weights in the student's space: its entropy, gated by the confidence of "
-        "the projected teacher or not.",
+        description="Token weights in the student's space. entropy_gate: its entropy times the "
+        "teacher's confidence there, normalised; entropy_then_gate: normalised before the "
+        "confidence comes in, so that an unsure teacher teaches less; entropy: without it.",
     )
     teacher_weighting: Literal["confidence", "none"] = Field(
         "confidence", description="Token weights in the teacher's space: its certainty, or none."
@@ -252,9 +267,11 @@ class DWAKDConfig(Block):
 
     teacher: TeacherConfig = Field(description="The big model, and how it is held.")
     variant: Variant = Field(
-        "full",
-        description="An ablation of the paper's Table 3, or a baseline, in one word; full is "
-        "DWA-KD.",
+        DEFAULT_VARIANT,
+        description="The method in one word. mapped: the teacher's own probabilities by the "
+        "student's tokens; paper: DWA-KD to the letter, and what is taken of a recipe that names "
+        "no variant and sets `soft_dtw`, `projectors` or a key of `loss` that only it has; the "
+        "others are ablations and baselines.",
     )
     different_answers: Literal["labels", "drop", "stop"] = Field(
         "labels",
@@ -278,20 +295,21 @@ class DWAKDConfig(Block):
     def _apply_variant(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        variant = values.get("variant")
+        values = {"variant": _unnamed_variant(values)} | values
+        variant = values["variant"]
         presets = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
-        values = dict(values)
+        yields = _YIELDS.get(variant, set()) if presets else set()
         for block, settings in presets.items():
             given = values.get(block) or {}
             if not isinstance(given, dict):
                 continue
             for key, value in settings.items():
-                if key in given and given[key] != value:
+                if key in given and given[key] != value and key not in yields:
                     raise ValueError(
                         f"variant `{variant}` stands for {block}.{key}: {value}, and the "
                         f"recipe says {given[key]}; drop one of the two"
                     )
-            values[block] = {**given, **settings}
+            values[block] = {**settings, **given}
         return values
 
     @model_validator(mode="after")
@@ -309,6 +327,16 @@ class DWAKDConfig(Block):
                 "remove teacher.cache, so that the teacher is loaded whole"
             )
         return self
+
+
+def _unnamed_variant(block: dict[str, Any]) -> str:
+    """What a `dwakd:` block means that names none."""
+    loss = block.get("loss")
+    given = set(loss) if isinstance(loss, dict) else set()
+    of_the_papers_form = block.get("soft_dtw") or block.get("projectors")
+    if of_the_papers_form or _OF_THE_PAPERS_FORM & given:
+        return "paper"
+    return DEFAULT_VARIANT
 
 
 class DWAKDArgs(BaseModel):

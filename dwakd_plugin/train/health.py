@@ -221,7 +221,7 @@ class Health:
         return (
             f"Only {share:.0%} of the student's tokens have a teacher's token of the same bytes to "
             "learn from (paired_share); the others learn from the labels alone. Use the attention "
-            "instead (dwakd.variant: full), or another teacher: `dwakd check` compares tokenizers."
+            "instead (dwakd.variant: paper), or another teacher: `dwakd check` compares tokenizers."
         )
 
     def _dtw_dominates(self, mean: Figures) -> str | None:

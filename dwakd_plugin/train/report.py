@@ -48,7 +48,7 @@ def describe_run(cfg: Any, trainer: Any) -> str:
         f"{variant_of(loss).in_words.format(divergence=loss.divergence)}, "
         f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
-        + ("" if config.variant == "full" else f"; variant {config.variant}"),
+        + f"; variant {config.variant}",
         "processes": facts.processes,
         "cache": config.teacher.cache or "none: the teacher runs in every step",
     }
@@ -62,8 +62,7 @@ def describe_run(cfg: Any, trainer: Any) -> str:
     block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
     if teacher is None:
         return f"Distillation is off: no term asks for the teacher\n{block}"
-    name = "DWA-KD" if config.variant == "full" else f"variant {config.variant}"
-    return f"Distillation is on ({name})\n{block}"
+    return f"Distillation is on (variant {config.variant})\n{block}"
 
 
 def final_words(cfg: Any) -> str:

@@ -97,6 +97,7 @@ def check_output_folder(recipe: Recipe, *, only_look: bool = False) -> None:
                 f"output_dir {folder} holds another run, which this one cannot resume:\n"
                 f"{differing}\nGive another output_dir."
             )
+        _check_form(folder, record or {}, recipe)
         if not only_look:
             _set_incomplete_checkpoints_aside(folder)
         return
@@ -110,6 +111,22 @@ def check_output_folder(recipe: Recipe, *, only_look: bool = False) -> None:
         raise UserError(
             f"output_dir {folder} holds a run already{whose}: {', '.join(held[:4])}. Resume it "
             "with `auto_resume_from_checkpoints: true`, give another output_dir, or remove it."
+        )
+
+
+def _check_form(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
+    """Raises UserError where a run would go on with another form of the loss than it began with.
+
+    A recipe without a variant meant the paper's form once, and doesn't now.
+    """
+    settings = record.get("settings") or {}
+    began, now = (settings.get("loss") or {}).get("matching"), recipe.config.loss.matching
+    if began not in (None, now):
+        raise UserError(
+            f"output_dir {folder} holds a run of variant `{settings.get('variant')}` (loss."
+            f"matching: {began}), and this recipe would go on with `{recipe.config.variant}` "
+            f"({now}). Write `variant: {settings.get('variant')}` into the recipe's `dwakd:` block "
+            "to go on as it began, or give another output_dir."
         )
 
 

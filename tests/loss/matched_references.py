@@ -152,12 +152,15 @@ def reference_mapped(
             weight = {
                 "none": 1.0,
                 "entropy": entropy_of(z.softmax(-1)),
+                "entropy_then_gate": entropy_of(z.softmax(-1)),
                 "entropy_gate": entropy_of(z.softmax(-1)) * float(p.max()),
             }[loss.student_weighting]
             tau = loss.temperature
             value = reference_divergence(
                 loss.divergence, summed(partner[i], tau), (z / tau).softmax(-1)
             )
+            if loss.student_weighting == "entropy_then_gate":
+                value = value * float(p.max())
             taught.append((weight, value))
         elif len(teacher.hidden):
             terms["student_kd"] = terms["student_kd"] + nll

@@ -85,7 +85,10 @@ def reference_terms(
     scores = q @ k.T / math.sqrt(k.shape[1])
     A, B = scores.softmax(1), scores.softmax(0).T
     constant_head = case.student_head.detached()
-    z_t2s = logits(constant_head, A @ P.t2s(N(teacher.target_embeds) + N(teacher.hidden)))
+    read = N(teacher.hidden)
+    if loss.attention_value == "label_and_hidden":
+        read = read + N(teacher.target_embeds)
+    z_t2s = logits(constant_head, A @ P.t2s(read))
     z_t = logits(case.teacher_head, teacher.hidden)
     z_s2t = logits(case.teacher_head, B @ P.s2t(student.hidden))
     p_t2s, p_t = z_t2s.softmax(-1), z_t.softmax(-1)
@@ -102,8 +105,10 @@ def reference_terms(
     tau = loss.temperature
     for i in range(S):
         target, own = (z_t2s[i].detach() / tau).softmax(-1), (z_s[i] / tau).softmax(-1)
-        value = reference_divergence(loss.divergence, target, own)
-        terms["student_kd"] = terms["student_kd"] + w_s[i] * S / sum(w_s) * value
+        value = reference_divergence(loss.divergence, target, own) * S / sum(w_s)
+        if loss.student_weighting == "entropy_then_gate":
+            value = value * float(p_t2s[i].detach().max())
+        terms["student_kd"] = terms["student_kd"] + w_s[i] * value
         terms["t2s_ce"] = terms["t2s_ce"] - p_t2s[i, student.labels[i]].log()
     for j in range(T):
         target, own = (z_t[j] / tau).softmax(-1), (z_s2t[j] / tau).softmax(-1)

@@ -104,6 +104,7 @@ BAND = SoftDTWConfig(band_width=0.937, band_penalty=0.7)
         ("mapped", {}, {}),
         ("mapped", {"student_weighting": "entropy_gate", "temperature": 1.7, "chunk_size": 3}, {}),
         ("mapped", {"student_weighting": "entropy", "divergence": "reverse_kl"}, {}),
+        ("mapped", {"student_weighting": "entropy_then_gate", "chunk_size": 3}, {}),
     ],
 )
 def test_agrees_with_the_plain_reference(

@@ -18,6 +18,8 @@ REFERENCE_CASES = [
     ({"divergence": "skewed_reverse_kl", "teacher_weighting": "none"}, {"band_penalty": 3.0}),
     ({"divergence": "adaptive_kl", "chunk_size": 2}, {"gamma_start": 0.1}),
     ({"divergence": "js", "student_weighting": "none"}, {"band_entropy_coef": 0.0}),
+    ({"student_weighting": "entropy_then_gate"}, {}),
+    ({"attention_value": "hidden", "chunk_size": 3}, {}),
 ]
 
 

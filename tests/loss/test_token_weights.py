@@ -40,3 +40,14 @@ def test_an_entropy_that_rounding_puts_above_its_limit_weighs_nothing() -> None:
     entropy = torch.tensor([[limit * (1 + 1e-6), limit / 2]])
     weights = teacher_token_weights(entropy, 10, torch.ones(1, 2, dtype=torch.bool), "confidence")
     assert weights.tolist() == [[0, 2]]
+
+
+def test_a_gate_after_the_normalisation_shrinks_what_an_unsure_teacher_says() -> None:
+    valid = valid_positions(torch.tensor([3]), 4)
+    entropy = torch.tensor([[1.0, 2.0, 3.0, 9.0]])
+    sure, unsure = torch.full((1, 4), 0.8), torch.full((1, 4), 0.1)
+    for gate in (sure, unsure):
+        outside = student_token_weights(entropy, gate, valid, "entropy_then_gate")
+        torch.testing.assert_close(outside.sum(), 3 * gate[0, 0])
+        inside = student_token_weights(entropy, gate, valid, "entropy_gate")
+        torch.testing.assert_close(inside.sum(), torch.tensor(3.0))

@@ -96,11 +96,35 @@ def test_defaults_for_all_but_the_teacher() -> None:
     config = parse_recipe({"distillation": "dwakd", "dwakd": {"teacher": "big/model"}})
     assert config is not None
     assert config.teacher.base_model == "big/model"
-    assert (config.loss.ce_weight, config.loss.kd_weight, config.loss.dtw_weight) == (0.5, 0.5, 0.2)
+    assert config.variant == config.loss.matching == "mapped"
+    assert (config.loss.ce_weight, config.loss.kd_weight, config.loss.dtw_weight) == (0.1, 0.9, 0)
     # What axolotl hands on after its own validation must parse to the same settings.
     dumped = {"distillation": "dwakd", "dwakd": config.model_dump()}
     assert parse_recipe(dumped) == config
     assert parse_recipe({"base_model": "small"}) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "variant", "weights"),
+    [
+        ({"loss": {"ce_weight": 0.4, "temperature": 2.0}}, "mapped", (0.4, 0.9, 0)),
+        ({"loss": {"divergence": "reverse_kl"}}, "mapped", (0.1, 0.9, 0)),
+        ({"variant": "mapped", "loss": {"kd_weight": 0.5}}, "mapped", (0.1, 0.5, 0)),
+        ({"loss": {"dtw_weight": 0.1}}, "paper", (0.5, 0.5, 0.1)),
+        ({"loss": {"matching": "attention"}}, "paper", (0.5, 0.5, 0.2)),
+        ({"soft_dtw": {"band": False}}, "paper", (0.5, 0.5, 0.2)),
+        ({"projectors": {"warmup_steps": 10}}, "paper", (0.5, 0.5, 0.2)),
+        ({"variant": "full"}, "full", (0.5, 0.5, 0.2)),
+    ],
+)
+def test_a_recipe_without_a_variant_means_what_its_settings_belong_to(
+    own: dict[str, Any], variant: str, weights: tuple[float, float, float]
+) -> None:
+    config = parse_recipe({"distillation": "dwakd", "dwakd": {**TEACHER, **own}})
+    assert config is not None and config.variant == variant
+    loss = config.loss
+    assert (loss.ce_weight, loss.kd_weight, loss.dtw_weight) == weights
+    assert parse_recipe({"distillation": "dwakd", "dwakd": config.model_dump()}) == config
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

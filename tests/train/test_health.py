@@ -68,6 +68,8 @@ DEFECTS: dict[str, dict[str, float]] = {
 
 def healthy(**settings: Any) -> Health:
     own = {key: settings.pop(key) for key in list(settings) if key in DWAKDConfig.model_fields}
+    if "matching" not in own.get("loss", {}):
+        own = {"variant": "paper"} | own  # which has all that can go wrong
     config = DWAKDConfig.model_validate({"teacher": "big", **own})
     return Health(config, **settings)
 

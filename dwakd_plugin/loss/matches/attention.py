@@ -53,10 +53,12 @@ class Attention(Match):
 
     @cached_property
     def value(self) -> Tensor:
-        """t2s(N(f_tgt) + N(g)): (B, T, d)."""
+        """t2s(N(f_tgt) + N(g)), or t2s(N(g)) with `attention_value: hidden`: (B, T, d)."""
         teacher = self.batch.teacher_side
-        embeds = standardise_scale(teacher.target_embeds, teacher.valid)
-        return self.batch.project("t2s", embeds + standardise_scale(teacher.hidden, teacher.valid))
+        read = standardise_scale(teacher.hidden, teacher.valid)
+        if self.batch.loss.attention_value == "label_and_hidden":
+            read = standardise_scale(teacher.target_embeds, teacher.valid) + read
+        return self.batch.project("t2s", read)
 
     @cached_property
     def t2s_hidden(self) -> Tensor:
