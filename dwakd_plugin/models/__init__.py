@@ -8,6 +8,7 @@ __all__ = [
     "causal_lm",
     "cutting",
     "folder",
+    "multipliers",
     "new_vocabulary",
     "out_of_memory",
     "projectors",

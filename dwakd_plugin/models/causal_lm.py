@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head
+from dwakd_plugin.models.multipliers import embedding_multiplier, logit_map
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -60,7 +61,9 @@ def check_positions(model: PreTrainedModel | PeftModel, sequence_len: int, key: 
 
     The table itself is asked: axolotl raises the number in the config to the recipe's.
     """
-    decoder = body(model)
+    lm = causal_lm(model)
+    text = lm.get_decoder()  # of a model that sees, without its eyes
+    decoder = text if isinstance(text, PreTrainedModel) and text is not lm else body(model)
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
             count = module.num_embeddings - getattr(module, "offset", 0)  # OPT keeps two aside
@@ -86,7 +89,6 @@ def output_head(model: PreTrainedModel | PeftModel) -> Head:
             "can use a plain linear head only. With LoRA, leave `lm_head` out of "
             "lora_target_modules; `lora_modules_to_save: [lm_head]` trains it whole."
         )
-    config = lm.config.get_text_config()
     hidden_size = lm.get_input_embeddings().weight.shape[1]
     if module.weight.shape[1] != hidden_size:
         raise UserError(
@@ -94,10 +96,37 @@ def output_head(model: PreTrainedModel | PeftModel) -> Head:
             f"{module.weight.shape[1]} at its head. Models that project between the two are not "
             "supported."
         )
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return Head(module.weight, module.bias, scale, softcap)
+    found = logit_map(lm, body(model), module)
+    return Head(module.weight, module.bias, found.scale, found.softcap)
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel | PeftModel, name: str) -> None:
+    """Raises UserError where hidden states and head don't give the model's own logits.
+
+    `name` is the model's in the message. The model's mode is left as it was.
+    """
+    lm = causal_lm(model)
+    generator = torch.Generator().manual_seed(0)
+    weight = lm.get_input_embeddings().weight
+    ids = torch.randint(weight.shape[0], (1, 8), generator=generator).to(weight.device)
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=ids).logits
+        hidden = hidden_states(model, ids, torch.ones_like(ids)).flatten(0, 1)
+    finally:
+        model.train(was_training)
+    head = output_head(model)
+    given = head.logits(hidden.to(head.weight.device)).view(own.shape).to(own.device)
+    error = ((given - own).norm() / own.float().norm()).item()
+    whole = all(each.dtype == torch.float32 for each in (own, hidden))
+    if error > (1e-3 if whole else 0.05):  # half precision rounds in another order
+        raise UserError(
+            f"{name}: the logits that {type(lm).__name__} gives differ from those of its hidden "
+            f"states and its head by {error:.1%}, so that the loss would teach another model. This "
+            "architecture isn't supported."
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +144,8 @@ class EmbeddingTable:
 
 def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
     """The input embeddings of a model. Raises UserError where an adapter sits on them."""
-    module = causal_lm(model).get_input_embeddings()
+    lm = causal_lm(model)
+    module = lm.get_input_embeddings()
     if isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapters[0]]
     if hasattr(module, "lora_embedding_A") and len(module.lora_embedding_A):
@@ -125,7 +155,9 @@ def embedding_table(model: PreTrainedModel | PeftModel) -> EmbeddingTable:
         )
     # Gemma scales, in the weight's dtype; the plain number, as a GPU's buffer has to be waited for.
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
-    return EmbeddingTable(module.weight, float(torch.tensor(scale, dtype=module.weight.dtype)))
+    scale = float(torch.tensor(scale, dtype=module.weight.dtype))
+    outside = embedding_multiplier(lm, body(model), lm.get_input_embeddings())  # Granite
+    return EmbeddingTable(module.weight, scale * outside)
 
 
 def gather_positions(sequences: Tensor, positions: Tensor) -> Tensor:

@@ -291,3 +291,12 @@ def test_an_8_bit_teacher_without_outliers_is_causal(lab: Path) -> None:
 def test_a_threshold_is_for_8_bit_alone(lab: Path) -> None:
     with pytest.raises(ValueError, match="int8_threshold is for load_in_8bit"):
         config(lab / "teacher", int8_threshold=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_students_autocast_is_not_the_teachers(lab: Path, dtype: torch.dtype) -> None:
+    """Live states are then those that a cache holds, bit for bit."""
+    teacher = load_teacher(config(lab / "teacher"), "cpu")
+    plain = teacher.hidden(batch())
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(teacher.hidden(batch()), plain)

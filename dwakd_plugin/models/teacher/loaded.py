@@ -26,6 +26,7 @@ from dwakd_plugin.loss import Head, ResponseStates, valid_positions
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,
+    check_logits,
     embedding_table,
     gather_positions,
     hidden_states,
@@ -85,7 +86,9 @@ class Teacher:
             for name in ("input_ids", "attention_mask", "position_ids")
             if f"teacher_{name}" in batch
         }
-        with explain_out_of_memory("the teacher's forward"):
+        # In its own dtype, whatever the student's autocast is: a cache holds the same states.
+        own = torch.autocast(inputs["input_ids"].device.type, enabled=False)
+        with explain_out_of_memory("the teacher's forward"), own:
             states = hidden_states(self.model, mask=inputs.pop("attention_mask", None), **inputs)
             states = gather_positions(states, positions.to(states.device))
         return states.to(positions.device, self.head.weight.dtype)
@@ -157,6 +160,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     # What is offloaded has no values but in these two blocks.
     with align_module_device(reads), align_module_device(writes):
         table, head = embedding_table(model), output_head(model)
+        check_logits(model, f"The teacher {config.base_model}")
     check_head(config.base_model, head.weight, table.weight)
     if table.weight.device != torch.device(device):
         tied = head.weight is table.weight
