@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.adapters import CHANGES_BASE, adapter_settings, changes_base
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.messages import as_found, name_problem
 from dwakd_plugin.recipe.recipe import Recipe
@@ -86,6 +87,7 @@ def check_recipe(recipe: Recipe) -> None:
     for key in PARALLEL_KEYS:
         if (recipe.keys.get(key) or 1) > 1:
             problems.append(f"  {key}: {recipe.keys[key]} — sequences must be whole; set it to 1")
+    problems += _adapter_problems(recipe)
     problems += _engine_problems(recipe)
     if recipe.written("own_answers") is not None:
         problems += _own_answers_problems(recipe)
@@ -96,6 +98,30 @@ def check_recipe(recipe: Recipe) -> None:
             "The recipe asks for what does not go with `distillation: dwakd`:\n"
             + "\n".join(problems)
         )
+
+
+def _adapter_problems(recipe: Recipe) -> Iterator[str]:
+    """LoRAs that no run folder keeps whole."""
+    if _section(_section(recipe.keys, "peft"), "loftq_config").get("loftq_bits"):
+        yield f"  peft.loftq_config: {CHANGES_BASE}; remove it"
+    asked = recipe.keys.get("peft_init_lora_weights")
+    if changes_base(asked):
+        yield (
+            f"  peft_init_lora_weights: {asked} — {CHANGES_BASE}; use "
+            "`peft_init_lora_weights: gaussian`, or leave it out"
+        )
+    folders = {
+        "lora_model_dir": recipe.keys.get("lora_model_dir"),
+        "dwakd.teacher.adapter": recipe.written("teacher", "adapter"),
+    }
+    for key, folder in folders.items():
+        init = adapter_settings(folder).get("init_lora_weights")
+        if changes_base(init):
+            yield (
+                f"  {key}: {folder} — begun with init_lora_weights: {init}, and {CHANGES_BASE}; "
+                "convert it to a plain LoRA where it was trained (peft's "
+                "`path_initial_model_for_weight_conversion`)"
+            )
 
 
 def _engine_problems(recipe: Recipe) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.adapters import base_of_adapter
 from dwakd_plugin.recipe.messages import name_problem
 from dwakd_plugin.recipe.recipe import Recipe
 
@@ -39,7 +40,13 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
         models[f"dwakd.teacher.{key}"] = recipe.written("teacher", key)
     for place, model in models.items():
         if _is_name(model):
-            yield place, model, model_remedy(model, is_adapter="model_dir" in place)
+            remedy = model_remedy(model, is_adapter="model_dir" in place)
+            if place == "base_model" and (base := base_of_adapter(model)) is not None:
+                remedy = (
+                    f"a LoRA without its base model; to train it on, `base_model: {base}` and "
+                    f"`lora_model_dir: {model}`; to train all of it, `dwakd export` it first"
+                )
+            yield place, model, remedy
     files = {
         "dwakd.projectors.path": recipe.written("projectors", "path"),
         "resume_from_checkpoint": recipe.keys.get("resume_from_checkpoint"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.adapters import base_of_adapter
 from dwakd_plugin.recipe.blocks import (
     Block,
     Name,
@@ -168,8 +170,16 @@ class TeacherConfig(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_a_bare_name(cls, values: Any) -> Any:
-        return teacher_keys(values)
+    def _accept_a_bare_name_and_a_lora(cls, values: Any) -> Any:
+        """A text is `base_model`; a folder with nothing but a LoRA, that adapter on its base."""
+        values = teacher_keys(values)
+        folder = values.get("base_model") if isinstance(values, dict) else None
+        base = base_of_adapter(folder) if isinstance(folder, str) else None
+        if base is None or values.get("adapter"):
+            return values
+        own = (Path(str(folder)) / "tokenizer_config.json").is_file()
+        tokenizer = values.get("tokenizer") or (folder if own else None)
+        return {**values, "base_model": base, "adapter": folder, "tokenizer": tokenizer}
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:
