@@ -7,6 +7,7 @@ what the teacher says about another text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,20 @@ SPELLING = "the same but for white space or spelling"
 REASONING = "different in their reasoning"
 TURNS = "different in how many turns are answered"
 TEXT = "different in their text"
+TOOLS = "to other tools: a side's chat template leaves the row's tools out"
+TORN = "torn: a side's chat template takes a quoted </think> for the end of a reasoning"
 # What is no small matter of spelling: the two sides learn from different answers.
-DIFFERENT = (REASONING, TURNS, TEXT)
+DIFFERENT = (REASONING, TURNS, TEXT, TOOLS, TORN)
 
 # The end of a reasoning, as models write it. Its opening may be missing: some templates write that
 # themselves, and it is no part of what is learnt.
 _REASONING = re.compile(r".*(?:</(?:think|thinking|reasoning)>|<\|end_of_thought\|>)", re.DOTALL)
+# A reasoning where it belongs, from the beginning of a message to the first end.
+_OWN_REASONING = re.compile(
+    r"\A\s*<(think|thinking|reasoning)>.*?</\1>|\A\s*<\|begin_of_thought\|>.*?<\|end_of_thought\|>",
+    re.DOTALL,
+)
+_ANSWERING = ("assistant", "gpt", "model")
 _LONGEST = 160  # characters of an answer in an example
 
 
@@ -49,6 +58,10 @@ class AnswerReader:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.content in ends
         }
+
+    def text(self, ids: Sequence[int]) -> str:
+        """All of a row, prompt and markup included."""
+        return str(self._decode(ids))
 
     def read(self, ids: Sequence[int], labels: Sequence[int]) -> Answers:
         """Of a row: ids and labels (L,), −100 where nothing is learnt."""
@@ -79,6 +92,42 @@ def compare(student: Answers, teacher: Answers) -> str:
     return TURNS if len(own) != len(others) else TEXT
 
 
+def tool_names(tools: Any) -> set[str]:
+    """The names of a row's tools; none where it has none, or they are in no known form."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return set()
+    names = set()
+    for tool in tools if isinstance(tools, list) else []:
+        tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+        name = tool.get("name") if isinstance(tool, dict) else None
+        if isinstance(name, str) and name:
+            names.add(name)
+    return names
+
+
+def quoting_answers(messages: Any) -> list[str]:
+    """What the assistant's messages of a row say behind their reasoning, of those that quote the
+    end of one there."""
+    found = []
+    for message in messages if isinstance(messages, list) else []:
+        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+        text = message.get("content", message.get("value")) if role in _ANSWERING else None
+        if isinstance(text, str):
+            answer = _OWN_REASONING.sub("", text, count=1)
+            if _REASONING.match(answer):
+                found.append(answer)
+    return found
+
+
+def lacks(answers: Answers, text: str) -> bool:
+    """Whether no turn of a side has all of a text."""
+    wanted = substance(text)
+    return not any(wanted in substance(turn) for turn in answers.turns)
+
+
 def example(student: Answers, teacher: Answers) -> tuple[str, str]:
     """The first turn in which the sides differ, shortened to be shown: the student's, and the
     teacher's; empty where a side has no such turn."""
@@ -86,8 +135,8 @@ def example(student: Answers, teacher: Answers) -> tuple[str, str]:
     for index in range(max(len(own), len(others))):
         sides = [turns[index] if index < len(turns) else "" for turns in (own, others)]
         if substance(sides[0]) != substance(sides[1]):
-            return _shortened(sides[0]), _shortened(sides[1])
-    return _shortened("".join(own)), _shortened("".join(others))
+            return shortened(sides[0]), shortened(sides[1])
+    return shortened("".join(own)), shortened("".join(others))
 
 
 def _with_text(turns: Sequence[str]) -> list[str]:
@@ -99,5 +148,6 @@ def _unreasoned(text: str) -> str:
     return substance(_REASONING.sub("", text))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text as an example shows it."""
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"

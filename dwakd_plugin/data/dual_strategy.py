@@ -7,9 +7,22 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from dwakd_plugin.data.answers import DIFFERENT, AnswerReader, compare, example
+from dwakd_plugin.data.answers import (
+    DIFFERENT,
+    TOOLS,
+    TORN,
+    AnswerReader,
+    Answers,
+    compare,
+    example,
+    lacks,
+    quoting_answers,
+    shortened,
+    tool_names,
+)
 from dwakd_plugin.data.row_report import (
     DROPPED_DIFFERENT,
     KEPT,
@@ -42,6 +55,7 @@ class DualStrategy:
         excess_length: str,
         different_answers: str,
         messages: str,
+        tools: str,
         teacher_name: str,
     ) -> None:
         self.student = student
@@ -52,6 +66,7 @@ class DualStrategy:
         self.excess_length = excess_length
         self.different_answers = different_answers
         self.messages = messages
+        self.tools = tools
         self.teacher_name = teacher_name
         self.filter_rows = getattr(student, "filter_rows", None)
 
@@ -137,6 +152,9 @@ class DualStrategy:
             answers["end"] = "student" if own.has_end else "teacher"
         if own.turns != others.turns:
             answers["example"] = example(own, others)
+        for found, shown in self._other_differences(student, teacher, (own, others), row):
+            kind = answers["kind"] = found
+            answers["example"] = shown
         if kind not in DIFFERENT:
             return KEPT, answers
         if self.different_answers == "stop":
@@ -148,6 +166,26 @@ class DualStrategy:
             )
         dropped = self.different_answers == "drop"
         return DROPPED_DIFFERENT if dropped else LABELS_DIFFERENT, answers
+
+    def _other_differences(
+        self,
+        student: dict[str, Any],
+        teacher: dict[str, Any],
+        answers: tuple[Answers, Answers],
+        row: Any,
+    ) -> Iterator[tuple[str, tuple[str, str]]]:
+        """What a side lost that no comparison of the answers alone shows, with an example."""
+        for text in quoting_answers(row.get(self.messages)):
+            if any(lacks(side, text) for side in answers):
+                shown = [next(iter(side.turns[-1:]), "") for side in answers]
+                yield TORN, (shortened(shown[0]), shortened(shown[1]))
+        if names := tool_names(row.get(self.tools)):
+            sides = zip(self.readers, (student, teacher), strict=True)
+            texts = [reader.text(side["input_ids"]) for reader, side in sides]
+            left_out = [sorted(name for name in names if name not in text) for text in texts]
+            if any(left_out):
+                words = [f"leaves out {', '.join(some)}" if some else "" for some in left_out]
+                yield TOOLS, (words[0], words[1])
 
 
 def _lacking(row: dict[str, Any], messages: str) -> str | None:

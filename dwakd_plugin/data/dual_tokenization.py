@@ -151,6 +151,7 @@ def _wrap_both_sides(
         excess_length=(cfg.excess_length_strategy or "drop").lower(),
         different_answers=config.different_answers,
         messages=dataset_config.field_messages or "messages",
+        tools=dataset_config.field_tools or "tools",
         teacher_name=config.teacher.tokenizer or config.teacher.base_model,
     )
     start = report.total

@@ -38,6 +38,7 @@ class RowReport:
     # How the two sides' answers differ, of the rows that have both: by kind, and an example each.
     answers: dict[str, int] = field(default_factory=dict)
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # student's, teacher's
+    example_rows: dict[str, int] = field(default_factory=dict)  # their `source_row`
     unpaired_ends: dict[str, int] = field(default_factory=dict)  # by the side that has an end
 
     @property
@@ -57,7 +58,8 @@ class RowReport:
 
     def add(self, statuses: Sequence[str], answers: Sequence[str]) -> None:
         """Counts the rows of one data set; `answers` are JSON, as `dual_tokenization` makes it."""
-        for status, text in zip(statuses, answers, strict=True):
+        start = self.total
+        for place, (status, text) in enumerate(zip(statuses, answers, strict=True), start):
             self.counts[status] = self.counts.get(status, 0) + 1
             found = json.loads(text)
             if "kind" in found:
@@ -66,6 +68,7 @@ class RowReport:
                 if "example" in found:
                     student, teacher = found["example"]
                     self.examples.setdefault(kind, (student, teacher))
+                    self.example_rows.setdefault(kind, place)
             if "end" in found:
                 self.unpaired_ends[found["end"]] = self.unpaired_ends.get(found["end"], 0) + 1
 
@@ -129,8 +132,9 @@ class RowReport:
         elif not self.sources and file.is_file():
             try:
                 saved = json.loads(file.read_text(encoding="utf-8"))
-                for name in ("counts", "answers", "unpaired_ends"):
-                    getattr(self, name).update({str(k): int(n) for k, n in saved[name].items()})
+                for name in ("counts", "answers", "unpaired_ends", "example_rows"):
+                    found = saved.get(name, {}) if name == "example_rows" else saved[name]
+                    getattr(self, name).update({str(k): int(n) for k, n in found.items()})
                 self.sources.extend((str(path), int(start)) for path, start in saved["sources"])
                 self.examples.update(
                     {k: (str(a), str(b)) for k, (a, b) in saved["examples"].items()}

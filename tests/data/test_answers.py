@@ -20,6 +20,8 @@ from dwakd_plugin.data.answers import (
     SAME,
     SPELLING,
     TEXT,
+    TOOLS,
+    TORN,
     TURNS,
     Answers,
     compare,
@@ -205,6 +207,51 @@ def test_tool_calls_that_the_teacher_does_not_know_are_not_taught(
     settings["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": TOOLS_TEMPLATE}
     _, report = prepare(settings)
     assert report.counts == {LABELS_DIFFERENT: 1, KEPT: 1}
+
+
+def test_tools_that_a_side_leaves_out_are_said(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    """The student answers with a tool's result in mind that the teacher has never heard of."""
+    tool = {"type": "function", "function": {"name": "add_up", "parameters": {"type": "object"}}}
+    with_tools = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + CHAT_TEMPLATE
+    )
+    rows = [chat("Sum of 1 and 2?", "Three.", tools=[tool]), chat("Two?", "Two.", tools=[])]
+    both = chats(rows, {"teacher": {"chat_template": with_tools}})
+    both["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": with_tools}
+    assert prepare(both)[1].counts == {KEPT: 2}
+
+    one = chats(rows, {"teacher": {"chat_template": CHAT_TEMPLATE}})
+    one["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": with_tools}
+    _, report = prepare(one)
+    assert report.counts == {KEPT: 1, LABELS_DIFFERENT: 1}
+    assert report.examples[TOOLS] == ("", "leaves out add_up")
+    assert report.example_rows[TOOLS] == 0
+
+
+def test_an_answer_that_quotes_the_end_of_a_reasoning_is_not_torn_unnoticed(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    """Both templates split at it, so that both sides have the same torn answer."""
+    splits = CHAT_TEMPLATE.replace(
+        "message.content", "message.content.split('</think>')[-1].lstrip()"
+    )
+    rows = [
+        chat("How does it end?", "It writes </think> and goes on."),
+        chat("And here?", "<think>a word</think>It writes </think> too."),
+        chat("Two?", "<think>one, two</think>Two."),
+    ]
+    settings = chats(rows, {"teacher": {"chat_template": splits}})
+    settings["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": splits}
+    _, report = prepare(settings)
+    assert report.counts == {KEPT: 1, LABELS_DIFFERENT: 2}
+    assert report.answers[TORN] == 2
+    assert report.examples[TORN][0].strip() == "and goes on."
+
+    whole = chats(rows, {"teacher": {"chat_template": CHAT_TEMPLATE}})
+    whole["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": CHAT_TEMPLATE}
+    assert prepare(whole)[1].counts == {KEPT: 3}
 
 
 def test_a_run_without_a_teachers_side_stops(
