@@ -67,7 +67,7 @@ def cache(
     console.print("Preparing the rows ...")
     from dwakd_plugin.train.open_run import open_rows
 
-    with open_rows(read) as (config, datasets):
+    with open_rows(read) as (config, datasets, _):
         report = _cache(config.teacher, datasets, batch_tokens, verify, console)
     if json_output:
         print(json.dumps(report, indent=1))

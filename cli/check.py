@@ -36,8 +36,19 @@ _STYLES = {
 
 
 def check(
-    teacher: Annotated[str, typer.Argument(help="The teacher's folder or hub id.")],
-    student: Annotated[str, typer.Argument(help="The student's folder or hub id.")],
+    teacher: Annotated[
+        str | None, typer.Argument(help="The teacher's folder or hub id; with --data the recipe's.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Argument(help="The student's folder or hub id; with --data the recipe's.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Also compare what both models would be given of each of a recipe's rows.",
+        ),
+    ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -65,12 +76,25 @@ def check(
     chat templates, normalisation, digits, white space and languages; says what to do about each
     finding, and draws both cuts of a text. Verdict: good, workable or poor.
 
+    With --data both are the recipe's, and its rows are rendered by both chat templates: how many
+    have the same answers on both sides, how the others differ, and an example each.
+
     Exit codes: 0 checked, whatever the verdict; 1 an error; 3 with --strict, a poor verdict.
     """
     from dwakd_plugin.io.files import explaining_writes, replace_file
     from dwakd_plugin.tokenizers.texts import read_texts, refuse_surrogates
 
     own = None if texts is None else read_texts(texts)
+    recipe = None
+    if data is not None:
+        from dwakd_plugin.recipe import Recipe
+
+        recipe = Recipe.read(data, {} if teacher is None else {"base_model": teacher})
+        named = recipe.config.teacher
+        teacher, student = named.tokenizer or named.base_model, student or recipe.tokenizer
+        trust_remote_code = trust_remote_code or named.trust_remote_code
+    if teacher is None or student is None:
+        raise UserError("Give TEACHER and STUDENT, or a recipe that names both: --data RECIPE.")
     if show is not None:
         refuse_surrogates(show, "The text of --show")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -91,6 +115,11 @@ def check(
             **examine(teaching, learning, own, SAMPLE),
         }
         pictures = pictures_of(teaching, learning, own, show)
+    if recipe is not None:
+        from dwakd_cli.row_check import rows_of
+
+        with console.status("Rendering the rows for both"):
+            report["rows"] = rows_of(recipe, learning.tokenizer, teaching.tokenizer)
     if not pictures and (png or html or show):
         raise UserError("There is no text to draw that both tokenizers have tokens for.")
     if png or html:
@@ -108,6 +137,10 @@ def check(
         print(json.dumps(report, indent=1))
     else:
         _show(report, pictures[0][1] if pictures else None, console)
+        if recipe is not None:
+            from dwakd_cli.row_check import show_rows
+
+            show_rows(report["rows"], console)
     if strict and report["verdict"] == "poor":
         raise typer.Exit(3)
 
@@ -159,7 +192,8 @@ def figure_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "shared tokens, as bytes",
             f"{report['shared_tokens_bytes']:,} "
-            f"({report['shared_tokens_bytes_share_of_student']:.0%} of the student's)",
+            f"({report['shared_tokens_bytes_share_of_student']:.0%} of the student's); "
+            f"{report['shared_tokens_read']:,} of them in the student's own cuts",
         ),
         ("shared tokens, as strings", f"{report['shared_tokens_exact']:,}"),
         (

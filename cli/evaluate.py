@@ -140,6 +140,7 @@ def evaluate(
         from dwakd_plugin.evaluate import subjects, work
         from dwakd_plugin.evaluate.model import Held
         from dwakd_plugin.models.sampling import Sampling
+        from dwakd_plugin.tokenizers.template_date import template_date
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -161,11 +162,14 @@ def evaluate(
             force=force,
         )
         models = subjects.open_models(request)
-        references, facts = subjects.read_data(request, models)
+        day = subjects.day_of(request, models)
+        with template_date(day):
+            references, facts = subjects.read_data(request, models)
         references, facts["rows_left_out"] = subjects.keep_what_fits(models, references)
         facts["rows"] = len(references)
     _show_prompt(models[0], facts, console)
     with (
+        template_date(day),
         _words_when_stopped(request, console),
         work_stages(console, "{task.description:<28}") as begin,
     ):

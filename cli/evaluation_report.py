@@ -33,6 +33,7 @@ def show(report: dict[str, Any], console: PlainConsole) -> None:
             table.add_row(title, *cells)
 
     row(f"ROUGE-L, {seeds} seed" + ("" if seeds == 1 else "s"), _rouge)
+    row("the same, Unicode words", lambda one: _value(one.get("rouge_l_unicode"), "{:.2f}"))
     row("tokens an answer", lambda one: _of(one, "responses", "mean_tokens", "{:.0f}"))
     row("answers cut off", lambda one: _of(one, "responses", "unfinished_share", "{:.0%}"))
     row("bits per byte", lambda one: _value(one.get("bits_per_byte"), "{:.3f}"))
@@ -125,6 +126,12 @@ def remarks(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"{report['references_without_words']:,} rows have no word in a-z or 0-9 in their "
             "references. ROUGE-L knows no other, and is 0 for them."
+        )
+    if unseen := report.get("references_mostly_unseen"):  # of a report from before it was counted
+        lines.append(
+            f"{unseen:,} of {report['rows']:,} rows have references whose letters are mostly none "
+            "of a-z and 0-9, and ROUGE-L compares what is left of them: read the figure of Unicode "
+            "words instead."
         )
     return lines
 

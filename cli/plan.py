@@ -149,7 +149,7 @@ def _measured_lengths(recipe: Recipe) -> Lengths:
     from dwakd_plugin.train.open_run import open_rows
 
     longest = [0, 0, 0, 0]
-    with open_rows(recipe) as (_, datasets):
+    with open_rows(recipe) as (_, datasets, _):
         for dataset in filter(None, datasets):
             columns = ("input_ids", "teacher_input_ids", "labels", "teacher_labels")
             for row in dataset.select_columns(list(columns)).with_format(None):

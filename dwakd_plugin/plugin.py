@@ -25,7 +25,7 @@ from dwakd_plugin.recipe.checks import check_recipe
 from dwakd_plugin.train.preflight import loads_body
 from dwakd_plugin.train.progress_callback import callbacks
 from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
-from dwakd_plugin.train.run_folder import check_output_folder, sign_output_folder
+from dwakd_plugin.train.run_folder import check_output_folder, sign_output_folder, template_day
 from dwakd_plugin.train.signals import end_run
 
 LOG = get_logger("axolotl.dwakd")
@@ -54,6 +54,11 @@ class DWAKDPlugin(BasePlugin):
         self._rows: Any = None
         self._trainer: Any = None
         self._seen: tuple[DictDefault, Recipe | None] | None = None
+
+    @property
+    def rows(self) -> Any:
+        """The report on the rows that were loaded last; None before."""
+        return self._rows
 
     def get_input_args(self) -> str:
         return "dwakd_plugin.recipe.schema.DWAKDArgs"
@@ -91,6 +96,7 @@ class DWAKDPlugin(BasePlugin):
 
         from dwakd_plugin.data.dual_tokenization import dual_tokenization
         from dwakd_plugin.models.teacher.loaded import check_teacher, teacher_config
+        from dwakd_plugin.tokenizers.template_date import template_date
 
         teacher_config(config.teacher)
         if config.loss.needs_teacher and loads_body(config.teacher):
@@ -104,7 +110,8 @@ class DWAKDPlugin(BasePlugin):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             cfg.device_map = {"": "cpu"}  # axolotl would name a device by rank, and there is none
         efficiency = cfg.sample_packing_eff_est  # axolotl's estimate is for one side
-        with dual_tokenization(cfg, config) as rows:
+        day = template_day(recipe)
+        with template_date(day), dual_tokenization(cfg, config) as rows:
             datasets = load_datasets(cfg=cfg)
         if cfg.sample_packing:
             from dwakd_plugin.data.packing import pack_by_pairs
@@ -154,7 +161,7 @@ class DWAKDPlugin(BasePlugin):
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         # Called before and after the final save: the first time the projectors leave the student.
         if self._trainer is not None and self._trainer.end_distillation():
-            self._trainer.save_projectors(Path(cfg.output_dir))
+            self._trainer.save_beside_student(Path(cfg.output_dir))
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         if self._trainer is not None and self._trainer.args.should_save:

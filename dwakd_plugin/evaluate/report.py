@@ -12,6 +12,7 @@ from dwakd_plugin.evaluate.figures import (
     bits_per_byte,
     interval,
     mean_of,
+    mostly_unseen,
     nearness,
     rouge_l,
     without_words,
@@ -28,6 +29,8 @@ def figures(
     texts = [each[0] for each in references]
     amounts: dict[str, dict[str, Amounts]] = {one.name: {} for one in models}
     entries = []
+    asked = "rouge_l" in request.metrics
+    unseen = mostly_unseen(references) if asked else 0
     for one in models:
         entry: dict[str, Any] = {
             "name": one.name,
@@ -44,6 +47,13 @@ def figures(
                 scores.reshape(len(one.responses), -1).mean(axis=0)
             )
             entry["rouge_l"]["interval"] = interval(amounts[one.name]["rouge_l"])
+            if unseen:
+                progress = begin(f"ROUGE-L of {one.name}, Unicode words")
+                scores = rouge_l(
+                    flat, references * len(one.responses), progress, unicode_words=True
+                )
+                rows = scores.reshape(len(one.responses), -1).mean(axis=0)
+                entry["rouge_l_unicode"] = _with_interval(mean_of(rows))
         if one.readings is not None and "bits_per_byte" in request.metrics:
             whole = bits_per_byte(one.readings, texts)
             amounts[one.name]["bits_per_byte"] = whole
@@ -69,8 +79,12 @@ def figures(
         for metric, mine in amounts[first.name].items()
         for theirs in [amounts[other.name][metric]]
     ]
-    wordless = without_words(references) if "rouge_l" in request.metrics else 0
-    return {"models": entries, "paired": paired, "references_without_words": wordless}
+    return {
+        "models": entries,
+        "paired": paired,
+        "references_without_words": without_words(references) if asked else 0,
+        "references_mostly_unseen": unseen,
+    }
 
 
 def _rouge(scores: Any, one: Model, request: Request) -> dict[str, Any]:

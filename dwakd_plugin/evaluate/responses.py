@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import append_lines, explaining_writes, json_checksum, whole_lines
 from dwakd_plugin.io.locks import release, take
+from dwakd_plugin.tokenizers.template_date import read_date, today
 
 FORMAT = 1
 
@@ -40,6 +42,7 @@ class ResponseStore:
         """Raises UserError where the file holds other responses, or is damaged."""
         self.file = file
         self.head = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
+        self.head["template_date"] = today().isoformat()
         self._responses: dict[tuple[int, int], Response] = {}
         self._prompts: dict[tuple[int, int], int] = {}
         self._read_file()
@@ -151,6 +154,22 @@ def _alone(file: Path) -> Iterator[None]:
         yield
     finally:
         release(lock, remove=True)
+
+
+def date_of_responses(folder: Path) -> date | None:
+    """The day that chat templates printed for the answers in a folder; None where there are none.
+
+    What is damaged is said where it is read.
+    """
+    for file in sorted(folder.glob("responses-*.jsonl")):
+        with file.open("rb") as stream:
+            try:
+                day = json.loads(stream.readline()).get("template_date")
+            except (ValueError, AttributeError):
+                continue
+        if day is not None:
+            return read_date(day, file)
+    return None
 
 
 def discard(file: Path) -> None:

@@ -356,7 +356,7 @@ def _opened(recipe: Recipe, second: Source | None, *, held_out: bool) -> list[An
         teacher = {"base_model": second.weights, "tokenizer": second.tokenizer}
         # So long that no row is lost to this side.
         recipe = Recipe.completed(dict(own.keys), teacher | {"sequence_len": 1 << 20})
-    with open_rows(recipe) as (_, (train, evaluation)):
+    with open_rows(recipe) as (_, (train, evaluation), _):
         # Test rows stand where training rows do, and then nothing is held out.
         held = evaluation if evaluation is not None else train
         kept = [held] if held_out else [train, evaluation]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from dwakd_plugin.evaluate.model import (
     find_model,
     load_config,
     most_positions,
+    run_record,
     stop_ids,
 )
-from dwakd_plugin.evaluate.responses import Response
+from dwakd_plugin.evaluate.responses import Response, date_of_responses
 from dwakd_plugin.evaluate.rows import (
     Encoded,
     choose_format,
@@ -32,6 +34,7 @@ from dwakd_plugin.models.sampling import Sampling
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.reading import read_recipe
 from dwakd_plugin.tokenizers.loading import load_tokenizer
+from dwakd_plugin.tokenizers.template_date import read_date, today
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,18 @@ def open_models(request: Request) -> list[Model]:
     for made, name in zip(models, short_names(names), strict=True):
         made.name = name
     return models
+
+
+def day_of(request: Request, models: list[Model]) -> date:
+    """The day that chat templates print: that of answers made before, else of the run's rows."""
+    kept = None if request.force else date_of_responses(request.output)
+    if kept is not None:
+        return kept
+    for one in models:
+        day = run_record(one.source).get("template_date")
+        if day is not None:
+            return read_date(day, one.source.name)
+    return today()
 
 
 def place(name: str) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "same_text",
     "sampled",
     "side",
+    "template_date",
     "texts",
     "training",
     "verdict",

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, PairCut, cut_both, vocabulary_bytes
+from dwakd_plugin.tokenizers.alignment import first_tokens
+from dwakd_plugin.tokenizers.pair import (
+    ByteCutter,
+    Cut,
+    PairCut,
+    cut_both,
+    shared_vocabulary,
+    vocabulary_bytes,
+)
 
 _WHITE_RUN = re.compile(r"\s{2,}|[\n\t]")
 
@@ -136,10 +144,17 @@ def measure(
 
 
 def vocabulary_figures(teacher_tokenizer: Any, student_tokenizer: Any) -> dict[str, Any]:
-    """Sizes and what is shared: as strings (added tokens too) and as bytes (without them)."""
+    """Sizes and what is shared: as strings (added tokens too) and as bytes (without them).
+
+    `shared_tokens_read` are those of the latter that the student's own cuts arrive at: the others
+    are in its vocabulary, and it never reads them.
+    """
     strings = [set(each.get_vocab()) for each in (teacher_tokenizer, student_tokenizer)]
     pieces = [set(vocabulary_bytes(each)) for each in (teacher_tokenizer, student_tokenizer)]
     shared_strings, shared_pieces = strings[0] & strings[1], pieces[0] & pieces[1]
+    rows = 1 + max(teacher_tokenizer.get_vocab().values())
+    taught = first_tokens(teacher_tokenizer, student_tokenizer, rows)
+    shared = shared_vocabulary(teacher_tokenizer, student_tokenizer)
     return {
         "teacher_vocab_size": len(teacher_tokenizer),
         "student_vocab_size": len(student_tokenizer),
@@ -147,6 +162,7 @@ def vocabulary_figures(teacher_tokenizer: Any, student_tokenizer: Any) -> dict[s
         "shared_tokens_exact_share_of_teacher": _rounded(len(shared_strings) / len(strings[0])),
         "shared_tokens_exact_share_of_student": _rounded(len(shared_strings) / len(strings[1])),
         "shared_tokens_bytes": len(shared_pieces),
+        "shared_tokens_read": sum(taught[theirs] == own for theirs, own in shared),
         "shared_tokens_bytes_share_of_teacher": _rounded(len(shared_pieces) / len(pieces[0])),
         "shared_tokens_bytes_share_of_student": _rounded(len(shared_pieces) / len(pieces[1])),
     }

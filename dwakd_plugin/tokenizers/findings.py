@@ -13,6 +13,7 @@ from typing import Any
 from dwakd_plugin.tokenizers.figures import TextFigures
 from dwakd_plugin.tokenizers.model_findings import (
     added_token_findings,
+    class_findings,
     end_findings,
     head_findings,
     template_findings,
@@ -44,6 +45,7 @@ def findings_of(
     """
     sides = (teacher, student)
     findings = [
+        *(finding for side in sides for finding in class_findings(side)),
         *(finding for side in sides for finding in head_findings(side)),
         *(finding for side in sides for finding in end_findings(side)),
         *added_token_findings(teacher, student),

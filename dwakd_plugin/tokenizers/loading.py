@@ -23,6 +23,30 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of a folder or hub id; `title` names it in messages, and begins them.
 
+    As `load_and_name`, whose second value is left out.
+    """
+    tokenizer, _ = load_and_name(
+        name,
+        title,
+        remedy,
+        end_remedy=end_remedy,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return tokenizer
+
+
+def load_and_name(
+    name: str | Path,
+    title: str,
+    remedy: str = "",
+    *,
+    end_remedy: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, str | None]:
+    """The tokenizer of a folder or hub id, and the class that its config names, if it was refused.
+
     It cuts texts as its own tokenizer.json does: where the class that its config names rebuilds it
     otherwise, the file is taken as it is. Raises UserError, which ends with `remedy`, where there
     is none to load, or none that follows its file; and, with `end_remedy`, where it has no
@@ -30,16 +54,17 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    refused = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
         if not follows_its_file(tokenizer, name, revision):
-            named = type(tokenizer).__name__
+            refused = type(tokenizer).__name__
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main")
             if not follows_its_file(tokenizer, name, revision):
                 raise ValueError(
-                    f"neither {named}, which its config names, nor the plain class cuts texts as "
+                    f"neither {refused}, which its config names, nor the plain class cuts texts as "
                     "its own tokenizer.json does"
                 )
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
@@ -53,7 +78,7 @@ def load_tokenizer(
         raise UserError(
             f"{title} has no end-of-sequence token, so a response has no end. {end_remedy}"
         )
-    return tokenizer
+    return tokenizer, refused
 
 
 def follows_its_file(tokenizer: Any, name: str | Path, revision: str | None = None) -> bool:

@@ -7,6 +7,27 @@ from typing import Any
 from dwakd_plugin.tokenizers.verdict import Finding, Side
 
 
+def class_findings(side: Side) -> list[Finding]:
+    """A class in the config that makes another tokenizer than the file beside it."""
+    if side.refused is None:
+        return []
+    remedy = (
+        "Distillation takes that file as it is; whatever else loads the teacher by its config "
+        "reads another text than it was trained on."
+        if side.role == "teacher"
+        else "Set `tokenizer_type: PreTrainedTokenizerFast` in the recipe, which takes that file "
+        "as it is; without it training stops."
+    )
+    return [
+        Finding(
+            f"{side.role}_class_misreads",
+            "problem",
+            f"The {side.role}'s tokenizer_config.json names {side.refused}, which cuts texts "
+            f"otherwise than the tokenizer.json beside it does. {remedy}",
+        )
+    ]
+
+
 def head_findings(side: Side) -> list[Finding]:
     rows, tokens = side.head_rows, len(side.tokenizer)
     if rows is None or rows == tokens:

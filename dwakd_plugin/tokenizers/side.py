@@ -11,7 +11,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import user_path
 from dwakd_plugin.tokenizers.figures import measure, vocabulary_figures
 from dwakd_plugin.tokenizers.findings import findings_of
-from dwakd_plugin.tokenizers.loading import load_tokenizer
+from dwakd_plugin.tokenizers.loading import load_and_name
 from dwakd_plugin.tokenizers.pair import ByteCutter
 from dwakd_plugin.tokenizers.verdict import Side, verdict_of
 
@@ -43,7 +43,7 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
 
     logging.set_verbosity_error()
     title = f"The {role}'s tokenizer `{name}`"
-    tokenizer = load_tokenizer(
+    tokenizer, refused = load_and_name(
         name,
         title,
         "Give a folder that AutoTokenizer can load, or a hub id (name/model).",
@@ -60,7 +60,7 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
             f"{title} has no vocabulary but its special tokens: its "
             "tokenizer.json or vocabulary file is missing."
         )
-    return Side(role, tokenizer, ByteCutter(tokenizer, role), head_rows(name))
+    return Side(role, tokenizer, ByteCutter(tokenizer, role), head_rows(name), refused)
 
 
 def head_rows(name: str) -> int | None:

@@ -24,12 +24,16 @@ class Finding(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the two tokenizers. `head_rows`: the model's `vocab_size`, where it is known."""
+    """One of the two tokenizers. `head_rows`: the model's `vocab_size`, where it is known.
+
+    `refused`: the class that its config names, where that cuts texts otherwise than its own file.
+    """
 
     role: Literal["teacher", "student"]
     tokenizer: Any
     cutter: ByteCutter
     head_rows: int | None
+    refused: str | None = None
 
 
 def verdict_of(

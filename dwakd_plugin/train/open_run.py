@@ -21,6 +21,7 @@ from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.preflight import check_all
 
 if TYPE_CHECKING:
+    from dwakd_plugin.data.row_report import RowReport
     from dwakd_plugin.train.distillation import Distillation
 
 
@@ -72,8 +73,9 @@ def open_run(recipe: Recipe, checkpoint: Path | None = None) -> Iterator[OpenRun
 
 
 @contextlib.contextmanager
-def open_rows(recipe: Recipe) -> Iterator[tuple[DWAKDConfig, list[Any]]]:
-    """The settings, and the data sets to train and to evaluate on, with both sides of each row.
+def open_rows(recipe: Recipe) -> Iterator[tuple[DWAKDConfig, list[Any], RowReport]]:
+    """The settings, the data sets to train and to evaluate on with both sides of each row, and what
+    became of the rows.
 
     As `open_run` has them, and without loading a model. A data set may be None. Raises UserError.
     """
@@ -83,7 +85,9 @@ def open_rows(recipe: Recipe) -> Iterator[tuple[DWAKDConfig, list[Any]]]:
         try:
             with _quiet(), _axolotl(file) as (cfg, manager):
                 rows = manager.load_datasets(cfg, preprocess=False)
-            yield own.config, [rows.train_dataset, rows.eval_dataset]
+            reports = [getattr(plugin, "rows", None) for plugin in manager.plugins.values()]
+            (report,) = filter(None, reports)
+            yield own.config, [rows.train_dataset, rows.eval_dataset], report
         finally:
             _close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.io.files import explaining_writes, json_checksum, replace_file
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.places import is_a_path
+from dwakd_plugin.tokenizers.template_date import read_date, today
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 CHECKSUM = "crc32"  # of all else in that file
@@ -59,6 +60,14 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def template_day(recipe: Recipe) -> date:
+    """The day that the run's chat templates print: of a run that resumes, the first half's."""
+    file = recipe.output_dir / RUN_FILE
+    record = (read_run_file(file) if recipe.resumes else None) or {}
+    day = record.get("template_date")
+    return today() if day is None else read_date(day, file)
+
+
 def sign_output_folder(recipe: Recipe) -> None:
     """Says in the output folder whose run it holds, and with what settings. Raises UserError."""
     file = recipe.output_dir / RUN_FILE
@@ -66,6 +75,7 @@ def sign_output_folder(recipe: Recipe) -> None:
         "identity": run_identity(recipe),
         "version": dwakd_plugin.__version__,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "template_date": template_day(recipe).isoformat(),
         "settings": recipe.config.model_dump(),
         **run_facts(recipe),
     }

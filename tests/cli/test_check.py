@@ -7,18 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import normalizers
+import yaml
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from dwakd_cli.main import app
 from dwakd_cli.token_picture import terminal_rows
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.tokenizers.figures import vocabulary_figures
 from dwakd_plugin.tokenizers.pair import ByteCutter, cut_both
+from tests.conftest import write_rows
 from tests.tokenizers.small_tokenizers import byte_level, sentencepiece
 
 
@@ -181,3 +185,71 @@ def test_files_that_cannot_be_read_or_written(folders: tuple[str, str], tmp_path
     assert "cannot be written" in fails(*folders, "--html", tmp_path / "none" / "pair.html")
     assert "surrogate" in fails(*folders, "--show", "caf\udce9")  # an argument that was not UTF-8
     assert "no text to draw" in fails(*folders, "--show", "", "--png", tmp_path / "pair.png")
+
+
+def test_the_rows_of_a_recipe_side_by_side(
+    lab: Path, tmp_path: Path, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    """A teacher's template that leaves reasoning out: three kinds of rows, told apart."""
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{{ message.content.split('</think>')[-1].strip() }}<|im_end|>\n{% endfor %}"
+    )
+    rows = [
+        [("user", "What is two and two?"), ("assistant", answer)]
+        for answer in (
+            "It is four.",
+            "It is four. ",
+            "<think>two and two are four</think>It is four.",
+            "<think>add them</think>It is 4.",
+        )
+    ]
+    messages = [
+        {"messages": [{"role": role, "content": content} for role, content in row]} for row in rows
+    ]
+    keys = recipe(
+        {"teacher": {"chat_template": template}},
+        datasets=[
+            {
+                "path": str(write_rows(tmp_path / "chat.jsonl", messages)),
+                "type": "chat_template",
+                "field_messages": "messages",
+            }
+        ],
+        chat_template="chatml",
+        special_tokens={"eos_token": "<|im_end|>"},
+    )
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    result = check("--data", file, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["teacher"] == str(lab / "teacher") and report["student"] == str(lab / "student")
+    found = report["rows"]
+    assert found["counts"] == {
+        "kept": 2,
+        "kept for its labels only: the teacher's side has another answer": 2,
+    }
+    assert found["answers"]["different in their reasoning"] == 2
+    example = found["examples"]["different in their reasoning"]
+    assert example["row"].startswith("row 2 of")
+    assert "two and two are four" in example["student_rendering"]
+    assert "two and two are four" not in example["teacher_rendering"]
+    assert example["teacher_rendering"].count("It is four.") == 1
+
+    shown = check("--data", file)
+    assert shown.exit_code == 0 and "Answers different in their reasoning: row 2 of" in shown.output
+    assert check().exit_code == 1
+
+
+def test_tokens_that_the_student_never_reads_are_counted_apart() -> None:
+    teacher, student = byte_level(), byte_level()
+    every = vocabulary_figures(teacher, student)
+    assert every["shared_tokens_read"] == every["shared_tokens_bytes"]
+    # Without the merge that makes it, a token stays in the vocabulary and no cut arrives at it.
+    rules = json.loads(student.backend_tokenizer.to_str())
+    rules["model"]["merges"] = rules["model"]["merges"][:-5]
+    student.backend_tokenizer.model = Tokenizer.from_str(json.dumps(rules)).model
+    fewer = vocabulary_figures(teacher, student)
+    assert fewer["shared_tokens_bytes"] == every["shared_tokens_bytes"]
+    assert fewer["shared_tokens_read"] == every["shared_tokens_read"] - 5

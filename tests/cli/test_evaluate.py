@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app, main
@@ -24,7 +25,8 @@ from dwakd_plugin.evaluate import work
 from dwakd_plugin.evaluate.figures import rouge_l
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 from dwakd_plugin.evaluate.subjects import short_names
-from tests.conftest import ROWS, write_rows
+from dwakd_plugin.tokenizers.template_date import template_date
+from tests.conftest import CHAT_TEMPLATE, ROWS, write_rows
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
@@ -148,6 +150,35 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
     code, said = dwakd("cut", "--top-p", "0.5")
     assert code == 1 and "top_p: 1.0 there, 0.5 here" in said.err
     assert dwakd("cut", "--top-p", "0.5", "--force")[0] == 0
+
+
+def test_the_next_day_goes_on_with_its_own_answers(lab: Path, tmp_path: Path) -> None:
+    """A template that prints today's date: the run's day, then that of the first evaluation."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(lab / "student", run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer.chat_template = f"Today is {{{{ strftime_now('%Y-%m-%d') }}}}. {CHAT_TEMPLATE}"
+    tokenizer.save_pretrained(run)
+    (run / "dwakd").mkdir()
+    record = {"identity": {"student": "small"}, "template_date": "2024-02-29"}
+    (run / "dwakd" / "run.json").write_text(json.dumps(record))
+
+    def prompt(folder: Path, output: Path, day: date) -> str:
+        command = arguments(lab, output, "--prompt-template", "chat", "--json")
+        command[1] = str(folder)
+        with template_date(day):
+            result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        return str(json.loads(result.stdout)["first_prompt"])
+
+    first, second = date(2026, 11, 28), date(2026, 11, 29)
+    assert prompt(run, out, first).startswith("Today is 2024-02-29.")
+    plain = tmp_path / "plain"  # no run: nobody says which day it was trained on
+    shutil.copytree(run, plain)
+    shutil.rmtree(plain / "dwakd")
+    assert prompt(plain, tmp_path / "its", first).startswith("Today is 2026-11-28.")
+    assert prompt(plain, tmp_path / "its", second).startswith("Today is 2026-11-28.")
+    assert prompt(plain, tmp_path / "other", second).startswith("Today is 2026-11-29.")
 
 
 def test_a_recipe_is_data(lab: Path, tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> None:

@@ -21,12 +21,14 @@ from dwakd_plugin.evaluate.figures import (
     interval,
     jensen_shannon,
     mean_of,
+    mostly_unseen,
     nearness,
     read,
     rouge_l,
     structure_distance,
     symbols_of,
     without_words,
+    words,
 )
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 from dwakd_plugin.evaluate.rows import Encoded, bytes_of_tokens, token_ends
@@ -226,3 +228,15 @@ def test_a_paired_interval_sees_what_two_intervals_hide() -> None:
     assert 0 < low < first.value - second.value < high < 1
     assert interval(first)[0] < interval(second)[1]  # they overlap
     assert interval(first, second) == (low, high)
+
+
+def test_words_of_other_scripts_count_beside_rouge() -> None:
+    one, other = "Столица Франции — Париж, 2024.", "Население Земли растёт с 2024 года."
+    assert rouge_l([one], [(other,)])[0] == 100  # of one figure alone
+    assert 0 < rouge_l([one], [(other,)], unicode_words=True)[0] < 30
+    assert rouge_l([one.upper()], [(one,)], unicode_words=True)[0] == pytest.approx(100)
+    assert words("हिन्दी में 数据 ภาษา größte") == [
+        *("हिन्दी", "में", "数", "据", "ภ", "า", "ษ", "า", "größte".casefold()),
+    ]
+    rows = [(one,), ("Die größte der 3",), ("数据", "two words here"), ("数据 a",)]
+    assert mostly_unseen(rows) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tokenizers import Tokenizer
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.tokenizers.loading import PROBE, follows_its_file, load_tokenizer
+from dwakd_plugin.tokenizers.model_findings import class_findings
+from dwakd_plugin.tokenizers.side import load_side
 from tests.conftest import SHARED
 from tests.tokenizers.small_tokenizers import byte_level
 
@@ -46,3 +49,15 @@ def test_real_tokenizers_follow_their_files() -> None:
     assert len(folders) >= 5
     for folder in folders:
         assert follows_its_file(AutoTokenizer.from_pretrained(folder), folder), folder.name
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_check_names_a_class_that_misreads(
+    misnamed: Path, role: Literal["teacher", "student"], tmp_path: Path
+) -> None:
+    side = load_side(role, str(misnamed), trust_remote_code=False)
+    assert side.refused is not None and side.refused.startswith("Llama")
+    (finding,) = class_findings(side)
+    assert (finding.code, finding.severity) == (f"{role}_class_misreads", "problem")
+    byte_level().save_pretrained(tmp_path / "plain")
+    assert not class_findings(load_side(role, str(tmp_path / "plain"), trust_remote_code=False))
