@@ -97,6 +97,7 @@ def _table(report: dict[str, Any]) -> Table:
         "weights": ", ".join(report["weights"]),
         "compared": f"logits differ by {check['relative_logit_difference']:.2g} of their size, "
         f"{check['tolerance']:g} allowed ({check['tokens_compared']} tokens, in a new process)",
+        **_trained(report),
         "took": f"{report['seconds']:.0f} s",
     }
     if "pushed_to" in report:
@@ -107,3 +108,25 @@ def _table(report: dict[str, Any]) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def _trained(report: dict[str, Any]) -> dict[str, str]:
+    """What the export is worth beside the student as it was trained, where that is known."""
+    trained = report.get("trained")
+    if trained is None:
+        return {}
+    words = (
+        f"logits differ by {trained['relative_logit_difference']:.2g} of their size from those in "
+        f"training ({trained['held']}); bits per byte of the labels of its first rows: "
+        f"{trained['bits_per_byte']:.4f} in training, {trained['exported_bits_per_byte']:.4f} now"
+    )
+    if trained["held"].endswith("bit"):
+        words += (
+            f". The adapter learnt on a base in {trained['held']}, and this base is not quantised: "
+            + (
+                "load it so to have what was trained"
+                if report["kind"] == "adapter"
+                else "--keep-adapter, and a base loaded so, have what was trained"
+            )
+        )
+    return {"as trained": words}

@@ -22,6 +22,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.export.card import model_card
 from dwakd_plugin.export.run_student import (
     Student,
+    base_name,
     find_student,
     load_student,
     load_tokenizer,
@@ -38,6 +39,7 @@ from dwakd_plugin.export.verify import (
 from dwakd_plugin.io.files import explaining_writes
 from dwakd_plugin.io.folders import new_folder
 from dwakd_plugin.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dwakd_plugin.train.kept_logits import difference, read_logits
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -84,6 +86,7 @@ def export(
         precision = stored if dtype == "auto" else PRECISIONS[dtype]
         ids = probe_ids(tokenizer)
         reference = logits_of(model, ids)
+        trained = _compared_with_training(model, student)
         _complete_generation_config(model.generation_config, tokenizer)
         if not keep_adapter:
             if student.is_adapter:
@@ -123,11 +126,42 @@ def export(
             "bytes": sum(file.stat().st_size for file in partial.rglob("*")),
             "weights": sorted(file.name for file in partial.glob("*.safetensors")),
             "verification": check,
+            **trained,
         }
         card = model_card(student.record, student.log, report)
         with writing():
             (partial / "README.md").write_text(card, encoding="utf-8")
     return report | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _compared_with_training(model: Any, student: Student) -> dict[str, Any]:
+    """How far the student, loaded in float32, is from the one that was trained, for the report.
+
+    Raises UserError where it is another one, and no quantisation of its base accounts for that.
+    """
+    kept = read_logits(student.folder)
+    if kept is None:  # the run is of before they were kept, or was sharded
+        return {}
+    found = difference(model, kept)
+    if not kept.is_quantised and not found.relative <= kept.tolerance(model):
+        raise UserError(
+            f"The student in `{student.folder}` is not the one that was trained: its logits differ "
+            f"by {found.relative:.2g} of their size. "
+            + (
+                f"Its adapter belongs to another base model than `{base_name(student)}` is now; "
+                "name that one with --base-model."
+                if student.is_adapter
+                else "Its weights were changed since."
+            )
+        )
+    return {
+        "trained": {
+            "held": kept.held,
+            "relative_logit_difference": found.relative,
+            "bits_per_byte": found.trained_bits_per_byte,
+            "exported_bits_per_byte": found.found_bits_per_byte,
+        }
+    }
 
 
 def _merged(model: Any) -> Any:

@@ -7,6 +7,7 @@ __all__ = [
     "assembly",
     "child_process",
     "health",
+    "kept_logits",
     "launch",
     "open_run",
     "preflight",

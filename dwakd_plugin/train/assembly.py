@@ -17,7 +17,12 @@ from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import trained_projectors, variant_of
-from dwakd_plugin.models.causal_lm import causal_lm, check_positions, parameter_count
+from dwakd_plugin.models.causal_lm import (
+    causal_lm,
+    check_logits,
+    check_positions,
+    parameter_count,
+)
 from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe import Recipe
@@ -50,6 +55,9 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     config, student, student_tokenizer = recipe.config, trainer.model, trainer.processing_class
     check_positions(student, cfg.sequence_len, "sequence_len")
     check_own_answers(cfg, config, trainer)
+    if not is_sharded(trainer):  # whose weights are not whole before it is wrapped
+        with trainer.accelerator.autocast():
+            check_logits(student, "The student")
     # A sharded student is not on its device before it is wrapped.
     place = trainer.args.device if is_sharded(trainer) else student.device
     device = "cpu" if place.type == "cpu" else str(place)  # accelerate numbers CPUs

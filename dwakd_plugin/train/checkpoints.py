@@ -32,6 +32,18 @@ def resume_projectors(distillation: Distillation, checkpoint: Path) -> None:
         load_projectors(distillation.projectors, file, distillation.pair)
 
 
+def check_optimizer(checkpoint: Path) -> None:
+    """Raises UserError where a checkpoint lacks the optimizer's state, which would begin anew."""
+    names = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # engines have others
+    if not any(next(checkpoint.glob(name), None) for name in names):
+        raise UserError(
+            f"{checkpoint} cannot be resumed: it holds no optimizer state (`save_only_model: true` "
+            "wrote it), so the optimizer would begin anew in the middle of its schedule. To train "
+            f"on from its student, begin a new run with `base_model: {checkpoint}` (of a LoRA, "
+            "`lora_model_dir`) and another output_dir."
+        )
+
+
 def explain_a_failing_save(student: Any) -> None:
     """Has axolotl's saving of the student end with a message where the disk is full."""
     save = student.save_pretrained

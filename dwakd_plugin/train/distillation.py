@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-
 from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.projectors import HeadFollower, Projectors
@@ -63,22 +60,3 @@ def attach(projectors: Projectors | None, student: Any) -> None:
             *(lm._keys_to_ignore_on_save or ()),
             *(f"{PROJECTORS}.{name}" for name in projectors.state_dict()),
         }
-
-
-def give_their_rate(
-    optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float
-) -> None:
-    """Moves the projectors' parameters into parameter groups of their own."""
-    projectors = {
-        id(parameter) for name, parameter in model.named_parameters() if f"{PROJECTORS}." in name
-    }
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in projectors]
-        if not mine:
-            continue
-        group["params"] = [
-            parameter for parameter in group["params"] if id(parameter) not in projectors
-        ]
-        optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
-    # DeepSpeed cannot flatten a group of none.
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

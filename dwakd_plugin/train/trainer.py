@@ -26,17 +26,19 @@ from dwakd_plugin.data.sampled_rows import OWN_ROWS, given_labels
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
-from dwakd_plugin.models.causal_lm import causal_lm
+from dwakd_plugin.models.causal_lm import body, causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.train.callbacks import HealthReport, StopWhenAsked
 from dwakd_plugin.train.checkpoints import (
+    check_optimizer,
     explain_a_failing_save,
     have_torch_load_to_numbered_cpus,
     resume_projectors,
     write_projectors,
 )
-from dwakd_plugin.train.distillation import PROJECTORS, Distillation, attach, give_their_rate
+from dwakd_plugin.train.distillation import PROJECTORS, Distillation, attach
+from dwakd_plugin.train.kept_logits import check_resumed, held_as, keep_logits
 from dwakd_plugin.train.metrics import (
     LabelCounts,
     Sums,
@@ -50,6 +52,14 @@ from dwakd_plugin.train.non_finite import (
     explain_non_finite,
     how_to_go_on,
     non_finite_parameter,
+)
+from dwakd_plugin.train.projector_optimizer import (
+    TwoOptimizers,
+    adamw,
+    chooses_by_parameter,
+    give_their_rate,
+    left_out,
+    schedule_their_rate,
 )
 from dwakd_plugin.train.sharding import check_gathered, is_sharded, prepare_for_engine
 from dwakd_plugin.train.signals import end_run, stopping_on_sigterm
@@ -125,6 +135,11 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             return self._distilling_forward(*args, **inputs)
 
         self.model.forward = forward
+        if self.args.torch_compile:
+            # Of the student its decoder; the loss, whose soft-DTW no graph can hold, stays outside.
+            self.model.forward = torch.compiler.disable(forward)
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            body(self.model).compile(backend=backend or "inductor", mode=mode)
 
     def end_distillation(self) -> bool:
         """Makes the student what it was, without projectors. False where that was done before."""
@@ -295,11 +310,24 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         return super()._run_epoch(model, epoch, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model=model)
-        if self.distillation is not None:
+        projectors = None if self.distillation is None else self.distillation.projectors
+        if self.distillation is None or projectors is None or self.optimizer is not None:
+            return super().create_optimizer(model=model)
+        rate = self.distillation.config.projectors.learning_rate
+        if chooses_by_parameter(self):
+            with left_out(projectors):
+                student = super().create_optimizer(model=model)
+            self.optimizer = TwoOptimizers(student, adamw(projectors, self.args, rate))
+        else:
+            give_their_rate(super().create_optimizer(model=model), projectors, rate)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        made = super().create_scheduler(num_training_steps, optimizer)
+        if self.distillation is not None and self.distillation.projectors is not None:
             rate = self.distillation.config.projectors.learning_rate
-            give_their_rate(optimizer, self.model if model is None else model, rate)
-        return optimizer
+            schedule_their_rate(made, self.distillation.projectors, rate)
+        return made
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -316,13 +344,22 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         folder /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with explaining_writes(folder, "Training stops here: free some space, and resume."):
             # Before the rest: a checkpoint counts as whole once its last file, the state, is there.
-            self.save_projectors(folder)
+            self.save_beside_student(folder)
             super()._save_checkpoint(model, trial, **kwargs)
 
-    def save_projectors(self, folder: Path) -> None:
-        """Writes the projectors below `folder`. All ranks must take part."""
+    def save_beside_student(self, folder: Path) -> None:
+        """Writes projectors and a few logits below `folder`. All ranks must take part."""
         assert self.distillation is not None
         write_projectors(self.distillation, folder, first_rank=self.args.should_save)
+        if self.args.should_save and not is_sharded(self):  # one rank alone has no whole student
+            rows = (self.eval_dataset or self.train_dataset).with_format(None)
+            room = explaining_writes(folder, "Free some space, and resume.")
+            with self.accelerator.autocast(), room:
+                keep_logits(self.model, rows, self.processing_class.decode, folder, self._held())
+
+    def _held(self) -> str:
+        half = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        return held_as(self.model, autocast=half)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.args.device.type == "cpu" and self.args.device.index is not None:
@@ -333,5 +370,15 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_optimizer(Path(resume_from_checkpoint))
         if self.distillation is not None:
             resume_projectors(self.distillation, Path(resume_from_checkpoint))
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which load theirs later
+                with self.accelerator.autocast():
+                    check_resumed(self.model, Path(resume_from_checkpoint), self._held())
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        engine = self.is_deepspeed_enabled or self.is_fsdp_enabled  # whose checkpoints have both
+        if self.distillation is not None and not engine:
+            resume_projectors(self.distillation, Path(self.state.best_model_checkpoint))

@@ -1,0 +1,106 @@
+"""The projectors beside any optimizer and schedule of the student, and in its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dwakd_plugin.models.projectors import Projectors
+from dwakd_plugin.train.projector_optimizer import give_their_rate, schedule_their_rate
+from tests.runs import losses, weights
+
+Recipe = Callable[..., dict[str, Any]]
+Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
+PROJECTORS = Path("dwakd") / "projectors.safetensors"
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_one_cycle_peaks_at_the_projectors_own_rate() -> None:
+    model = torch.nn.ModuleDict({"student": torch.nn.Linear(3, 3), "own": Projectors(3, 5)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    give_their_rate(optimizer, model["own"], 0.02)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=20)
+    schedule_their_rate(scheduler, model["own"], 0.02)
+    seen = []
+    for _ in range(20):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        if len(seen) < 20:
+            scheduler.step()
+    student, own = map(list, zip(*seen, strict=True))
+    assert max(student) == pytest.approx(1e-3)
+    assert own == pytest.approx([20 * rate for rate in student])
+
+
+def test_the_best_model_is_student_and_projectors_of_one_checkpoint(
+    recipe: Recipe, train: Train
+) -> None:
+    settings = recipe(
+        {},
+        val_set_size=4,
+        eval_steps=1,
+        save_steps=1,
+        max_steps=3,
+        learning_rate=0.5,  # each step makes it worse
+        lr_scheduler="constant",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    train(settings)
+    out = Path(settings["output_dir"])
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    best, last = Path(state["best_model_checkpoint"]), out / "checkpoint-3"
+    assert best.name != last.name
+    assert same(weights(out), weights(best)) and not same(weights(out), weights(last))
+    assert same(load_file(out / PROJECTORS), load_file(best / PROJECTORS))
+    assert not same(load_file(out / PROJECTORS), load_file(last / PROJECTORS))
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed(
+    recipe: Recipe, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = recipe({}, save_only_model=True)
+    train(settings)
+    with pytest.raises(SystemExit):
+        train(settings | {"auto_resume_from_checkpoints": True, "max_steps": 6})
+    assert "checkpoint-4 cannot be resumed: it holds no optimizer state" in caplog.text
+
+
+def test_muon_trains_the_student_and_adamw_the_projectors(
+    recipe: Recipe, train: Train, tmp_path: Path
+) -> None:
+    settings = recipe({}, optimizer="muon")
+    with torch.compiler.set_stance("force_eager"):  # it compiles a product of matrices
+        train(settings)
+        whole, resumed = Path(settings["output_dir"]), tmp_path / "resumed"
+        shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+        train(settings | {"output_dir": str(resumed), "auto_resume_from_checkpoints": True})
+    two, four = (load_file(whole / f"checkpoint-{n}" / PROJECTORS) for n in (2, 4))
+    moved = [name for name in two if not torch.equal(two[name], four[name])]
+    assert {"query.bias", "t2s.bias", "embed_t2s.bias", "t2s.weight"} <= set(moved)
+    # AdamW's step is the rate at most, where Muon's would be many times that.
+    largest = max(float((two[name] - four[name]).abs().max()) for name in moved)
+    assert largest < 2.5 * 1e-3
+    assert same(load_file(whole / PROJECTORS), load_file(resumed / PROJECTORS))
+    assert same(weights(whole), weights(resumed))
+
+
+def test_a_compiled_student_learns_the_same(recipe: Recipe, train: Train, tmp_path: Path) -> None:
+    """Its decoder is compiled; the loss stays outside, which no graph can hold."""
+    plain = losses(train(recipe({})))
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    settings = recipe({}, output_dir=str(tmp_path / "compiled"), **compiled)
+    torch._dynamo.reset()
+    assert losses(train(settings)) == pytest.approx(plain, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
