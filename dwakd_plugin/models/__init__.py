@@ -8,7 +8,6 @@ __all__ = [
     "causal_lm",
     "cutting",
     "folder",
-    "multipliers",
     "new_vocabulary",
     "out_of_memory",
     "projectors",
