@@ -10,14 +10,13 @@ import contextlib
 from collections.abc import Iterator
 from datetime import date, datetime, time, tzinfo
 
-from transformers.utils import chat_template_utils
-
 from dwakd_plugin.errors import UserError
 
 
 @contextlib.contextmanager
 def template_date(day: date) -> Iterator[None]:
     """While open, chat templates take `day`, at noon, for now."""
+    from transformers.utils import chat_template_utils
 
     class Frozen(datetime):
         @classmethod
@@ -34,6 +33,8 @@ def template_date(day: date) -> Iterator[None]:
 
 def today() -> date:
     """What templates take for today."""
+    from transformers.utils import chat_template_utils
+
     return chat_template_utils.datetime.now().date()
 
 
