@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -40,6 +41,10 @@ def train(
     load_in_8bit: LoadIn8Bit = False,
     load_in_4bit: LoadIn4Bit = False,
     teacher_cache: TeacherCache = None,
+    adapt: Annotated[
+        bool,
+        typer.Option("--adapt", help="The teacher learns the rows first, as by `dwakd adapt`."),
+    ] = False,
     variant: Annotated[
         str | None,
         typer.Option(
@@ -88,10 +93,13 @@ def train(
     from dwakd_plugin.train.signals import MESSAGE
 
     console = PlainConsole(stderr=json_output)
+    given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
+    if adapt:
+        given |= _adapted(recipe, given, dry_run, console)
     launch = prepare(
         recipe,
         further or [],
-        teacher=of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache),
+        teacher=given,
         variant=variant,
         launcher=launcher,
         processes=nproc,
@@ -138,6 +146,24 @@ def train(
         facts = {**_facts(launch), "exit_code": code, "warnings": warnings}
         print(json.dumps(facts, indent=1))
     sys.exit(code)
+
+
+def _adapted(
+    file: Path, given: dict[str, Any], dry_run: bool, console: PlainConsole
+) -> dict[str, Any]:
+    """The teacher's adapter as a key of `dwakd.teacher`, trained first where it isn't there."""
+    from dwakd_cli.adapt import adapt_teacher
+    from dwakd_plugin.recipe import Recipe
+    from dwakd_plugin.train.adaptation import adaptation, adapter_folder
+    from dwakd_plugin.train.preflight import check_all
+
+    read = Recipe.read(file, given)
+    check_all(read)
+    keys = adaptation(read, adapter_folder(read))
+    if dry_run:
+        console.print(f"The teacher would learn the rows first: {keys['output_dir']}.")
+        return {}
+    return {"adapter": adapt_teacher(read, keys, console)["adapter"]}
 
 
 def _how_to_go_on(launch: Launch, stopped_by: int) -> str:

@@ -4,6 +4,7 @@
 """
 
 __all__ = [
+    "adaptation",
     "assembly",
     "child_process",
     "health",
