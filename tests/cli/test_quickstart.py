@@ -167,3 +167,9 @@ def test_recipes_differ_by_their_teacher_alone() -> None:
     kind = sft["datasets"][0]["type"]
     assert kind["format"].format(**row) == kind["no_input_format"].format(**row)
     assert kind["format"].format(**row) == quickstart.prompt(row)
+
+
+def test_threads_wait_without_spinning_unless_the_user_says_so() -> None:
+    environment = axolotl_environment({})
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE" and environment["PYTHONSAFEPATH"] == "1"
+    assert axolotl_environment({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
