@@ -150,6 +150,7 @@ def test_a_strategy_that_edits_its_row_leaves_the_other_what_the_user_wrote() ->
         excess_length="drop",
         different_answers="drop",
         messages="messages",
+        tools="tools",
         teacher_name="teacher",
     )
     row = {"messages": ["Hi"]}
