@@ -7,7 +7,7 @@ there to be read. Earlier turns of a conversation stay as they are given, withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,12 @@ def answer_begins(labels: Sequence[int]) -> int | None:
     return begin
 
 
-def end_of(ids: Sequence[int], special: Iterable[int]) -> int | None:
-    """The token that ends an answer: its last special one; None where it has none."""
-    special = frozenset(special)
-    return next((token for token in reversed(ids) if token in special), None)
+def end_of(ids: Sequence[int], labels: Sequence[int], special: frozenset[int]) -> int | None:
+    """The token that ends a row's last answer: its last special one; None where it has none."""
+    begin = answer_begins(labels)
+    answer = zip(ids[begin:], labels[begin:], strict=True)
+    ends = [token for token, label in answer if label != -100 and token in special]
+    return ends[-1] if ends else None
 
 
 def prompt_of(row: Row) -> list[int] | None:
@@ -106,10 +108,7 @@ def answered(
     if answer is None:
         return None
     if ended:
-        given = row.teacher_ids[other_begin:]
-        labels = row.teacher_labels[other_begin:]
-        own = [token for token, label in zip(given, labels, strict=True) if label != -100]
-        end = end_of(own, text.teacher_special)
+        end = end_of(row.teacher_ids, row.teacher_labels, text.teacher_special)
         answer = [*answer, teacher_end if end is None else end]
     pairs = text.pairs(sample, answer)
     if not pairs or len(prompt) + len(answer) > longest:

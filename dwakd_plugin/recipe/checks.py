@@ -195,7 +195,7 @@ def _own_answers_problems(recipe: Recipe) -> Iterator[str]:
     if isinstance(length, int) and isinstance(longest, int) and longest >= length:
         yield (
             f"  {'.'.join(('dwakd', *_LONGEST_OWN))}: {longest} — sequence_len is {length}, which "
-            "leaves no place for a prompt; raise sequence_len, or lower it"
+            "leaves no place for a prompt; raise sequence_len, or lower max_new_tokens"
         )
 
 

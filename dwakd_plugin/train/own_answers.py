@@ -140,7 +140,7 @@ class OwnAnswers:
         begun = time.perf_counter()
         own, special = self._own, self._text.student_special
         prompts = {number: prompt_of(rows[number]) or [] for number in chosen}
-        given = [end_of(rows[n].student_ids[len(prompts[n]) :], special) for n in chosen]
+        given = {end_of(rows[n].student_ids, rows[n].student_labels, special) for n in chosen}
         stop = sorted(self._ends | {end for end in given if end is not None})
         sampling = Sampling(own.temperature, own.top_p, own.max_new_tokens)
         samples: dict[int, tuple[list[int], bool]] = {}

@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dwakd_plugin.data.collator import DualCollator, split_batch
-from dwakd_plugin.data.sampled_rows import OWN_ROWS, answer_begins, answered, given_labels, rows_of
+from dwakd_plugin.data.sampled_rows import (
+    OWN_ROWS,
+    answer_begins,
+    answered,
+    end_of,
+    given_labels,
+    rows_of,
+)
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.causal_lm import embedding_table, output_head
 from dwakd_plugin.models.student import student_states
@@ -256,6 +263,18 @@ def test_sampled_ids_stay_where_the_tokenizer_cuts_otherwise(pair: Pair) -> None
     learnt = [label for label in own.student_labels if label != -100]
     assert learnt[0] == letters[0] and learnt[-1] == end
     assert len(learnt) == len([label for label in own.teacher_labels if label != -100])
+
+
+def test_the_last_turn_is_answered_and_ends_as_it_did() -> None:
+    special = frozenset({90, 91})
+    #      a question, an answer, its end; another one; what nobody learns
+    ids = [1, 2, 3, 90, 4, 5, 6, 91, 7, 90]
+    labels = [-100, -100, 3, 90, -100, 5, 6, 91, -100, -100]
+    assert answer_begins(labels) == 5
+    assert end_of(ids, labels, special) == 91
+    assert end_of(ids, labels, frozenset()) is None
+    assert answer_begins([5, -100]) is None  # nothing predicts a row's first token
+    assert answer_begins([5, 5]) == 1
 
 
 def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
