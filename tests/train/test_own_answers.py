@@ -53,7 +53,7 @@ LORA = {
     ("variant", "settings"),
     [
         ("mapped", {}),
-        ("full", {"gradient_accumulation_steps": 2, "micro_batch_size": 2, **LORA}),
+        ("paper", {"gradient_accumulation_steps": 2, "micro_batch_size": 2, **LORA}),
     ],
 )
 def test_a_run_samples_logs_and_resumes_exactly(
@@ -75,7 +75,7 @@ def test_a_run_samples_logs_and_resumes_exactly(
     train(keys | {"output_dir": str(resumed), "auto_resume_from_checkpoints": True})
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    if variant == "full":
+    if variant == "paper":
         file = Path("dwakd", "projectors.safetensors")
         expected, found = load_file(whole / file), load_file(resumed / file)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -127,7 +127,11 @@ class Pair:
         config = parse_recipe(
             {
                 "distillation": "dwakd",
-                "dwakd": {"teacher": "big", "own_answers": {"start_after": 0, **own}},
+                "dwakd": {
+                    "teacher": "big",
+                    "variant": "paper",
+                    "own_answers": {"start_after": 0, **own},
+                },
             }
         )
         assert config is not None and config.own_answers is not None
