@@ -30,7 +30,10 @@ def adapt(
     load_in_4bit: LoadIn4Bit = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the adapter.", show_default="OUTPUT_DIR-teacher"),
+        typer.Option(
+            help="Folder for the adapter. By default it lies beside OUTPUT_DIR and is named after "
+            "it."
+        ),
     ] = None,
     epochs: Annotated[
         float | None,

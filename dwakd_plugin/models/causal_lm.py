@@ -101,15 +101,21 @@ def output_head(model: PreTrainedModel | PeftModel) -> Head:
 
 
 @torch.no_grad()
-def check_logits(model: PreTrainedModel | PeftModel, name: str) -> None:
+def check_logits(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    head: Head | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Raises UserError where hidden states and head don't give the model's own logits.
 
-    `name` is the model's in the message. The model's mode is left as it was.
+    `name` is the model's in the message. Of a model whose weights are elsewhere between forwards,
+    `head` is its head with values, and `device` takes the tokens. The mode is left as it was.
     """
     lm = causal_lm(model)
     generator = torch.Generator().manual_seed(0)
     weight = lm.get_input_embeddings().weight
-    ids = torch.randint(weight.shape[0], (1, 8), generator=generator).to(weight.device)
+    ids = torch.randint(weight.shape[0], (1, 8), generator=generator).to(device or weight.device)
     was_training = model.training
     model.eval()
     try:
@@ -117,7 +123,7 @@ def check_logits(model: PreTrainedModel | PeftModel, name: str) -> None:
         hidden = hidden_states(model, ids, torch.ones_like(ids)).flatten(0, 1)
     finally:
         model.train(was_training)
-    head = output_head(model)
+    head = head or output_head(model)
     given = head.logits(hidden.to(head.weight.device)).view(own.shape).to(own.device)
     error = ((given - own).norm() / own.float().norm()).item()
     whole = all(each.dtype == torch.float32 for each in (own, hidden))

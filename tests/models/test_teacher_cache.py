@@ -347,9 +347,8 @@ def test_the_command_fills_what_training_reads_without_a_teacher(
 
     monkeypatch.setattr(cached_teacher_module, "load_teacher", no_body)
     teacher = settings["dwakd"]["teacher"] | {"cache": str(folder)}
-    cached = train(
-        settings | {"dwakd": {"teacher": teacher}, "output_dir": str(tmp_path / "cached")}
-    )
+    block = settings["dwakd"] | {"teacher": teacher}
+    cached = train(settings | {"dwakd": block, "output_dir": str(tmp_path / "cached")})
     assert [line["loss"] for line in cached if "loss" in line] == pytest.approx(
         [line["loss"] for line in live if "loss" in line], rel=1e-5
     )

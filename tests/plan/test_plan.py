@@ -64,7 +64,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "base_model": config_only(folder / "student", student),
         "distillation": "dwakd",
-        "dwakd": {"teacher": {"base_model": config_only(folder / "teacher", teacher)}},
+        "dwakd": {
+            "variant": "paper",
+            "teacher": {"base_model": config_only(folder / "teacher", teacher)},
+        },
         "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
         "sequence_len": 64,
         "micro_batch_size": 4,
@@ -439,6 +442,7 @@ def test_cached_states_wait_for_a_whole_optimizer_step(
     assert on_gpu == waiting * 3 / 4  # the data loader's is not there yet
 
 
+@pytest.mark.slow
 def test_every_recorded_run_is_planned_within_its_limit(tmp_path: Path) -> None:
     """Plans are made anew here, from configs; what the runs took was measured once."""
     plans, found = planned(tmp_path), recorded()

@@ -200,8 +200,11 @@ def fine_tuned(folder: str, workshop: Path, train: Train) -> None:
         assert all(math.isfinite(line["loss"]) for line in log if "loss" in line)
 
 
-# Of those that differ in their models alone, one; test_architectures.py has the models.
+# Of those that differ in their models alone, one; test_architectures.py has the models, and
+# test_packing.py and test_axolotl.py what the others add.
 ALSO = (
+    "axolotl-llama3-lora-1b",
+    "paper-qwen2.5-7b-to-gpt2-1.5b",
     "chat-qwen3-8b-to-llama3.2-1b",
     "paper-mistral-7b-to-tinyllama-1.1b",
     "paper-qwen2.5-7b-instruct-to-opt-2.7b",

@@ -138,6 +138,7 @@ def test_bpe_that_drops_spaces_is_refused() -> None:
             ByteCutter(tokenizer, "student")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs real tokenizers, which are not part of this")
 def test_figures_of_real_pairs() -> None:
     truth = json.loads((SHARED / "pairs_truth.json").read_text())["pairs"]

@@ -53,7 +53,11 @@ LORA = {
     ("variant", "settings"),
     [
         ("mapped", {}),
-        ("paper", {"gradient_accumulation_steps": 2, "micro_batch_size": 2, **LORA}),
+        pytest.param(
+            "paper",
+            {"gradient_accumulation_steps": 2, "micro_batch_size": 2, **LORA},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_samples_logs_and_resumes_exactly(

@@ -160,7 +160,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     # What is offloaded has no values but in these two blocks.
     with align_module_device(reads), align_module_device(writes):
         table, head = embedding_table(model), output_head(model)
-        check_logits(model, f"The teacher {config.base_model}")
+    check_logits(model, f"The teacher {config.base_model}", head, _input_device(reads))
     check_head(config.base_model, head.weight, table.weight)
     if table.weight.device != torch.device(device):
         tied = head.weight is table.weight
