@@ -244,7 +244,7 @@ def test_parts_add_up_on_both_kinds_of_card(pair: dict[str, Any]) -> None:
 def test_what_a_step_holds_is_counted_exactly(pair: dict[str, Any], on: Card) -> None:
     """To the byte, against modules of the same sizes: what needs no GPU to be known."""
     teacher = pair["dwakd"]["teacher"] | {"dtype": "bfloat16"}
-    changes = {"dwakd": {"teacher": teacher}, "optimizer": "adamw_torch_fused"}
+    changes = {"dwakd": {"variant": "paper", "teacher": teacher}, "optimizer": "adamw_torch_fused"}
     made = plan(ReadRecipe(pair | changes), on).largest
     with torch.device("meta"):
         models = [
