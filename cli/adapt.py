@@ -37,10 +37,10 @@ def adapt(
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Default: the recipe's num_epochs, at most 3."),
+        typer.Option(metavar="X", help="Default: the recipe's num_epochs, at most 3."),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(min=1e-8, max=1, help="Of the LoRA.")] = 2e-4,
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 16,
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="Of the LoRA.")] = 2e-4,
+    rank: Annotated[int, typer.Option(metavar="N", help="Of the LoRA.")] = 16,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the recipe, stop.")
     ] = False,
@@ -58,6 +58,9 @@ def adapt(
     from dwakd_plugin.train.adaptation import adaptation, adapter_folder
     from dwakd_plugin.train.preflight import check_all
 
+    for name, given in (("epochs", epochs), ("learning-rate", learning_rate), ("rank", rank)):
+        if given is not None and not 0 < given < float("inf"):
+            raise UserError(f"--{name} {given}: give a number above 0.")
     console = PlainConsole(stderr=json_output, soft_wrap=True)
     read = Recipe.read(recipe, of_teacher(teacher, load_in_8bit, load_in_4bit, None))
     folder = output or adapter_folder(read)

@@ -46,7 +46,7 @@ def cut(
         typer.Option(metavar="TEXTS", help="Train one on this file, as --texts, and take it."),
     ] = None,
     vocabulary: Annotated[
-        int, typer.Option(min=512, metavar="N", help="Tokens of the one that is trained.")
+        int, typer.Option(metavar="N", help="Tokens of the one that is trained, from 512.")
     ] = 8192,
     texts: Annotated[
         Path | None,
@@ -57,7 +57,7 @@ def cut(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=16, metavar="N", help="Tokens to choose layers on.")
+        int, typer.Option(metavar="N", help="Tokens to choose layers on, from 16.")
     ] = 2048,
     device: Annotated[str, typer.Option(help="As cpu or cuda:1; auto: the GPU, if any.")] = "auto",
     trust_remote_code: TrustModels = False,
@@ -83,6 +83,9 @@ def cut(
         )
     if tokenizer and train_tokenizer:
         raise UserError("Give --tokenizer or --train-tokenizer, not both.")
+    for name, count, least in (("vocabulary", vocabulary, 512), ("tokens", tokens, 16)):
+        if count < least:
+            raise UserError(f"--{name} {count}: give a number from {least}.")
     console = PlainConsole(stderr=json_output)
     with console.status("Loading"):
         from dwakd_plugin.evaluate import model as models
