@@ -283,7 +283,7 @@ def test_every_row_more_takes_more(pair: dict[str, Any], on: Card) -> None:
 
 def test_the_teacher_is_held_as_the_recipe_says(pair: dict[str, Any]) -> None:
     def teacher(**changes: Any) -> float:
-        block = {"teacher": pair["dwakd"]["teacher"] | changes}
+        block = {"variant": "paper", "teacher": pair["dwakd"]["teacher"] | changes}
         return plan(ReadRecipe(pair | {"dwakd": block}), card("24GB")).largest["teacher weights"]
 
     full = teacher(dtype="float32")
