@@ -68,7 +68,7 @@ def words(text: str) -> list[str]:
     """The words of a text in any script; characters where it writes no spaces between words.
 
     >>> words("Größte Stadt: 数据 2")
-    ['größte', 'stadt', '数', '据', '2']
+    ['grösste', 'stadt', '数', '据', '2']
     """
     return _WORDS.findall(unicodedata.normalize("NFC", text).casefold())
 
