@@ -343,7 +343,7 @@ def test_training_is_interrupted_and_resumed(
     assert facts["recipe"] == "out/dwakd/recipe.yml"
     last = out / f"checkpoint-{max(checkpoints) + 10}"
     log = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    assert {"ce", "student_kd", "hidden_dtw"} <= set(log[-1])
+    assert {"ce", "student_kd", "teacher_ce"} <= set(log[-1])
 
 
 @pytest.mark.slow
