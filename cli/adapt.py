@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +18,9 @@ from dwakd_plugin.errors import UserError
 
 if TYPE_CHECKING:
     from dwakd_plugin.recipe import Recipe
+    from dwakd_plugin.train.progress import Progress
 
-LOG_FILE, RECIPE_FILE, PROGRESS_FILE = "adapt.log", "adapt.yml", "progress.jsonl"
+LOG_FILE, RECIPE_FILE = "adapt.log", "adapt.yml"
 
 
 def adapt(
@@ -132,7 +132,7 @@ def _measured(
 
     if rows is None:
         console.print("Preparing the rows ...")
-        with open_rows(recipe) as (_, datasets):
+        with open_rows(recipe) as (_, datasets, _):
             rows = teacher_rows(datasets[1])
         if not rows:
             raise UserError(
@@ -154,46 +154,29 @@ def _measured(
 
 
 def _train(keys: dict[str, Any], made_of: str, folder: Path, console: PlainConsole) -> None:
-    """Runs axolotl, its log in a file. Raises UserError with the log's end where it fails."""
+    """Runs axolotl on the keys. Raises UserError with the log's end where it fails."""
+    from dwakd_cli.logged_run import train_logged
     from dwakd_cli.stages import curve
     from dwakd_plugin.io.files import explaining_writes, replace_file
-    from dwakd_plugin.train import progress
-    from dwakd_plugin.train.child_process import execute
-    from dwakd_plugin.train.launch import axolotl_environment, axolotl_train
+    from dwakd_plugin.train.launch import axolotl_environment
 
-    log, steps, file = folder / LOG_FILE, folder / PROGRESS_FILE, folder / RECIPE_FILE
+    file = folder / RECIPE_FILE
     with explaining_writes("The adapter's folder"):
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
         replace_file(file, f"# The teacher learns the task: dwakd adapt, {made_of}\n{text}")
-    steps.unlink(missing_ok=True)
-    with (
-        log.open("wb") as stream,
-        progress_bar(console, "{task.description} {task.fields[note]}") as bars,
-    ):
+    with progress_bar(console, "{task.description} {task.fields[note]}") as bars:
         bar = bars.add_task("The teacher learns", total=None, note="")
 
-        def tell() -> None:
-            heard = progress.read_progress(steps)
+        def tell(heard: Progress) -> None:
             note = f"loss {curve(heard.losses)}" if heard.losses else ""
             bars.update(bar, completed=heard.step, total=heard.steps or None, note=note)
 
-        code, stopped_by = execute(
-            axolotl_train(str(file), "python"),
-            axolotl_environment() | {progress.FILE: str(steps.resolve())},
-            stream,
-            meanwhile=tell,
-            stderr=subprocess.STDOUT,
-        )
-    if stopped_by is not None:
-        console.print("Stopped; the same command goes on from the last checkpoint.")
-        raise KeyboardInterrupt
-    if code != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        raise UserError(
-            f"axolotl ended with exit code {code} on {file}. The end of {log}:\n"
-            + "\n".join(f"  {line}" for line in tail)
-        )
+        try:
+            train_logged(file, folder / LOG_FILE, axolotl_environment(), tell)
+        except KeyboardInterrupt:
+            console.print("The same command goes on from the last checkpoint, if there is one.")
+            raise
 
 
 def _show(report: dict[str, Any], console: PlainConsole) -> None:

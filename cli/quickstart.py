@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import time
 from importlib import resources
 from pathlib import Path
@@ -21,13 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
+from dwakd_cli.logged_run import train_logged
 from dwakd_cli.stages import Hear, Stages
 from dwakd_plugin.data.library_docs import Row, documentation_rows
-from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import replace_file
 from dwakd_plugin.models.smollm2 import prepare_teacher
-from dwakd_plugin.train import progress
-from dwakd_plugin.train.child_process import execute
 
 TRAIN_ROWS = 200
 HELD_OUT_ROWS = 120
@@ -168,34 +165,14 @@ def train(folder: Path, name: str, environment: dict[str, str], hear: Hear) -> N
 
     Raises UserError with the end of axolotl's log where it fails.
     """
-    from dwakd_plugin.train.launch import axolotl_train
-
     shutil.rmtree(folder / name, ignore_errors=True)  # an interrupted run starts over
-    log, steps = folder / f"{name}.log", (folder / f"{name}.progress.jsonl").resolve()
-    steps.unlink(missing_ok=True)
-
-    def tell() -> None:
-        heard = progress.read_progress(steps)
-        hear(heard.share, heard.losses)
-
-    with log.open("wb") as stream:
-        code, stopped_by = execute(
-            axolotl_train(f"{name}.yml", "python"),
-            environment | {progress.FILE: str(steps)},
-            stream,
-            can_save=lambda: False,  # a minute's work
-            meanwhile=tell,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-        )
-    if stopped_by is not None:
-        raise KeyboardInterrupt
-    if code != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        raise UserError(
-            f"axolotl ended with exit code {code} on {folder / name}.yml. The end of {log}:\n"
-            + "\n".join(f"  {line}" for line in tail)
-        )
+    train_logged(
+        folder / f"{name}.yml",
+        folder / f"{name}.log",
+        environment,
+        lambda heard: hear(heard.share, heard.losses),
+        folder,
+    )
     replace_file(folder / name / "quickstart-done", _recipe(name))
 
 

@@ -95,7 +95,7 @@ def train(
     console = PlainConsole(stderr=json_output)
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
     if adapt:
-        given |= _adapted(recipe, given, dry_run, console)
+        given |= _adapted(recipe, given, resume, dry_run, console)
     launch = prepare(
         recipe,
         further or [],
@@ -149,7 +149,7 @@ def train(
 
 
 def _adapted(
-    file: Path, given: dict[str, Any], dry_run: bool, console: PlainConsole
+    file: Path, given: dict[str, Any], resume: bool, dry_run: bool, console: PlainConsole
 ) -> dict[str, Any]:
     """The teacher's adapter as a key of `dwakd.teacher`, trained first where it isn't there."""
     from dwakd_cli.adapt import adapt_teacher
@@ -158,6 +158,8 @@ def _adapted(
     from dwakd_plugin.train.preflight import check_all
 
     read = Recipe.read(file, given)
+    if resume:
+        read = read.but(auto_resume_from_checkpoints=True)
     check_all(read)
     keys = adaptation(read, adapter_folder(read))
     if dry_run:

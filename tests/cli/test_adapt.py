@@ -118,6 +118,21 @@ def test_what_cannot_be_adapted_is_said_and_nothing_written(
     assert "holds something else" in message(recipe({}), "--output", str(lab / "teacher"))
 
 
+def test_train_says_that_the_teacher_would_learn_first(
+    recipe: Recipe, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")  # a run that is resumed has one
+    arguments = ["train", str(write(recipe({}))), "--adapt", "--dry-run"]
+    result = CliRunner().invoke(app, [*arguments, "--resume"], catch_exceptions=False)
+    assert result.exit_code == 0
+    words = " ".join(result.output.split())
+    assert "The teacher would learn the rows first" in words and "out-teacher" in words
+    assert not (tmp_path / "out-teacher").exists()
+    with pytest.raises(UserError, match="holds a run already"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
 @pytest.mark.slow
 def test_a_teacher_learns_once_and_is_found_by_train(
     recipe: Recipe, write: Callable[..., Path], tmp_path: Path

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dwakd_cli import quickstart, stages
+from dwakd_cli import logged_run, quickstart, stages
 from dwakd_cli.console import PlainConsole
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.train.launch import axolotl_environment
@@ -73,7 +73,7 @@ def test_a_stage_that_fails_shows_the_end_of_its_log(stage: Any, tmp_path: Path)
 def test_ctrl_c_in_a_stage_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quickstart, "execute", lambda *_, **__: (143, signal.SIGINT))
+    monkeypatch.setattr(logged_run, "execute", lambda *_, **__: (143, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         quickstart.train(tmp_path, "sft", {}, lambda share, figures=(): None)
 
