@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from dwakd_plugin.loss.batch import Batch, no_teacher
+from dwakd_plugin.loss.matches import Projecting
+from dwakd_plugin.loss.matches.attention import Attention
+from dwakd_plugin.loss.matches.pairs import SameToken
 from dwakd_plugin.loss.record import HeadPasses
 from dwakd_plugin.loss.states import ProjectorSet, ResponseStates
 from dwakd_plugin.loss.terms.labels import LABELS_ALONE
@@ -19,7 +22,7 @@ from dwakd_plugin.loss.terms.warp import (
     soft_dtw_and_path,
     unit_vectors,
 )
-from dwakd_plugin.loss.variants import VARIANTS, every_sum, every_term, variant_of
+from dwakd_plugin.loss.variants import every_sum, every_term, variant_of
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 
 DEFAULT_LOSS = LossConfig.model_validate({})
@@ -176,10 +179,10 @@ def alignment_of(
     gamma: float | None = None,
 ) -> Alignment:
     """The alignment that `dwakd_loss` computes within, for pictures: same arguments, same steps."""
-    matching = "attention" if student.pairs is None else "exact"
+    matching: type[Projecting] = Attention if student.pairs is None else SameToken
     batch = _batch(student, teacher, projectors, DEFAULT_LOSS, soft_dtw, gamma)
     with torch.autocast(student.hidden.device.type, enabled=False):
-        match = VARIANTS[matching].match(batch)
+        match = matching(batch)
         hidden_path, embed_path = (
             soft_dtw_and_path(
                 cost_between(unit_vectors(x)[0], unit_vectors(y)[0], match.penalty),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
@@ -18,12 +18,15 @@ from dwakd_plugin.recipe.schema import LossConfig
 Role = Literal["labels", "teach", "projector", "warp"]
 
 
+M = TypeVar("M", bound=Match)
+
+
 @dataclass(frozen=True)
-class HeadPasses:
+class HeadPasses(Generic[M]):
     """A batch and its match, and what the student's head says of each token, computed once."""
 
     batch: Batch
-    match: Match
+    match: M
     kernel: Kernel
 
     @cached_property
@@ -69,7 +72,7 @@ class Term:
 
     name: str
     role: Role
-    value: Callable[[HeadPasses], Mapping[str, Tensor]]
+    value: Callable[[HeadPasses[Any]], Mapping[str, Tensor]]
     per: str = "distilled_tokens"
     kernel: Callable[[Batch], Kernel] | None = None
     trains: frozenset[str] = frozenset()

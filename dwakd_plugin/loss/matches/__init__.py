@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from dwakd_plugin.loss.alignment import band_penalty
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.states import Head, gathered, required_labels
 
-__all__ = ["Figure", "Match"]
+__all__ = ["Figure", "Match", "Projecting"]
 
 
 @dataclass(frozen=True)
@@ -31,71 +32,79 @@ class Figure:
     logged: bool = True
 
 
-class Match:
+class Match(ABC):
     """What each position learns from, in one batch; a term asks, and then it is computed.
 
-    Where states are projected, and sequences warped onto one another, there is more than `compared`
-    and `targets`.
-
     Of the class: rows, what the rows' `pairs` are (positions of the same token, or that have read
-    the same text); figures, what is logged of the match itself; agreeing_only, whether D is taken
-    only where the projected teacher's argmax is the target.
+    the same text); figures, what is logged of the match itself.
     """
 
     rows: ClassVar[Literal["token", "prefix"] | None] = None
     figures: ClassVar[tuple[Figure, ...]] = ()
-    agreeing_only: ClassVar[bool] = False
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
     @property
+    @abstractmethod
     def compared(self) -> Tensor:
         """(B, S) bool, the student's positions that have something to learn from."""
-        raise NotImplementedError
-
-    @property
-    def teacher_compared(self) -> Tensor:
-        """(B, T) bool."""
-        raise NotImplementedError
-
-    @property
-    def teacher_index(self) -> Tensor:
-        """The places of `teacher_compared` in the flattened (B · T), or more."""
-        raise NotImplementedError
 
     @cached_property
     def targets(self) -> Tensor:
         """(B, S) long, what the other side should predict there; any elsewhere."""
         return required_labels(self.batch.student)
 
-    @property
-    def t2s_hidden(self) -> Tensor:
-        """(B, S, d), finite where nothing is compared."""
-        raise NotImplementedError
-
-    @property
-    def s2t_hidden(self) -> Tensor:
-        """(B, T, D), finite where nothing is compared."""
-        raise NotImplementedError
-
-    @property
-    def matrix(self) -> Tensor:
-        """(B, S, T), where each student position looks."""
-        raise NotImplementedError
-
-    @property
-    def inside(self) -> Tensor:
-        """(B, S, T) bool, the cells within the band."""
-        raise NotImplementedError
-
+    @abstractmethod
     def other(self, index: Tensor) -> tuple[Tensor, Head]:
         """States (N, ·) that the positions at `index` are compared with, and a head for them."""
-        return gathered(self.t2s_hidden, index), self.batch.student.head
 
     def sums(self) -> Mapping[str, Tensor]:
         """The sums of `figures`, of what has been computed."""
         return {}
+
+
+class Projecting(Match):
+    """A match through projectors: each side's states in the other's space, and a band for soft-DTW.
+
+    Of the class: agreeing_only, whether D is taken only where the projected teacher's argmax is the
+    target.
+    """
+
+    agreeing_only: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def teacher_compared(self) -> Tensor:
+        """(B, T) bool."""
+
+    @property
+    @abstractmethod
+    def teacher_index(self) -> Tensor:
+        """The places of `teacher_compared` in the flattened (B · T), or more."""
+
+    @property
+    @abstractmethod
+    def t2s_hidden(self) -> Tensor:
+        """(B, S, d), finite where nothing is compared."""
+
+    @property
+    @abstractmethod
+    def s2t_hidden(self) -> Tensor:
+        """(B, T, D), finite where nothing is compared."""
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """(B, S, T), where each student position looks."""
+
+    @property
+    @abstractmethod
+    def inside(self) -> Tensor:
+        """(B, S, T) bool, the cells within the band."""
+
+    def other(self, index: Tensor) -> tuple[Tensor, Head]:
+        return gathered(self.t2s_hidden, index), self.batch.student.head
 
     @cached_property
     def penalty(self) -> Tensor | None:

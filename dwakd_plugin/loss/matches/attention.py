@@ -15,11 +15,11 @@ from dwakd_plugin.loss.alignment import (
     cross_model_attention,
     standardise_scale,
 )
-from dwakd_plugin.loss.matches import Figure, Match
+from dwakd_plugin.loss.matches import Figure, Projecting
 from dwakd_plugin.loss.states import response_index
 
 
-class Attention(Match):
+class Attention(Projecting):
     """Attention in both directions (Eq. 1, 2, Appendix C), per sample:
 
         q = query([e_in; e_tgt])    k = N([f_in; f_tgt])

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dwakd_plugin.loss.alignment import pair_band
 from dwakd_plugin.loss.head_pass import most_likely
-from dwakd_plugin.loss.matches import Match
+from dwakd_plugin.loss.matches import Projecting
 from dwakd_plugin.loss.states import gathered, required_labels
 
 
-class SameToken(Match):
+class SameToken(Projecting):
     """Pairs (i, j) of positions that predict the same bytes (DSKDv2, arXiv 2504.11426).
 
         h_t2s,i = t2s(g_j)      h_s2t,j = s2t(h_i)      target_i = token_map(argmax p_t,j)

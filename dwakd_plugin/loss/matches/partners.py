@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 
 import torch
@@ -14,9 +15,9 @@ from dwakd_plugin.loss.states import Head, gathered
 
 class _Partners(Match):
     @property
+    @abstractmethod
     def partner(self) -> Tensor:
         """Of each position, by its place in the flattened (B · T): (B, S)."""
-        raise NotImplementedError
 
     def other(self, index: Tensor) -> tuple[Tensor, Head]:
         hidden = gathered(self.batch.teacher.hidden, gathered(self.partner, index))

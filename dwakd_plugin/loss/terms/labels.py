@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwakd_plugin.loss.head_pass import Kernel
+from dwakd_plugin.loss.matches import Match
 from dwakd_plugin.loss.record import HeadPasses, Term
 
 
@@ -24,7 +25,7 @@ def label_statistics(
 LABELS_ALONE = Kernel(label_statistics, 1, alone=True)  # where no other term needs the pass
 
 
-def _ce(passes: HeadPasses) -> dict[str, Tensor]:
+def _ce(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     return {"ce": passes.student[0].sum()}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.divergence import DIVERGENCES, log_softmax, nll, softmax
 from dwakd_plugin.loss.head_pass import Kernel
+from dwakd_plugin.loss.matches import Match
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
 from dwakd_plugin.loss.terms.teacher_space import TEACHER
@@ -83,7 +84,7 @@ def _kernel(batch: Batch) -> Kernel:
     return Kernel(mapped_statistics, 3, settings)
 
 
-def _student_kd(passes: HeadPasses) -> dict[str, Tensor]:
+def _student_kd(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     tokens, compared = StudentStatistics(*passes.student), passes.match.compared
     side, weighting = passes.batch.student_side, passes.batch.loss.student_weighting
     weights = student_token_weights(

@@ -13,6 +13,7 @@ from torch import Tensor
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.divergence import softmax
 from dwakd_plugin.loss.head_pass import Kernel
+from dwakd_plugin.loss.matches import Match
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.terms.student_space import PAIRED
 from dwakd_plugin.loss.token_weights import normalise_per_sample
@@ -51,7 +52,7 @@ def _kernel(batch: Batch) -> Kernel:
     return Kernel(_statistics, 2, {"temperature": batch.loss.temperature})
 
 
-def _uld(passes: HeadPasses) -> dict[str, Tensor]:
+def _uld(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     _, distance = passes.student
     compared = passes.match.compared
     weights = normalise_per_sample(

@@ -25,7 +25,7 @@ from dwakd_plugin.loss.divergence import (
     softmax,
 )
 from dwakd_plugin.loss.head_pass import Kernel
-from dwakd_plugin.loss.matches import Figure
+from dwakd_plugin.loss.matches import Figure, Projecting
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.token_weights import entropy, normalise_per_sample, student_token_weights
 from dwakd_plugin.recipe.schema import Divergence
@@ -130,7 +130,7 @@ def paired_sums(tokens: StudentStatistics, compared: Tensor, at_end: Tensor) -> 
     }
 
 
-def _student_kd(passes: HeadPasses) -> dict[str, Tensor]:
+def _student_kd(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
     batch, match, tokens = passes.batch, passes.match, StudentStatistics(*passes.student)
     taught = match.compared & tokens.t2s_correct if match.agreeing_only else match.compared
     lengths, weighting = batch.student_side.lengths, batch.loss.student_weighting
@@ -139,7 +139,7 @@ def _student_kd(passes: HeadPasses) -> dict[str, Tensor]:
     return {"student_kd": taught_sum} | paired_sums(tokens, match.compared, match.ends[0])
 
 
-def _t2s_ce(passes: HeadPasses) -> dict[str, Tensor]:
+def _t2s_ce(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
     ce, compared = StudentStatistics(*passes.student).t2s_ce, passes.match.compared
     lengths = passes.batch.student_side.lengths
     alike = normalise_per_sample(compared.to(ce.dtype), compared, lengths)

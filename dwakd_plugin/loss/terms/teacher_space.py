@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwakd_plugin.loss.matches import Figure
+from dwakd_plugin.loss.matches import Figure, Projecting
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.states import Head, gathered, padded
 from dwakd_plugin.loss.token_weights import teacher_token_weights
@@ -111,7 +111,7 @@ class TeacherPass(torch.autograd.Function):
         return (grads[0][:, None] * gradient).to(gradient.dtype), *[None] * 5
 
 
-def _teacher_kd(passes: HeadPasses) -> dict[str, Tensor]:
+def _teacher_kd(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
     batch, match, teacher = passes.batch, passes.match, passes.batch.teacher
     index, compared, at_end = match.teacher_index, match.teacher_compared, match.ends[1]
     labels = torch.zeros_like(compared, dtype=torch.long)  # any, where there are none

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dwakd_plugin.loss.batch import Batch
-from dwakd_plugin.loss.matches import Figure
+from dwakd_plugin.loss.matches import Figure, Projecting
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
 
@@ -112,14 +112,14 @@ def embed_pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.student_side.target_embeds, theirs
 
 
-def warped(passes: HeadPasses, x: Tensor, y: Tensor) -> Tensor:
+def warped(passes: HeadPasses[Projecting], x: Tensor, y: Tensor) -> Tensor:
     """Σ nDTW(x, y) over samples, within the match's band."""
     batch, match = passes.batch, passes.match
     lengths = batch.student_side.lengths, batch.teacher_side.lengths
     return normalised_soft_dtw(x, y, *lengths, match.penalty, batch.gamma).sum()
 
 
-def _hidden_dtw(passes: HeadPasses) -> dict[str, Tensor]:
+def _hidden_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
     sums = {"hidden_dtw": warped(passes, *hidden_pair(passes.batch))}
     if passes.batch.soft_dtw.band:
         lengths = passes.batch.student_side.lengths * passes.batch.teacher_side.lengths
@@ -127,7 +127,7 @@ def _hidden_dtw(passes: HeadPasses) -> dict[str, Tensor]:
     return sums
 
 
-def _embed_dtw(passes: HeadPasses) -> dict[str, Tensor]:
+def _embed_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
     return {"embed_dtw": warped(passes, *embed_pair(passes.batch))}
 
 
