@@ -108,7 +108,7 @@ class OwnAnswersConfig(Block):
     @field_validator("matching", mode="before")
     @classmethod
     def _without_labels(cls, value: Any) -> Any:
-        if value in ("attention", "exact", "mapped_dual"):
+        if value in ("attention", "exact"):
             raise ValueError(
                 "it trains projectors on labels, which a sampled answer doesn't have; set "
                 "`mapped` or `order` (dwakd.loss.matching, for given answers, may stay)"

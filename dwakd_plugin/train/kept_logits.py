@@ -23,11 +23,8 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import replace_file
 
 LOGITS_FILE = Path("dwakd") / "logits.safetensors"  # within a run's or a checkpoint's folder
-ROWS, TOKENS, POSITIONS = (
-    8,
-    256,
-    8,
-)  # rows, tokens of each; logits of the first row's last positions
+# Rows, and tokens of each; logits of the first row's last positions.
+ROWS, TOKENS, POSITIONS = 8, 256, 8
 
 # RMS of a difference over RMS of the centred logits, for one student twice: kernels and devices add
 # in other orders, and 16 bits round every activation.
