@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks.small_student import create_student
 from dwakd_plugin.data.library_docs import documentation_rows
 from dwakd_plugin.evaluate.held_out import alpaca_prompt
 from dwakd_plugin.io.files import replace_file
-from dwakd_plugin.models.small_student import create_student
 from dwakd_plugin.models.smollm2 import prepare_teacher
 from dwakd_plugin.tokenizers.training import train_tokenizer
 from dwakd_plugin.train.launch import axolotl_environment, axolotl_train

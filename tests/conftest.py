@@ -57,7 +57,7 @@ def make_lab(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dwakd_plugin.models.small_student import create_student
+    from benchmarks.small_student import create_student
     from dwakd_plugin.tokenizers.training import train_tokenizer
 
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in ROWS]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.small_student import create_student
 from dwakd_plugin.data import library_docs
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import held_out
 from dwakd_plugin.io.folders import new_folder
 from dwakd_plugin.models import smollm2
-from dwakd_plugin.models.small_student import create_student
 from dwakd_plugin.tokenizers.training import train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

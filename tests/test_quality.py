@@ -19,8 +19,8 @@ from benchmarks.quality.materials import (
     trim_vocabulary,
 )
 from benchmarks.quality.runs import Run, recipe
+from benchmarks.small_student import create_student
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
-from dwakd_plugin.models.small_student import create_student
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.tokenizers.training import train_tokenizer
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import say
+from benchmarks.small_student import create_student
 from dwakd_plugin.io.files import replace_file
 from dwakd_plugin.io.folders import new_folder
-from dwakd_plugin.models.small_student import create_student
 from dwakd_plugin.models.smollm2 import prepare_teacher
 from dwakd_plugin.tokenizers.training import train_tokenizer
 

@@ -77,7 +77,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# What a recipe that names no variant means, and why: docs/method.md. It yields to weights and temperatures that the recipe gives.
+# What a recipe that names no variant means, and why: docs/method.md. It yields to the weights and
+# the temperature that the recipe gives.
 DEFAULT_VARIANT = "mapped"
 _YIELDS = {"mapped": {"ce_weight", "kd_weight", "temperature", "student_weighting"}}
 # What a recipe says of these, `mapped` has no use for: it means the paper's form.
