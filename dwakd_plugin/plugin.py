@@ -161,7 +161,7 @@ class DWAKDPlugin(BasePlugin):
     def post_train(self, cfg: DictDefault, model: Any) -> None:
         # Called before and after the final save: the first time the projectors leave the student.
         if self._trainer is not None and self._trainer.end_distillation():
-            self._trainer.save_beside_student(Path(cfg.output_dir))
+            self._trainer.save_at_the_end(Path(cfg.output_dir))
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         if self._trainer is not None and self._trainer.args.should_save:

@@ -21,6 +21,8 @@ from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_logits,
     check_positions,
+    embedding_table,
+    output_head,
     parameter_count,
 )
 from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
@@ -55,6 +57,11 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     config, student, student_tokenizer = recipe.config, trainer.model, trainer.processing_class
     check_positions(student, cfg.sequence_len, "sequence_len")
     check_own_answers(cfg, config, trainer)
+    with whole(tables(student)):
+        # What they are multiplied by is watched in the student's own forward, once: before an
+        # engine wraps it, as a forward within its forward would shard its weights again.
+        output_head(student)
+        embedding_table(student)
     if not is_sharded(trainer):  # whose weights are not whole before it is wrapped
         with trainer.accelerator.autocast():
             check_logits(student, "The student")

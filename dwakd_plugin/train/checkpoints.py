@@ -15,6 +15,9 @@ from dwakd_plugin.train.distillation import Distillation
 from dwakd_plugin.train.sharding import gathered
 from dwakd_plugin.train.signals import end_run
 
+# What to do where the disk is full when all is trained.
+AT_THE_END = "Free some space, and resume: the last checkpoint has all that was trained."
+
 
 def write_projectors(distillation: Distillation, folder: Path, *, first_rank: bool) -> None:
     """Writes the projectors below `folder`. All ranks must take part, and the first writes."""
@@ -50,9 +53,8 @@ def explain_a_failing_save(student: Any) -> None:
 
     @wraps(save)
     def explaining(folder: Any, *args: Any, **kwargs: Any) -> Any:
-        remedy = "Free some space, and resume: the last checkpoint has all that was trained."
         try:
-            with explaining_writes(Path(folder), remedy):
+            with explaining_writes(Path(folder), AT_THE_END):
                 return save(folder, *args, **kwargs)
         except UserError as error:
             end_run(str(error))

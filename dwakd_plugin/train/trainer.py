@@ -31,6 +31,7 @@ from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.train.callbacks import HealthReport, StopWhenAsked
 from dwakd_plugin.train.checkpoints import (
+    AT_THE_END,
     check_optimizer,
     explain_a_failing_save,
     have_torch_load_to_numbered_cpus,
@@ -344,17 +345,21 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         folder /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with explaining_writes(folder, "Training stops here: free some space, and resume."):
             # Before the rest: a checkpoint counts as whole once its last file, the state, is there.
-            self.save_beside_student(folder)
+            self._save_beside_student(folder)
             super()._save_checkpoint(model, trial, **kwargs)
 
-    def save_beside_student(self, folder: Path) -> None:
+    def save_at_the_end(self, folder: Path) -> None:
+        """Writes below the output folder what checkpoints have too. All ranks must take part."""
+        with explaining_writes(folder, AT_THE_END):
+            self._save_beside_student(folder)
+
+    def _save_beside_student(self, folder: Path) -> None:
         """Writes projectors and a few logits below `folder`. All ranks must take part."""
         assert self.distillation is not None
         write_projectors(self.distillation, folder, first_rank=self.args.should_save)
         if self.args.should_save and not is_sharded(self):  # one rank alone has no whole student
             rows = (self.eval_dataset or self.train_dataset).with_format(None)
-            room = explaining_writes(folder, "Free some space, and resume.")
-            with self.accelerator.autocast(), room:
+            with self.accelerator.autocast():
                 keep_logits(self.model, rows, self.processing_class.decode, folder, self._held())
 
     def _held(self) -> str:
