@@ -12,6 +12,7 @@ import dwakd_plugin
 from dwakd_cli import recipes
 from dwakd_cli.adapt import adapt
 from dwakd_cli.align import align
+from dwakd_cli.answers import answers
 from dwakd_cli.boundary import error_boundary
 from dwakd_cli.cache import cache
 from dwakd_cli.check import check
@@ -77,6 +78,7 @@ def quickstart(
 for command, example in {
     train: "train sft.yml --teacher Qwen/Qwen1.5-1.8B --load-in-8bit",
     adapt: "adapt sft.yml --teacher Qwen/Qwen1.5-1.8B --load-in-8bit",
+    answers: "answers recipe.yml --out rows.jsonl --samples 4 --keep shortest",
     warmup: "warmup recipe.yml --epochs 5 --plot warmup.png",
     cache: "cache recipe.yml --load-in-4bit --dtype float8_e4m3",
     plan: "plan sft.yml --teacher Qwen/Qwen1.5-1.8B --gpu 24GB",

@@ -45,6 +45,17 @@ def train(
         bool,
         typer.Option("--adapt", help="The teacher learns the rows first, as by `dwakd adapt`."),
     ] = False,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers",
+            help="The teacher answers the prompts first, as by `dwakd answers`, and the student "
+            "trains on that.",
+        ),
+    ] = False,
+    with_labels: Annotated[
+        bool, typer.Option("--with-labels", help="With --answers: on the rows' own answers too.")
+    ] = False,
     variant: Annotated[
         str | None,
         typer.Option(
@@ -96,10 +107,14 @@ def train(
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
     if adapt:
         given |= _adapted(recipe, given, resume, dry_run, console)
+    if with_labels and not answers:
+        raise UserError("--with-labels is for --answers: without it, labels are all there is.")
+    data = _answered(recipe, given, dry_run, with_labels, console) if answers else {}
     launch = prepare(
         recipe,
         further or [],
         teacher=given,
+        data=data,
         variant=variant,
         launcher=launcher,
         processes=nproc,
@@ -166,6 +181,16 @@ def _adapted(
         console.print(f"The teacher would learn the rows first: {keys['output_dir']}.")
         return {}
     return {"adapter": adapt_teacher(read, keys, console)["adapter"]}
+
+
+def _answered(
+    file: Path, given: dict[str, Any], dry_run: bool, with_labels: bool, console: PlainConsole
+) -> dict[str, Any]:
+    """The keys of the data, answered by the teacher, which does so first where it hasn't."""
+    from dwakd_cli.answers import answers_for_training
+    from dwakd_plugin.recipe import Recipe
+
+    return answers_for_training(Recipe.read(file, given), with_labels, dry_run, console)
 
 
 def _how_to_go_on(launch: Launch, stopped_by: int) -> str:

@@ -226,7 +226,7 @@ def test_force_does_not_take_the_answers_of_a_running_evaluation(tmp_path: Path)
     with store.writing():
         store.add([(10, 0, [1, 2], Response("text", 3, True))])
         who = f"is writing {store.file}: process {os.getpid()} on"
-        with pytest.raises(UserError, match=f"Another evaluation {who}"):
+        with pytest.raises(UserError, match=f"Another process {who}"):
             discard(store.file)
     assert len(ResponseStore(store.file, {"weights": "abc"})) == 1
     discard(store.file)

@@ -4,11 +4,13 @@ Everything here happens before the first forward pass.
 """
 
 __all__ = [
+    "answers",
     "collator",
     "dual_tokenization",
     "library_docs",
     "packing",
     "passages",
+    "raw_rows",
     "row_report",
     "sampled_rows",
     "teacher_side",

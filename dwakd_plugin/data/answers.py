@@ -33,6 +33,7 @@ _OWN_REASONING = re.compile(
     r"\A\s*<(think|thinking|reasoning)>.*?</\1>|\A\s*<\|begin_of_thought\|>.*?<\|end_of_thought\|>",
     re.DOTALL,
 )
+_OPENED = re.compile(r"\A\s*(?:<(?:think|thinking|reasoning)>|<\|begin_of_thought\|>)")
 _ANSWERING = ("assistant", "gpt", "model")
 _LONGEST = 160  # characters of an answer in an example
 
@@ -120,6 +121,16 @@ def quoting_answers(messages: Any) -> list[str]:
             if _REASONING.match(answer):
                 found.append(answer)
     return found
+
+
+def without_reasoning(text: str) -> str | None:
+    """An answer behind its own reasoning; None where that has no end.
+
+    >>> without_reasoning("<think>Hm.</think> Yes."), without_reasoning("<think>Hm.")
+    (' Yes.', None)
+    """
+    rest = _OWN_REASONING.sub("", text, count=1)
+    return None if _OPENED.match(rest) else rest
 
 
 def lacks(answers: Answers, text: str) -> bool:

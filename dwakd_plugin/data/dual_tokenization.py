@@ -130,13 +130,13 @@ def _wrap_both_sides(
             f"{name} is streamed, and the two sides of a streamed row cannot be checked before "
             "training. Remove `streaming`, so that the rows are prepared first."
         )
-    student_dataset_config, teacher_dataset_config = _templates(
+    student_dataset_config, teacher_dataset_config = templates(
         dataset_config, student_tokenizer, cfg, teacher_cfg, config
     )
-    student_strategy, prompter, process_kwargs = _capture_strategy(
+    student_strategy, prompter, process_kwargs = capture_strategy(
         original, name, student_dataset_config, student_tokenizer, cfg, kwargs
     )
-    teacher_strategy, _, _ = _capture_strategy(
+    teacher_strategy, _, _ = capture_strategy(
         original, name, teacher_dataset_config, teacher_tokenizer, teacher_cfg, kwargs
     )
     strategy = DualStrategy(
@@ -167,7 +167,7 @@ def _wrap_both_sides(
     return rows.remove_columns([STATUS_COLUMN, ANSWERS_COLUMN]), prompter
 
 
-def _templates(
+def templates(
     dataset_config: DictDefault,
     student_tokenizer: PreTrainedTokenizerBase,
     cfg: DictDefault,
@@ -197,7 +197,7 @@ def _templates(
     return student, teacher
 
 
-def _capture_strategy(
+def capture_strategy(
     original: Callable[..., Any],
     name: str,
     dataset_config: DictDefault,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,60 +10,7 @@ import torch
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.responses import Response, ResponseStore
-from dwakd_plugin.models.sampling import Generator, Sampling, up_to_stop
-
-
-@contextmanager
-def with_vllm(
-    source: Any, held: Any, sampling: Sampling, stop: Sequence[int], longest: int
-) -> Iterator[Generator]:
-    """Generates with vLLM, which draws its own numbers: other responses, as likely.
-
-    Written against vLLM's documented interface and not tested. `longest` is the largest number of
-    tokens of a prompt with its response. Raises UserError where vLLM is not installed.
-    """
-    try:
-        from vllm import LLM, SamplingParams
-        from vllm.lora.request import LoRARequest
-    except ImportError as error:
-        raise UserError(
-            f"--backend vllm needs vLLM, which cannot be imported ({error}). Install it, or leave "
-            "the option out."
-        ) from error
-    llm = LLM(
-        model=source.weights,
-        tokenizer=source.tokenizer,
-        dtype=held.dtype,
-        quantization="bitsandbytes" if held.load_in_8bit else None,
-        trust_remote_code=held.trust_remote_code,
-        max_model_len=longest,
-        enable_lora=source.adapter is not None,
-        max_lora_rank=512,
-    )
-    lora = LoRARequest("adapter", 1, str(source.adapter)) if source.adapter is not None else None
-
-    def generate(
-        prompts: list[list[int]], keys: list[tuple[int, int]], limit: int
-    ) -> list[list[int]]:
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=limit,
-                seed=zlib.crc32(f"{seed}:{row}".encode()),
-                stop_token_ids=list(stop),
-            )
-            for seed, row in keys
-        ]
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            parameters,
-            lora_request=lora,
-            use_tqdm=False,
-        )
-        return [up_to_stop(list(each.outputs[0].token_ids), stop) for each in outputs]
-
-    yield generate
+from dwakd_plugin.models.sampling import Generator, Sample
 
 
 def batches(
@@ -93,18 +38,23 @@ def respond(
     stop: Sequence[int],
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    exact: bool = False,
 ) -> list[list[Response]]:
     """A response for each seed and row: [seed][row]. Those in the store are not made again.
 
     prompts: token ids by the row's number in the data; limits: the largest number of new tokens.
     Batches are the same after an interruption as without one, so that a batch of which some rows
     are missing is generated whole. Where a GPU's memory runs out, batches are halved.
+    `exact` keeps a text as its tokens spell it, special ones included.
 
     Raises UserError.
     """
 
     def missing(seed: int, rows: Iterable[int]) -> list[int]:
         return [row for row in rows if store.get(seed, row, prompts[row]) is None]
+
+    def read(sample: Sample) -> Response:
+        return _response(sample, tokenizer, stop, exact)
 
     total = len(seeds) * len(prompts)
     with store.writing():
@@ -133,12 +83,7 @@ def respond(
                         plan = batches(prompts, limits, batch_size)
                         continue
                     made = dict(zip(rows, new, strict=True))
-                    store.add(
-                        [
-                            (seed, row, prompts[row], _response(made[row], tokenizer, stop))
-                            for row in wanted
-                        ]
-                    )
+                    store.add([(seed, row, prompts[row], read(made[row])) for row in wanted])
                     done += len(wanted)
                 plan.pop(0)
     progress(total, total)
@@ -148,7 +93,9 @@ def respond(
     ]
 
 
-def _response(new: list[int], tokenizer: Any, stop: Sequence[int]) -> Response:
+def _response(sample: Sample, tokenizer: Any, stop: Sequence[int], exact: bool) -> Response:
+    new, score = sample
     ended = bool(new) and new[-1] in stop
-    text = tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
-    return Response(text, len(new), ended)
+    as_spelt = {"clean_up_tokenization_spaces": False} if exact else {}
+    text = tokenizer.decode(new[: -1 if ended else None], skip_special_tokens=not exact, **as_spelt)
+    return Response(text, len(new), ended, None if score is None else score / max(1, len(new)))

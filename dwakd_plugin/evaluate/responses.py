@@ -25,22 +25,30 @@ FORMAT = 1
 
 
 class Response(NamedTuple):
-    """A response: its text, how many tokens it has, and whether the model ended it."""
+    """A response: its text, its tokens (the end counts), and whether the model ended it.
+
+    `log_probability` is the mean of its tokens' under the model, in nats, where it was asked for.
+    """
 
     text: str
     tokens: int
     ended: bool
+    log_probability: float | None = None
 
 
 class ResponseStore:
     """Responses on disk, of one model with one way of sampling.
 
-    `identity` names all that they depend on beside their prompt, whose checksum is in each line.
+    `identity` names all that they depend on beside their prompt, whose checksum is in each line;
+    `elsewhere` says in messages what writes to another place.
     """
 
-    def __init__(self, file: Path, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, file: Path, identity: dict[str, Any], elsewhere: str = "--output names another folder"
+    ) -> None:
         """Raises UserError where the file holds other responses, or is damaged."""
         self.file = file
+        self._remedy = f"--force begins anew; {elsewhere}."
         self.head = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
         self.head["template_date"] = today().isoformat()
         self._responses: dict[tuple[int, int], Response] = {}
@@ -61,8 +69,7 @@ class ResponseStore:
         if self._prompts[key] != _prompt_checksum(prompt):
             raise UserError(
                 f"{self.file} holds responses to other prompts: row {row + 1} is another one here. "
-                "The data or the prompt template has changed. --force begins anew; --output names "
-                "another folder."
+                f"The data or the prompt template has changed. {self._remedy}"
             )
         return self._responses[key]
 
@@ -71,7 +78,7 @@ class ResponseStore:
         lines = []
         for seed, row, prompt, response in made:
             line = {"seed": seed, "row": row, "prompt": _prompt_checksum(prompt)}
-            line |= response._asdict()
+            line |= {key: value for key, value in response._asdict().items() if value is not None}
             lines.append(line | {"crc32": json_checksum(line)})
         with explaining_writes(self.file, "Free some space, and the same command goes on."):
             append_lines(self.file, self.head, lines)
@@ -103,8 +110,8 @@ class ResponseStore:
             found, version = dict(head["identity"]), head["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.file} holds no responses of `dwakd evaluate`: its first line says nothing "
-                "of a model. Move it away."
+                f"{self.file} holds no responses of dwakd: its first line says nothing of a model. "
+                "Move it away."
             ) from error
         if version != FORMAT:
             raise UserError(f"{self.file} has format {version}, and this version reads {FORMAT}.")
@@ -118,7 +125,7 @@ class ResponseStore:
             raise UserError(
                 f"{self.file} holds responses that were made otherwise:\n"
                 + "\n".join(differing)
-                + "\n--force begins anew; --output names another folder."
+                + f"\n{self._remedy}"
             )
 
     def _read(self, number: int, line: bytes) -> None:
@@ -126,7 +133,12 @@ class ResponseStore:
             content = json.loads(line)
             checksum = content.pop("crc32")
             key = int(content["seed"]), int(content["row"])
-            response = Response(content["text"], content["tokens"], content["ended"])
+            response = Response(
+                content["text"],
+                content["tokens"],
+                content["ended"],
+                content.get("log_probability"),
+            )
             prompt = content["prompt"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(self._damaged(number)) from error
@@ -148,7 +160,7 @@ def _alone(file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = take(
             file.with_name(f".{file.name}.lock"),
-            lambda who: f"Another evaluation is writing {file}: {who}. Let it finish, or stop it.",
+            lambda who: f"Another process is writing {file}: {who}. Let it finish, or stop it.",
         )
     try:
         yield
@@ -161,19 +173,24 @@ def date_of_responses(folder: Path) -> date | None:
 
     What is damaged is said where it is read.
     """
-    for file in sorted(folder.glob("responses-*.jsonl")):
-        with file.open("rb") as stream:
-            try:
-                day = json.loads(stream.readline()).get("template_date")
-            except (ValueError, AttributeError):
-                continue
-        if day is not None:
-            return read_date(day, file)
-    return None
+    days = map(date_of_file, sorted(folder.glob("responses-*.jsonl")))
+    return next((day for day in days if day is not None), None)
+
+
+def date_of_file(file: Path) -> date | None:
+    """The same of one file, which may not be there."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        try:
+            day = json.loads(stream.readline()).get("template_date")
+        except (ValueError, AttributeError):
+            return None
+    return None if day is None else read_date(day, file)
 
 
 def discard(file: Path) -> None:
-    """Forgets the responses in a file. Raises UserError where another evaluation writes it."""
+    """Forgets the responses in a file. Raises UserError where another process writes it."""
     with _alone(file):
         file.unlink(missing_ok=True)
 

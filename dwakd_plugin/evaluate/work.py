@@ -10,16 +10,18 @@ from typing import Any
 
 from dwakd_plugin.evaluate import OF_TEACHER
 from dwakd_plugin.evaluate.figures import bits_per_byte, read, symbols_of
-from dwakd_plugin.evaluate.generation import respond, with_vllm
+from dwakd_plugin.evaluate.generation import respond
 from dwakd_plugin.evaluate.model import identity, load_model, most_positions
 from dwakd_plugin.evaluate.responses import ResponseStore, discard
 from dwakd_plugin.evaluate.rows import bytes_of_tokens
 from dwakd_plugin.evaluate.subjects import Model, Request, place
+from dwakd_plugin.evaluate.vllm import AT_ONCE as BATCH_VLLM
+from dwakd_plugin.evaluate.vllm import with_vllm
 from dwakd_plugin.models.causal_lm import causal_lm, output_head, parameter_count, short_dtype
 from dwakd_plugin.models.sampling import Generator, with_transformers
 
 # Rows generated at once, where the batch size is auto; halved where a GPU's memory runs out.
-BATCH_GPU, BATCH_CPU, BATCH_VLLM = 64, 8, 256
+BATCH_GPU, BATCH_CPU = 64, 8
 
 # Begins a stage of the work by its title; what it returns hears (done, total).
 Begin = Callable[[str], Callable[[int, int], None]]
@@ -65,8 +67,19 @@ def evaluate(
         if store is not None and request.backend == "vllm":
             limits = _limits(one, request)
             longest = max(len(prompt) + limits[row] for row, prompt in _prompts(one).items())
-            with with_vllm(one.source, one.held, request.sampling, one.stop, longest) as generate:
-                _respond(one, generate, BATCH_VLLM, request, store, begin)
+            generate = with_vllm(
+                one.source.weights,
+                one.source.tokenizer,
+                one.source.adapter,
+                request.sampling,
+                one.stop,
+                longest,
+                load_in_8bit=one.held.load_in_8bit,
+                dtype=one.held.dtype,
+                trust_remote_code=one.held.trust_remote_code,
+            )
+            _respond(one, generate, BATCH_VLLM, request, store, begin)
+            del generate  # and vLLM's model with it
         begin(f"Loading {one.name}")
         model = load_model(one.source, one.config, one.held)
         one.facts = {

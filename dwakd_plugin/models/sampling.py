@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,49 +52,80 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> T
     return torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
 
 
+class Sample(NamedTuple):
+    """New tokens up to the first stop, and Σ log p of them in nats, where it was asked for.
+
+    p is the model's own, whatever temperature and top_p the tokens were drawn with.
+    """
+
+    tokens: list[int]
+    log_probability: float | None = None
+
+
 class _Drawn(LogitsProcessor):
     """Leaves one token possible a row: the one that its next number draws."""
 
-    def __init__(self, numbers: Tensor, sampling: Sampling) -> None:
+    def __init__(self, numbers: Tensor, sampling: Sampling, scored: bool) -> None:
         self.numbers = numbers
         self.sampling = sampling
         self.step = 0
+        self.scored = scored
+        self.log_probabilities: list[Tensor] = []  # (B,) of each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         sampling = self.sampling
-        drawn = draw(scores, self.numbers[:, self.step], sampling.temperature, sampling.top_p)
+        numbers = self.numbers[:, self.step].to(scores.device)
+        drawn = draw(scores, numbers, sampling.temperature, sampling.top_p)
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn.unsqueeze(-1), 0.0)
+        places = drawn.unsqueeze(-1)
+        if self.scored:
+            own = scores.float().log_softmax(-1).gather(-1, places)
+            self.log_probabilities.append(own.squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter(-1, places, 0.0)
 
 
-# (prompts, (seed, row) of each, largest number of new tokens) to new token ids
-Generator = Callable[[list[list[int]], list[tuple[int, int]], int], list[list[int]]]
+# (prompts, (seed, row) of each, largest number of new tokens) to samples
+Generator = Callable[[list[list[int]], list[tuple[int, int]], int], list[Sample]]
 
 
-def with_transformers(model: Any, sampling: Sampling, stop: Sequence[int]) -> Generator:
-    """Generates a batch at once, prompts padded on the left; new tokens up to the first stop."""
+def with_transformers(
+    model: Any,
+    sampling: Sampling,
+    stop: Sequence[int],
+    *,
+    device: torch.device | None = None,
+    scored: bool = False,
+) -> Generator:
+    """Generates a batch at once, prompts padded on the left; new tokens up to the first stop.
+
+    `device` takes the tokens, by default the model's own; `scored` asks for log-probabilities.
+    """
+    place = model.device if device is None else device
 
     @torch.no_grad()
-    def generate(
-        prompts: list[list[int]], keys: list[tuple[int, int]], limit: int
-    ) -> list[list[int]]:
+    def generate(prompts: list[list[int]], keys: list[tuple[int, int]], limit: int) -> list[Sample]:
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt) :] = torch.tensor(prompt)
-            mask[place, width - len(prompt) :] = 1
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         numbers = torch.tensor(np.stack([uniforms(*key, limit) for key in keys]))
+        drawn = _Drawn(numbers.to(place), sampling, scored)
         output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_processor=LogitsProcessorList([_Drawn(numbers.to(model.device), sampling)]),
+            input_ids=ids.to(place),
+            attention_mask=mask.to(place),
+            logits_processor=LogitsProcessorList([drawn]),
             max_new_tokens=limit,
             do_sample=False,
             eos_token_id=list(stop),
             pad_token_id=stop[0],
         )
-        return [up_to_stop(new, stop) for new in output[:, width:].tolist()]
+        samples = [up_to_stop(new, stop) for new in output[:, width:].tolist()]
+        if not scored:
+            return [Sample(new) for new in samples]
+        found = torch.stack(drawn.log_probabilities, dim=1).double().cpu()  # (B, T)
+        return [Sample(new, float(found[row, : len(new)].sum())) for row, new in enumerate(samples)]
 
     return generate
 

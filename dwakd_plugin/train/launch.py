@@ -82,12 +82,16 @@ def prepare(
     *,
     teacher: dict[str, Any],
     variant: str | None,
+    data: Mapping[str, Any] | None = None,
     launcher: str | None,
     processes: int | None,
     resume: bool,
 ) -> Launch:
-    """Everything before the start. Raises UserError with all that stands against it."""
-    recipe = Recipe.read(recipe_file, teacher)
+    """Everything before the start; `data` are keys that go before the recipe's own.
+
+    Raises UserError with all that stands against it.
+    """
+    recipe = Recipe.read(recipe_file, teacher).but(**(data or {}))
     if variant is not None and isinstance(block := recipe.keys.get("dwakd"), dict):
         recipe = recipe.but(dwakd=block | {"variant": variant})
     if resume:

@@ -18,9 +18,11 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
 from dwakd_plugin.recipe import ENGINE_KEYS, Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.tokenizers.loading import load_tokenizer
 from dwakd_plugin.train.preflight import check_all
 
 if TYPE_CHECKING:
+    from dwakd_plugin.data.raw_rows import Prompts
     from dwakd_plugin.data.row_report import RowReport
     from dwakd_plugin.train.distillation import Distillation
 
@@ -88,6 +90,27 @@ def open_rows(recipe: Recipe) -> Iterator[tuple[DWAKDConfig, list[Any], RowRepor
             reports = [getattr(plugin, "rows", None) for plugin in manager.plugins.values()]
             (report,) = filter(None, reports)
             yield own.config, [rows.train_dataset, rows.eval_dataset], report
+        finally:
+            _close()
+
+
+@contextlib.contextmanager
+def open_prompts(recipe: Recipe) -> Iterator[Prompts]:
+    """The rows that a recipe trains on as they were written, with the teacher's prompts to come.
+
+    Reads no model. Raises UserError.
+    """
+    from dwakd_plugin.data.raw_rows import read_prompts
+
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        own = _without_a_run(recipe, folder)
+        file = _checked(own, Path(folder))
+        name = own.tokenizer
+        student = load_tokenizer(name, f"The student's tokenizer `{name}`")
+        try:
+            with _quiet(), _axolotl(file) as (cfg, _):
+                prompts = read_prompts(cfg, own.config, own.datasets, student)
+            yield prompts
         finally:
             _close()
 

@@ -151,7 +151,7 @@ class OwnAnswers:
                 keys = [(self._seed, _key(step, number)) for number in part]
                 drawn = generate([prompts[n] for n in part], keys, own.max_new_tokens)
                 for number, sample in zip(part, drawn, strict=True):
-                    samples[number] = sample, sample[-1] in stop
+                    samples[number] = sample.tokens, sample.tokens[-1] in stop
         self._sums["seconds"] += time.perf_counter() - begun
         self._sums["answers"] += len(samples)
         self._sums["ended"] += sum(ended for _, ended in samples.values())

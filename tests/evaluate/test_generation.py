@@ -158,7 +158,7 @@ def test_answers_of_another_model_or_data_are_refused(
         store.get(10, 0, encoded[1].prompt)
     with (
         store.writing(),
-        pytest.raises(UserError, match="Another evaluation"),
+        pytest.raises(UserError, match="Another process"),
         ResponseStore(file, IDENTITY).writing(),
     ):
         pass

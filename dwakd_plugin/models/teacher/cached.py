@@ -43,20 +43,23 @@ def open_cache(config: TeacherConfig, device: str, tokenizer: Any) -> TeacherCac
     Raises UserError where the folder cannot be that.
     """
     assert config.cache is not None
-    model_config = teacher_config(config)
     return TeacherCache(
-        Path(config.cache),
-        {
-            "teacher": _content(config.base_model),
-            "revision": getattr(model_config, "_commit_hash", None) or config.revision,
-            "adapter": None if config.adapter is None else _content(config.adapter),
-            "precision": precision_name(config, model_config, teacher_device(config, device)),
-            "hidden_size": model_config.get_text_config().hidden_size,
-            "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
-            "chat_template": _digest(config.chat_template or tokenizer.chat_template),
-        },
-        config.cache_dtype,
+        Path(config.cache), teacher_identity(config, device, tokenizer), config.cache_dtype
     )
+
+
+def teacher_identity(config: TeacherConfig, device: str, tokenizer: Any) -> dict[str, Any]:
+    """What a teacher's states and answers depend on beside the rows: folders by their contents."""
+    model_config = teacher_config(config)
+    return {
+        "teacher": _content(config.base_model),
+        "revision": getattr(model_config, "_commit_hash", None) or config.revision,
+        "adapter": None if config.adapter is None else _content(config.adapter),
+        "precision": precision_name(config, model_config, teacher_device(config, device)),
+        "hidden_size": model_config.get_text_config().hidden_size,
+        "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        "chat_template": _digest(config.chat_template or tokenizer.chat_template),
+    }
 
 
 def cached_teacher(
