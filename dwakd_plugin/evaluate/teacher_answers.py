@@ -167,8 +167,8 @@ def answer(order: Order, begin: Begin) -> dict[str, Any]:
         return report | {"skipped": True}
     with template_date(date_of_file(files.samples) or today()):
         store = _store(order, inputs)
-        held_out = _held_out(order.recipe)
         hear = begin("Preparing the prompts")
+        held_out = _held_out(order.recipe)
         with open_prompts(order.recipe) as prompts:
             positions = most_positions(teacher_config(order.teacher))
             prompts.longest = min(prompts.longest, positions or prompts.longest)
