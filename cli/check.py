@@ -101,8 +101,11 @@ def check(
     # Without Rich's colours for any number: colour means something here.
     console = PlainConsole(stderr=json_output)
     with console.status("Loading both tokenizers"):
+        from dwakd_plugin.tokenizers.loading import without_torch
         from dwakd_plugin.tokenizers.side import examine, load_side
 
+        if recipe is None and not trust_remote_code:  # axolotl's strategies need it, own code may
+            without_torch()
         teaching = load_side("teacher", teacher, trust_remote_code)
         learning = load_side("student", student, trust_remote_code)
     with console.status("Cutting texts with both"):

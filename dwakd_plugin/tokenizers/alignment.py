@@ -12,7 +12,7 @@ variant trains on the very same ones, and on the same teacher cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any
@@ -194,7 +194,7 @@ def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
     ` photosynthesis`, the student is to predict ` photo`. A token that is not cut off by itself is
     cut after something that no tokenizer joins it with. The student's own token of the same bytes
     is taken only where it comes back from a cut: a vocabulary has tokens that its own merges, or a
-    normaliser before them, never arrive at, and no label ever names them. Where the bytes are no
+    normaliser before them, never arrive at, and no label ever names them. Where the bytes aren't
     text (a part of a character), only a token of the same bytes counts.
     """
     found = token_map(teacher_tokenizer, student_tokenizer, rows)
@@ -206,20 +206,31 @@ def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
         if index < rows and piece and not taken:
             with suppress(UnicodeDecodeError):
                 texts[index] = piece.decode()
-    firsts: dict[int, int] = {}
+    for index, token in first_of_cuts(cutter, texts, found).items():
+        found[index] = token
+    return found
+
+
+def first_of_cuts(
+    cutter: ByteCutter, texts: Mapping[int, str], same: Mapping[int, int] | Sequence[int]
+) -> dict[int, int]:
+    """The first token of the cut of each text, −1 where there is none; `same` has, under the same
+    number, the token of the text's very bytes."""
+    numbered = zip(texts, cutter.ids([*texts.values()]), strict=True)
+    firsts = {index: ids[0] for index, ids in numbered if ids == [same[index]]}
+    left = {index: text for index, text in texts.items() if index not in firsts}
     for before in ("", *BEFORE):
-        cuts = zip(list(texts), cutter.cut([before + text for text in texts.values()]), strict=True)
+        cuts = zip(list(left), cutter.cut([before + text for text in left.values()]), strict=True)
         for index, cut in cuts:
             if not isinstance(cut, Cut):
                 continue
             ids = ids_behind(cut, len(before))
-            if ids == [found[index]]:
-                del texts[index]
+            if ids == [same[index]]:
+                firsts[index] = same[index]
+                del left[index]
             elif ids and before:
                 firsts.setdefault(index, ids[0])
-    for index in texts:
-        found[index] = firsts.get(index, -1)
-    return found
+    return {index: firsts.get(index, -1) for index in texts}
 
 
 def ids_behind(cut: Cut, begin: int) -> list[int]:

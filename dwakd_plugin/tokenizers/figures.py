@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
-from dwakd_plugin.tokenizers.alignment import first_tokens
+from dwakd_plugin.tokenizers.alignment import first_of_cuts
 from dwakd_plugin.tokenizers.pair import (
     ByteCutter,
     Cut,
     PairCut,
     cut_both,
-    shared_vocabulary,
     vocabulary_bytes,
 )
 
@@ -143,26 +143,30 @@ def measure(
     return figures
 
 
-def vocabulary_figures(teacher_tokenizer: Any, student_tokenizer: Any) -> dict[str, Any]:
+def vocabulary_figures(teacher: ByteCutter, student: ByteCutter) -> dict[str, Any]:
     """Sizes and what is shared: as strings (added tokens too) and as bytes (without them).
 
     `shared_tokens_read` are those of the latter that the student's own cuts arrive at: the others
     are in its vocabulary, and it never reads them.
     """
-    strings = [set(each.get_vocab()) for each in (teacher_tokenizer, student_tokenizer)]
-    pieces = [set(vocabulary_bytes(each)) for each in (teacher_tokenizer, student_tokenizer)]
-    shared_strings, shared_pieces = strings[0] & strings[1], pieces[0] & pieces[1]
-    rows = 1 + max(teacher_tokenizer.get_vocab().values())
-    taught = first_tokens(teacher_tokenizer, student_tokenizer, rows)
-    shared = shared_vocabulary(teacher_tokenizer, student_tokenizer)
+    tokenizers = teacher.tokenizer, student.tokenizer
+    strings = [set(each.get_vocab()) for each in tokenizers]
+    pieces, own = map(vocabulary_bytes, tokenizers)
+    shared_strings, shared_pieces = strings[0] & strings[1], pieces.keys() & own.keys()
+    texts = {}
+    for piece in shared_pieces - {b""}:
+        with suppress(UnicodeDecodeError):  # a part of a character is read within one
+            texts[own[piece]] = piece.decode()
+    firsts = first_of_cuts(student, texts, range(1 + max(own.values())))
     return {
-        "teacher_vocab_size": len(teacher_tokenizer),
-        "student_vocab_size": len(student_tokenizer),
+        "teacher_vocab_size": len(tokenizers[0]),
+        "student_vocab_size": len(tokenizers[1]),
         "shared_tokens_exact": len(shared_strings),
         "shared_tokens_exact_share_of_teacher": _rounded(len(shared_strings) / len(strings[0])),
         "shared_tokens_exact_share_of_student": _rounded(len(shared_strings) / len(strings[1])),
         "shared_tokens_bytes": len(shared_pieces),
-        "shared_tokens_read": sum(taught[theirs] == own for theirs, own in shared),
-        "shared_tokens_bytes_share_of_teacher": _rounded(len(shared_pieces) / len(pieces[0])),
-        "shared_tokens_bytes_share_of_student": _rounded(len(shared_pieces) / len(pieces[1])),
+        "shared_tokens_read": len(shared_pieces)
+        - sum(first != token for token, first in firsts.items()),
+        "shared_tokens_bytes_share_of_teacher": _rounded(len(shared_pieces) / len(pieces)),
+        "shared_tokens_bytes_share_of_student": _rounded(len(shared_pieces) / len(own)),
     }

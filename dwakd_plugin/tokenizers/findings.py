@@ -274,8 +274,8 @@ def _vocabulary_findings(
                 "for longer (dwakd.projectors.warmup_steps).",
             )
         ]
-    same = teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab()
-    if same and figures.student_spans_shared == figures.student_tokens:
+    same = figures.student_spans_shared == figures.student_tokens
+    if same and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
         return [
             Finding(
                 "same_tokenizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,16 @@ from dwakd_plugin.errors import UserError, first_line
 # Words, runs of white space, digits, marks, and letters beyond ASCII: what a tokenizer that was
 # rebuilt as another kind cuts otherwise, or loses.
 PROBE = "Hello, world!  How are you\n\tx = 12345 + 'größte' 数学 ..."
+
+
+def without_torch() -> None:
+    """Lets transformers take torch for not installed, in a process that needs tokenizers alone.
+
+    It imports torch, and generation with it, wherever it finds one; its tokenizers need neither.
+    Does nothing in a process that has imported either already.
+    """
+    if not {"torch", "transformers"} & sys.modules.keys():
+        sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def load_tokenizer(

@@ -23,7 +23,7 @@ def class_findings(side: Side) -> list[Finding]:
             f"{side.role}_class_misreads",
             "problem",
             f"The {side.role}'s tokenizer_config.json names {side.refused}, which cuts texts "
-            f"otherwise than the tokenizer.json beside it does. {remedy}",
+            f"differently from the tokenizer.json beside it. {remedy}",
         )
     ]
 
@@ -186,7 +186,7 @@ def _turn_end_findings(side: Side) -> list[Finding]:
             "warning",
             f"The {side.role}'s chat template ends an answer with {end!r}, not with its "
             f"end-of-sequence token `{side.tokenizer.eos_token}`. Prompt formats that append that "
-            f"token (alpaca) then end answers otherwise than conversations do: set {key} to the "
+            f"token (alpaca) then end answers differently from conversations: set {key} to the "
             "template's own end, and stop generation on it.",
         )
     ]

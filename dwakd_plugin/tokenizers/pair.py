@@ -62,7 +62,7 @@ def token_bytes(token: str, *, byte_level: bool) -> bytes:
     if byte_level:
         table = _byte_of_character()
         try:
-            return bytes([table[character] for character in token])
+            return bytes(map(table.__getitem__, token))
         except KeyError:  # an added token, which is written as it is
             return token.encode()
     fallback = _BYTE_FALLBACK.fullmatch(token)
@@ -78,15 +78,14 @@ def vocabulary_bytes(tokenizer: Any) -> dict[bytes, int]:
     """
     byte_level = is_byte_level(tokenizer)
     added = set(tokenizer.get_added_vocab())
-    entries: dict[bytes, int] = {}
-    ordinary_last = sorted(
-        tokenizer.get_vocab().items(),
-        key=lambda entry: (_BYTE_FALLBACK.fullmatch(entry[0]) is None, -entry[1]),
-    )
-    for token, index in ordinary_last:
+    entries: dict[bytes, tuple[bool, int]] = {}
+    for token, index in tokenizer.get_vocab().items():
         if token not in added:
-            entries[token_bytes(token, byte_level=byte_level)] = index
-    return entries
+            piece = token_bytes(token, byte_level=byte_level)
+            entry = token.startswith("<0x") and bool(_BYTE_FALLBACK.fullmatch(token)), index
+            if piece not in entries or entry < entries[piece]:
+                entries[piece] = entry
+    return {piece: index for piece, (_, index) in entries.items()}
 
 
 def shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> list[tuple[int, int]]:
@@ -163,16 +162,18 @@ class ByteCutter:
 
     def cut(self, texts: Sequence[str]) -> list[Cut | Changed]:
         """Each text's cut without special tokens; Changed where the tokens are not the text."""
-        if not texts:
-            return []
-        rows = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return [self._cut(text, ids) for text, ids in zip(texts, rows, strict=True)]
+        return [self._cut(text, ids) for text, ids in zip(texts, self.ids(texts), strict=True)]
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's token ids without special tokens."""
+        self.tokenizer(
+            "", add_special_tokens=False
+        )  # turns other calls' truncation and padding off
+        # What transformers makes of each encoding would take as long again, and only ids count.
+        rows = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            list(texts), add_special_tokens=False
+        )
+        return [row.ids for row in rows]
 
     def _cut(self, text: str, ids: list[int]) -> Cut | Changed:
         ends = self._ends(self._fold(text), ids)

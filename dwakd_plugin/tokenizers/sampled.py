@@ -30,7 +30,7 @@ class SampledText:
     def text(self, sample: Sequence[int]) -> str | None:
         """What sampled tokens say, without the one that ends them.
 
-        None where they are no text: bytes of no character, a special token, or a row of the head
+        None where they aren't text: bytes of no character, a special token, or a row of the head
         that no token has. A character that the sample's end cuts off is left out, and so is the
         space that SentencePiece puts before a text.
         """
@@ -70,7 +70,7 @@ class SampledText:
 
 
 def special_tokens(tokenizer: Any) -> frozenset[int]:
-    """The ids that are no text."""
+    """The ids that aren't text."""
     return frozenset(
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special
     )

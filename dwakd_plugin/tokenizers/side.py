@@ -55,7 +55,7 @@ def load_side(role: Literal["teacher", "student"], name: str, trust_remote_code:
             "alone. Convert it to a tokenizer.json first (transformers' convert_slow_tokenizer), "
             "or choose a model that ships one."
         )
-    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
         raise UserError(
             f"{title} has no vocabulary but its special tokens: its "
             "tokenizer.json or vocabulary file is missing."
@@ -81,7 +81,7 @@ def head_rows(name: str) -> int | None:
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} is no model configuration: it holds no JSON object.")
+        raise UserError(f"{file} isn't a model configuration: it doesn't hold a JSON object.")
     text_config = config.get("text_config") or {}
     rows = config.get("vocab_size", text_config.get("vocab_size"))
     return rows if isinstance(rows, int) else None
@@ -97,7 +97,7 @@ def examine(
 
     `sample` has its texts by what they are: languages, code, numbers.
     """
-    vocabulary = vocabulary_figures(teacher.tokenizer, student.tokenizer)
+    vocabulary = vocabulary_figures(teacher.cutter, student.cutter)
     groups = {
         name: measure(teacher.cutter, student.cutter, group) for name, group in sample.items()
     }

@@ -82,6 +82,6 @@ def refuse_surrogates(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where} has a lone surrogate ({text[error.start]!r}), which is no character and has "
-            "no bytes. Leave it out, or write the character out."
+            f"{where} has a lone surrogate ({text[error.start]!r}), which isn't a character and "
+            "has no bytes. Leave it out, or write the character out."
         ) from error

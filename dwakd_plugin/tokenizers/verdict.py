@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 class Side(NamedTuple):
     """One of the two tokenizers. `head_rows`: the model's `vocab_size`, where it is known.
 
-    `refused`: the class that its config names, where that cuts texts otherwise than its own file.
+    `refused`: the class that its config names, where that cuts texts differently from its own file.
     """
 
     role: Literal["teacher", "student"]

@@ -89,7 +89,9 @@ def test_terminal_png_and_html(folders: tuple[str, str], tmp_path: Path) -> None
     png, html = tmp_path / "pair.png", tmp_path / "pair.html"
     shown = "<b>&größte 🎉 数学</b> $x_1$\n  1234\x00\u200d"
     # A process of its own: a training within this one changes what the terminal is taken for.
-    command = [sys.executable, "-c", "from dwakd_cli.main import main; main()", "check", *folders]
+    loaded = "lambda: print(*(name for name, it in sys.modules.items() if it), file=sys.stderr)"
+    code = f"import atexit, sys; atexit.register({loaded}); from dwakd_cli.main import main; main()"
+    command = [sys.executable, "-c", code, "check", *folders]
     options = ["--png", str(png), "--html", str(html), "--show", shown.replace("\x00", "")]
     result = subprocess.run(
         [*command, *options],
@@ -98,6 +100,10 @@ def test_terminal_png_and_html(folders: tuple[str, str], tmp_path: Path) -> None
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    # Seconds each, and neither a pair of tokenizers nor any command's help needs them.
+    imported = set(result.stderr.split())
+    assert {"dwakd_cli.train", "transformers.models.auto.tokenization_auto"} <= imported
+    assert not imported & {"torch", "sklearn", "axolotl", "transformers.generation.utils"}
     assert "\x1b[3" not in result.stdout and "\x1b[4" not in result.stdout  # no colour
     assert [line for line in result.stdout.splitlines() if len(line) > 50] == []
     assert "Verdict: " in result.stdout and "teacher_head_padded" in result.stdout
@@ -244,12 +250,13 @@ def test_the_rows_of_a_recipe_side_by_side(
 
 def test_tokens_that_the_student_never_reads_are_counted_apart() -> None:
     teacher, student = byte_level(), byte_level()
-    every = vocabulary_figures(teacher, student)
+    read = ByteCutter(teacher, "teacher")
+    every = vocabulary_figures(read, ByteCutter(student, "student"))
     assert every["shared_tokens_read"] == every["shared_tokens_bytes"]
     # Without the merge that makes it, a token stays in the vocabulary and no cut arrives at it.
     rules = json.loads(student.backend_tokenizer.to_str())
     rules["model"]["merges"] = rules["model"]["merges"][:-5]
     student.backend_tokenizer.model = Tokenizer.from_str(json.dumps(rules)).model
-    fewer = vocabulary_figures(teacher, student)
+    fewer = vocabulary_figures(read, ByteCutter(student, "student"))
     assert fewer["shared_tokens_bytes"] == every["shared_tokens_bytes"]
     assert fewer["shared_tokens_read"] == every["shared_tokens_read"] - 5

@@ -206,7 +206,7 @@ def test_share_of_paired_tokens_on_real_text(
 def test_predictions_are_mapped_by_bytes() -> None:
     teacher, student = sentencepiece(own_tokens=False), byte_level(500)
     found = token_map(teacher, student, len(teacher) + 3)
-    assert found[-3:] == [-1] * 3  # rows of the head that are no token
+    assert found[-3:] == [-1] * 3  # rows of the head that aren't tokens
     assert found[teacher.eos_token_id] == student.eos_token_id
     assert found[teacher.convert_tokens_to_ids("▁the")] == student.convert_tokens_to_ids("Ġthe")
     assert found[teacher.convert_tokens_to_ids("<0x0A>")] == student.convert_tokens_to_ids("Ċ")

@@ -26,7 +26,7 @@ def codes(teacher: Any, student: Any, heads: tuple[Any, Any] = (None, None)) -> 
     groups = {name: measure(*cutters, group) for name, group in SAMPLE.items()}
     findings = findings_of(
         *sides,
-        vocabulary_figures(teacher, student),
+        vocabulary_figures(*cutters),
         measure(*cutters, CORPUS),
         groups,
         own_texts=False,

@@ -155,7 +155,7 @@ def test_figures_of_real_pairs() -> None:
     for pair in truth:
         teacher, student = pair["teacher"], pair["student"]
         ours = (
-            vocabulary_figures(tokenizers[teacher], tokenizers[student])
+            vocabulary_figures(cutters[teacher], cutters[student])
             | measure(cutters[teacher], cutters[student], texts).as_dict()
         )
         theirs: dict[str, Any] = {
