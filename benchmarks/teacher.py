@@ -301,8 +301,8 @@ def peak_saved(report: dict[str, Any]) -> float:
 def memory_of_two_steps(recipe: dict[str, Any]) -> dict[str, int]:
     """Bytes of this process: the peak of what is resident over two training steps.
 
-    Beside it, after the steps: what is no file's (`anonymous`), what is mapped from files, and what
-    no other process shares (`own`, USS); `files_after_all_rows` is when every row was collated.
+    Beside it, after the steps: what isn't a file's (`anonymous`), what is mapped from files, and
+    what no other process shares (`own`, USS); `files_after_all_rows`: when every row was collated.
     """
     with open_run(Recipe(recipe)) as run:
         collator, rows = run.trainer.data_collator, run.trainer.train_dataset

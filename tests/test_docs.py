@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 import pytest
@@ -62,7 +62,8 @@ def test_the_table_of_baselines_is_the_schemas() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", read(page)):
+    text = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
@@ -180,3 +181,14 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
     assert len(quoted) > 100
     gone = [message for message in quoted if not any(message in text for text in texts)]
     assert not gone, "no such message in the source any more"
+
+
+def test_the_loop_of_ones_own_trainer_runs(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = read(ROOT / "docs" / "own_trainer.md")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(lab)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "docs/own_trainer.md", "exec"), names)
+    history = names["history"]
+    assert len(history) == 4 and history == sorted(history, reverse=True)
+    assert len(set(names["token_map"].tolist())) > 100  # most tokens have a counterpart

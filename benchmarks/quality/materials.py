@@ -239,7 +239,7 @@ def fine_tune(
     """One epoch of LoRA on the responses of `rows`, merged: a teacher that knows the task.
 
     A teacher that does not is sure of what no row says: for the end of these short answers SmolLM2
-    pays 6.4 nats as it is, and 1.3 after this (`tokens` in the record, docs/results.md).
+    pays 6.4 nats as it is, and 1.3 after this (`tokens` in the record, docs/results_record.md).
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq

@@ -1,4 +1,7 @@
-"""From trained students to figures: `dwakd evaluate` on each test set, tables, a picture."""
+"""From trained students to figures: `dwakd evaluate` on each test set, tables, a picture.
+
+python -m benchmarks.quality.report RECORD.json    # all tables of a record
+"""
 
 from __future__ import annotations
 
@@ -185,3 +188,26 @@ def plot(results: Results, file: Path) -> None:
     figure.axes[0].invert_yaxis()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
+
+
+def record_tables(results: Results) -> str:
+    """Markdown: all of a record's tables: trials on dev, nats by kind of token, each comparison."""
+    trials = sorted(results["trials"], key=lambda trial: trial["dev_bits_per_byte"])
+    lines = ["| trial | learning rate | bits per byte on dev |", "|---|---|---|"]
+    lines += [
+        f"| {trial['name'].removeprefix('tune-')} | {trial['learning_rate']:g} | "
+        f"{trial['dev_bits_per_byte']:.4f} |"
+        for trial in trials
+    ]
+    kinds = ("all", "paired", "others", "first", "end")
+    lines += ["", "| nats per token on dev | " + _cells(kinds), "|---|" + "---|" * len(kinds)]
+    for name, found in results["tokens"].items():
+        cells = (f"{found[kind]:.3f}" if kind in found else "" for kind in kinds)
+        lines.append(f"| {name} | " + _cells(cells))
+    for part, found in results["compared"].items():
+        lines += ["", f"{part}: {tables(found)}".rstrip()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(record_tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["results"]))
