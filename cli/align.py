@@ -59,7 +59,7 @@ def align(
     models as training would, and trains nothing.
     """
 
-    # The libraries' own words, in none of which a user could put anything right.
+    # The libraries' own warnings: a user couldn't put anything right in them.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1"}
     console = PlainConsole(stderr=json_output)
     from dwakd_plugin.recipe import Recipe

@@ -53,7 +53,7 @@ class AlignedSample:
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Tokens as they are drawn: the text they stand for, white space and control characters made
-    visible, and bytes that are no whole character as `\\xe6`."""
+    visible, and bytes that aren't a whole character as `\\xe6`."""
     from dwakd_plugin.tokenizers.pair import is_byte_level, token_bytes
 
     byte_level = is_byte_level(tokenizer)

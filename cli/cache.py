@@ -28,7 +28,7 @@ def cache(
     teacher_cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the states; goes before the recipe's. By default it lies beside "
+            help="Folder for the states; overrides the recipe's. By default it lies beside "
             "OUTPUT_DIR and is named after it.",
         ),
     ] = None,

@@ -191,7 +191,9 @@ def kept_of(named: str | None, wanted: int | None, layers: int) -> list[int] | N
     for part in named.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            raise UserError(f"--keep-layers {named}: `{part}` is no layer. Write it like 0-3,5,29.")
+            raise UserError(
+                f"--keep-layers {named}: `{part}` isn't a layer. Write it like 0-3,5,29."
+            )
         if int(last or first) >= layers:
             raise UserError(f"--keep-layers {named}: {there}.")
         kept |= set(range(int(first), int(last or first) + 1))

@@ -200,7 +200,7 @@ def evaluate(
 
 
 def read_metrics(text: str | None, teacher: str | None) -> tuple[str, ...]:
-    """The metrics of a list with commas; by default all that can be had."""
+    """The metrics of a list with commas; by default all that are available."""
     if text is None:
         return METRICS if teacher else METRICS[:2]
     names = tuple(name.strip() for name in text.split(",") if name.strip())

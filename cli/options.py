@@ -26,7 +26,7 @@ TyperArgument.__init__ = _keep_help(TyperArgument.__init__)  # type: ignore[meth
 
 RecipeFile = Annotated[Path, typer.Argument(help="An axolotl recipe (YAML).")]
 Teacher = Annotated[
-    str | None, typer.Option(help="Hub id or folder of the teacher; goes before the recipe's.")
+    str | None, typer.Option(help="Hub id or folder of the teacher; overrides the recipe's.")
 ]
 LoadIn8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Hold the teacher in 8 bit.")]
 LoadIn4Bit = Annotated[

@@ -123,9 +123,9 @@ def plan(
 
 
 def as_planned(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe as it is reckoned, and what that assumes.
+    """The recipe as it is planned, and what that assumes.
 
-    Every way of matching tokens is reckoned as attention: the heads' chunks are what counts, and
+    Every way of matching tokens is planned as attention: the heads' chunks are what counts, and
     they are as large in all. Raises UserError where no term asks for the teacher.
     """
     config = recipe.config
@@ -135,11 +135,11 @@ def as_planned(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if not config.loss.needs_teacher:
         raise UserError(
             "kd_weight and dtw_weight are 0, so this recipe trains without a teacher, and "
-            "`dwakd plan` reckons runs that have one. What `variant: dskd` takes is an upper bound."
+            "`dwakd plan` is for runs that have one. What `variant: dskd` takes is an upper bound."
         )
     block = {key: value for key, value in recipe.keys["dwakd"].items() if key != "variant"}
     return recipe.but(dwakd=block | {"loss": config.loss.model_dump() | {"matching": usual}}), [
-        f"variant {config.variant} is reckoned as if it attended, with projectors for it"
+        f"variant {config.variant} is planned as if it attended, with projectors for it"
     ]
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Hear = Callable[[float, Sequence[float]], None]
-"""Takes the share of a stage that is done, and the figures so far of which a curve is drawn."""
+"""Takes the share of a stage that is done, and the figures so far, which are drawn as a curve."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

@@ -62,7 +62,7 @@ def _nearest(error: UnicodeError) -> tuple[str | bytes, int]:
     """A codecs error handler: ASCII for one character that cannot be encoded."""
     assert isinstance(error, UnicodeEncodeError)
     character = error.object[error.start]
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no text: as it was
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that isn't text: as it was
         return bytes([ord(character) - 0xDC00]), error.start + 1
     from rich.cells import cell_len
 

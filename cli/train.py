@@ -60,7 +60,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Goes before the recipe's: mapped, dskd, sft, ... (docs/baselines.md).",
+            help="Overrides the recipe's: mapped, dskd, sft, ... (docs/baselines.md).",
         ),
     ] = None,
     launcher: Annotated[

@@ -179,7 +179,7 @@ def _plot(report: dict[str, Any], file: Path) -> None:
     try:
         with explaining_writes(f"The plot {file}"), whole_file(file) as partial:
             figure.savefig(partial, dpi=120)
-    except ValueError as error:  # of a suffix that is no format of images
+    except ValueError as error:  # of a suffix that isn't an image format
         raise UserError(f"The plot {file} cannot be written: {error}") from error
     finally:
         pyplot.close(figure)

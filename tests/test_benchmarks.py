@@ -103,7 +103,7 @@ def test_rounds_alternate() -> None:
 
 @pytest.mark.parametrize("gamma", [0.1, 1.0])
 def test_the_research_style_rival_is_right(gamma: float) -> None:
-    """A rival that computes something else would be no rival."""
+    """A rival that computes something else wouldn't be a rival."""
     cost = 2 * torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)).double()
     n, m = torch.tensor([20, 7, 1]), torch.tensor([24, 24, 3])
     found = []

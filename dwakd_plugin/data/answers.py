@@ -22,11 +22,11 @@ TURNS = "different in how many turns are answered"
 TEXT = "different in their text"
 TOOLS = "to other tools: a side's chat template leaves the row's tools out"
 TORN = "torn: a side's chat template takes a quoted </think> for the end of a reasoning"
-# What is no small matter of spelling: the two sides learn from different answers.
+# More than spelling: the two sides learn from different answers.
 DIFFERENT = (REASONING, TURNS, TEXT, TOOLS, TORN)
 
 # The end of a reasoning, as models write it. Its opening may be missing: some templates write that
-# themselves, and it is no part of what is learnt.
+# themselves, and it isn't part of what is learnt.
 _REASONING = re.compile(r".*(?:</(?:think|thinking|reasoning)>|<\|end_of_thought\|>)", re.DOTALL)
 # A reasoning where it belongs, from the beginning of a message to the first end.
 _OWN_REASONING = re.compile(

@@ -6,7 +6,7 @@ waits for the device to count them.
 
 A batch has B samples. Unpacked, each is a sequence of its own, padded, with an attention mask.
 Packed, axolotl's sampler gives lists of samples; each list becomes one sequence of the student's,
-and the teacher's samples are packed anew. Sequences then have position ids that start at 0 with
+and the teacher's samples are packed again. Sequences then have position ids that start at 0 with
 each sample, and no attention mask.
 
 Keys added to axolotl's batch (B samples, S or T response positions, L tokens a sequence; int64):

@@ -46,7 +46,7 @@ def pair_lengths(rows: Dataset, student_len: int, teacher_len: int) -> Dataset:
 
 
 def pack_by_pairs(cfg: Any, teacher_len: int, datasets: Any) -> None:
-    """Has axolotl's sampler pack pairs, and counts the run's steps anew; changes `datasets`."""
+    """Has axolotl's sampler pack pairs, and counts the run's steps again; changes `datasets`."""
     from axolotl.utils.trainer import calculate_total_num_steps
 
     rows = pair_lengths(datasets.train_dataset, cfg.sequence_len, teacher_len)

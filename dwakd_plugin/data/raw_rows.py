@@ -115,7 +115,7 @@ class Table:
 
     def prompt(self, row: int) -> tuple[list[int], list[int]] | None:
         """The tokens before the answer, and those from its end on, if it has one; None where the
-        answer isn't in what is rendered. Raises ToolCall, and UserError for what is no question.
+        answer isn't in what is rendered. Raises ToolCall, and UserError for what isn't a question.
         """
         content = self.rows[row]
         try:

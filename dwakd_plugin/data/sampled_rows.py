@@ -1,6 +1,6 @@
-"""Rows of a batch whose last answer the student gives anew, and their way back into the batch.
+"""Rows of a batch whose last answer the student gives itself, and their way back into the batch.
 
-Of such a row only those positions are labelled that both sides have in common, so that the k-th
+In such a row only the positions that both sides have in common are labelled, so that the k-th
 labelled position of one side and the k-th of the other have read the same bytes. All tokens are
 there to be read. Earlier turns of a conversation stay as they are given, without labels.
 """

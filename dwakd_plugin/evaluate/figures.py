@@ -92,7 +92,7 @@ def without_words(references: Sequence[Sequence[str]]) -> int:
 
 
 def mostly_unseen(references: Sequence[Sequence[str]]) -> int:
-    """How many rows have references of which ROUGE-L sees less than half of the letters.
+    """How many rows have references in which ROUGE-L sees less than half of the letters.
 
     What scores there is what is left: two Russian sentences with one figure in common are the same.
     """
@@ -114,7 +114,7 @@ _ROUGE_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 def keep_stderr_open() -> None:
     """Has absl, on which rouge-score logs, leave sys.stderr open where that is redirected.
 
-    It closes what was sys.stderr at its import when logging is configured anew, as axolotl does,
+    It closes what was sys.stderr at its import when logging is configured again, as axolotl does,
     unless that is the process's own.
     """
     from absl import logging
@@ -316,7 +316,7 @@ def common_places(
 ) -> list[tuple[int, int]]:
     """(our token, their token) that end at the same byte of a text of `size` bytes, in order.
 
-    Of several tokens that end at one byte, the last counts. The text's beginning is no place.
+    Of several tokens that end at one byte, the last counts. The text's beginning isn't one.
     """
     if ours is None or theirs is None:
         return []

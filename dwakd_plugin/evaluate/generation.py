@@ -43,7 +43,7 @@ def respond(
     """A response for each seed and row: [seed][row]. Those in the store are not made again.
 
     prompts: token ids by the row's number in the data; limits: the largest number of new tokens.
-    Batches are the same after an interruption as without one, so that a batch of which some rows
+    Batches are the same after an interruption as without one, so that a batch some of whose rows
     are missing is generated whole. Where a GPU's memory runs out, batches are halved.
     `exact` keeps a text as its tokens spell it, special ones included.
 

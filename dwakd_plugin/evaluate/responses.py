@@ -48,7 +48,7 @@ class ResponseStore:
     ) -> None:
         """Raises UserError where the file holds other responses, or is damaged."""
         self.file = file
-        self._remedy = f"--force begins anew; {elsewhere}."
+        self._remedy = f"--force starts over; {elsewhere}."
         self.head = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
         self.head["template_date"] = today().isoformat()
         self._responses: dict[tuple[int, int], Response] = {}
@@ -149,7 +149,7 @@ class ResponseStore:
     def _damaged(self, number: int) -> str:
         return (
             f"{self.file} is damaged in line {number}: its checksum does not match. Remove the "
-            "line to have its response made again, or begin anew with --force."
+            "line to have its response made again, or start over with --force."
         )
 
 

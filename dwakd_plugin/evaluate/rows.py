@@ -64,7 +64,7 @@ def read_rows(file: Path) -> list[Row]:
 
 def _row(where: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object. {_WANTED}")
+        raise UserError(f"{where} isn't a JSON object. {_WANTED}")
     if isinstance(row.get("messages"), list):
         messages = row["messages"]
         if not messages or not all(
@@ -75,7 +75,9 @@ def _row(where: str, row: Any) -> Row:
         ):
             raise UserError(f"{where} has a message without `role` and `content`. {_WANTED}")
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            raise UserError(f"{where} has no answer: its last message is no assistant's. {_WANTED}")
+            raise UserError(
+                f"{where} has no answer: its last message isn't the assistant's. {_WANTED}"
+            )
         asked = tuple({"role": m["role"], "content": m["content"]} for m in messages[:-1])
         return Row(asked, _references(where, messages[-1]["content"]))
     if not isinstance(row.get("instruction"), str):
@@ -84,7 +86,7 @@ def _row(where: str, row: Any) -> Row:
         raise UserError(f"{where} has no reference: `output` is missing. {_WANTED}")
     more = row.get("input") or ""
     if not isinstance(more, str):
-        raise UserError(f"{where} has an `input` that is no text. {_WANTED}")
+        raise UserError(f"{where} has an `input` that isn't text. {_WANTED}")
     question = row["instruction"] + (f"\n\n{more}" if more else "")
     return Row(
         ({"role": "user", "content": question},),
@@ -222,8 +224,8 @@ def encode(row: Row, form: Format, tokenizer: Any, stop: Sequence[int]) -> Encod
     whole = _rendered(tokenizer, [*row.messages, {"role": "assistant", "content": answer}])
     if not whole.startswith(prompt):
         raise UserError(
-            "The chat template writes an answer's beginning otherwise than a prompt's end, so a "
-            "prompt cannot be cut off. Use --prompt-template, or give the recipe as DATA."
+            "The chat template begins an answer differently from how it ends a prompt, so a prompt "
+            "cannot be cut off. Use --prompt-template, or give the recipe as DATA."
         )
     prompt_ids = _ids(tokenizer, prompt)
     ids = _ids(tokenizer, whole)
@@ -247,7 +249,7 @@ def _ended(response: list[int], stop: Sequence[int], tokenizer: Any) -> list[int
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """The special token after an answer in the chat template, which may be no end of sequence.
+    """The special token after an answer in the chat template, which may not be the end of sequence.
 
     A list of one, or of none where the template has none.
     """

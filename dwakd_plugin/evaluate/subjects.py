@@ -60,7 +60,7 @@ class Request:
 
 @dataclass
 class Model:
-    """A model to evaluate, the rows as it reads them, and what came of it."""
+    """A model to evaluate, the rows as it reads them, and what was found."""
 
     source: Source
     role: str  # model, against or teacher

@@ -212,7 +212,7 @@ def _check_destination(run: Path, dest: Path, *, force: bool) -> None:
         raise UserError(f"`{dest}` exists already. Give another destination, or --force.")
     if not any((dest / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise UserError(
-            f"`{dest}` is no model, and --force replaces models alone. Remove it first."
+            f"`{dest}` isn't a model, and --force only replaces models. Remove it first."
         )
 
 

@@ -31,7 +31,7 @@ class Student:
 
 
 def find_student(run: Path) -> Student:
-    """What a run or checkpoint folder holds. Raises UserError where that is no whole student."""
+    """What a run or checkpoint folder holds. Raises UserError without a whole student in it."""
     if not run.is_dir():
         what = "is a file" if run.exists() else "does not exist"
         raise UserError(
@@ -54,13 +54,13 @@ def find_student(run: Path) -> Student:
             raise UserError(f"`{run}` holds pickled weights, which are not read: use safetensors.")
         if record is None:
             raise UserError(
-                f"`{run}` is no run: it holds neither a model nor dwakd/run.json. Give the "
+                f"`{run}` isn't a run: it has neither a model nor dwakd/run.json. Give the "
                 "output_dir of a run, or one of its checkpoints."
             )
         raise UserError(f"The run `{run}` holds no student yet: it was stopped before it saved.")
     if record is None:
         raise UserError(
-            f"`{run}` holds a model and is no run of dwakd: neither it nor the folder above has "
+            f"`{run}` holds a model that no run of dwakd wrote: neither it nor the one above has "
             f"{RUN_FILE} or {PROJECTOR_FILE}. There is nothing to export from it: use it as it is."
         )
     if run.name.startswith("checkpoint-") and not (run / "trainer_state.json").is_file():

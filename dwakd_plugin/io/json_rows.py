@@ -54,7 +54,7 @@ def _values(file: Path, stream: Any, wanted: str) -> Iterator[tuple[int, Any]]:
                 stream.seek(0)
                 entries = json.loads(stream.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"The data `{file}` is no JSON list: {error}.{wanted}") from error
+                raise UserError(f"The data `{file}` isn't a JSON list: {error}.{wanted}") from error
             yield from enumerate(entries, 1)
             return
         if line:
@@ -68,6 +68,6 @@ def _refuse_surrogates(row: Any, where: str) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where} has a lone surrogate ({error.object[error.start]!r}), which is no character "
-            "and has no bytes. Leave it out, or write the character out."
+            f"{where} has a lone surrogate ({error.object[error.start]!r}), which isn't a "
+            "character and has no bytes. Leave it out, or write the character out."
         ) from error

@@ -23,7 +23,7 @@ from dwakd_plugin.loss.states import Head
 # memory; about six tensors of that size live at once. Of all memory, not of what is free: a run and
 # its resumed half must cut the same chunks to agree bit for bit.
 AUTO_CHUNK_SHARE = 1 / 128
-# Within that share, so many tokens: with fewer, reading the head anew for each chunk is what a
+# Within that share, so many tokens: with fewer, reading the head again for each chunk is what a
 # product costs. And so many elements: more makes nothing faster. (On a CPU 64 MiB, above the 32 MiB
 # up to which freed tensors stay on malloc's heap, which then grows with the number of chunks.)
 AUTO_CHUNK_TOKENS = 256

@@ -93,7 +93,7 @@ class Variant:
 
     in_words       the distillation in a run's report; `{divergence}` is filled in
     always_trains  projectors that train while any term asks for the teacher
-    follows_head   projectors that are no parameters, as they follow the student's head
+    follows_head   projectors that aren't parameters, as they follow the student's head
     unlogged       figures that say nothing here, and are left to health
     """
 

@@ -33,7 +33,7 @@ VARIANTS: dict[str, Variant] = {
         always_trains=frozenset({"query", "t2s", "s2t", "embed_t2s"}),
         unlogged=frozenset({"paired_share", "paired_ce"}),  # 1 and `ce`: every token is paired
     ),
-    # The map s2t is no parameter here: it follows the heads.
+    # The map s2t isn't a parameter here: it follows the heads.
     "exact": Variant(
         SameToken,
         DUAL_SPACE,

@@ -17,7 +17,7 @@ def teacher_batch(
 
     `packed` puts rows into sequences of `sequence_len` tokens, or all into one where that is None.
     The padding's token id is 0, which every vocabulary has; the mask says that it does not count,
-    or positions that start anew.
+    or positions that start again.
     """
     lengths = [len(ids) for ids in teacher_ids]
     if packed:
@@ -72,7 +72,7 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
     What is longer than `capacity` has a sequence of its own.
     """
-    # axolotl's pack_group gives the same packs, and is compiled anew in each process: 2.7 s.
+    # axolotl's pack_group gives the same packs, and is compiled again in each process: 2.7 s.
     sequences: list[list[int]] = []
     rooms: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):

@@ -34,7 +34,7 @@ def body(model: PreTrainedModel | PeftModel) -> nn.Module:
     if decoder is lm:
         raise UserError(
             f"{type(lm).__name__} has no separate decoder (no base_model_prefix), so its hidden "
-            "states cannot be had without its logits. This architecture is not supported."
+            "states come only with its logits. This architecture is not supported."
         )
     return decoder
 

@@ -161,7 +161,7 @@ def choices(
     """1 − cos a token of each layer, and what two ways leave out until `wanted` are left.
 
     "at once" takes the layers that change their input least; "one by one" takes the least, and
-    measures the others anew without it. Neither is the better one always, so both are tried.
+    measures the others again without it. Neither is the better one always, so both are tried.
     `on_reading` is called `readings(layers, wanted)` times for each reader.
     """
     tokens = sum(reader.embedded[..., 0].numel() for reader in readers)

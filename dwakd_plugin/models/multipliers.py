@@ -161,7 +161,7 @@ def _watch_embeddings(lm: Any, decoder: nn.Module, embeddings: nn.Module) -> flo
     given = 2.0 ** torch.randint(-2, 3, (1, count, width), generator=generator).to(device)
     given[..., ::2] *= -1
     found = []
-    for factor in (1.0, 2.0):  # of the difference, positions are no part
+    for factor in (1.0, 2.0):  # the difference has no positions in it
         first = _first_layer_input(lm, decoder, embeddings, factor * given)
         if first is None or first.shape != given.shape:
             return _declared(lm)

@@ -72,7 +72,7 @@ def card(wanted: str | None) -> Card:
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)", wanted.strip(), re.IGNORECASE):
         capacity = float(size[1])
         if capacity <= 0:
-            raise UserError(f"--gpu {wanted}: a card of no memory. Give its size, as in 24GB.")
+            raise UserError(f"--gpu {wanted}: a card without memory. Give its size, as in 24GB.")
         alike = min(CARDS, key=lambda name: (abs(CARDS[name][0] - capacity), CARDS[name][1]))
         return replace(
             _from_sheet(alike, capacity),

@@ -1,4 +1,4 @@
-"""What would make a recipe take less: changes of it, each planned anew by itself."""
+"""What would make a recipe take less: changes of it, each planned by itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def suggestions(
     response_share: float = 1.0,
     lengths: Lengths | None = None,
 ) -> list[Suggestion]:
-    """Changes that save memory, each planned anew by itself, the most effective first."""
+    """Changes that save memory, each planned by itself, the most effective first."""
     found = []
     for title, yaml, changed in _changes(recipe, now):
         try:

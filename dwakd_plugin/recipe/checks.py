@@ -95,8 +95,7 @@ def check_recipe(recipe: Recipe) -> None:
         problems.append("  datasets: none given — add the rows to train on")
     if problems:
         raise UserError(
-            "The recipe asks for what does not go with `distillation: dwakd`:\n"
-            + "\n".join(problems)
+            "These settings do not work with `distillation: dwakd`:\n" + "\n".join(problems)
         )
 
 

@@ -72,7 +72,7 @@ def unknown_key(path: list[str], schema: type[BaseModel], name: str) -> str:
 
 
 def name_problem(name: str) -> str | None:
-    """Why a text can be no file's, folder's or model's name; None where it can."""
+    """Why a text can't be the name of a file, folder or model; None where it can."""
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:

@@ -27,7 +27,7 @@ def check_files(recipe: Recipe) -> None:
         problems.insert(0, "  base_model: none given — name the student, a folder or a hub id")
     if problems:
         raise UserError(
-            f"The recipe names what is not there (paths start in {Path.cwd()}):\n"
+            f"The recipe names things that are not there (relative paths start in {Path.cwd()}):\n"
             + "\n".join(problems)
         )
 

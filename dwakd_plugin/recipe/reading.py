@@ -32,7 +32,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The recipe `{file}` cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"The recipe `{file}` is no valid YAML: {error}") from error
+        raise UserError(f"The recipe `{file}` isn't valid YAML: {error}") from error
     # What PyYAML lets through where a value does not fit its tag (2024-99-99, !!int x, !!bool x).
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
@@ -40,7 +40,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
             f"{error}. Look at its dates, its `!!` tags and how deep its brackets go."
         ) from error
     if not isinstance(recipe, dict):
-        raise UserError(f"The recipe `{file}` holds no keys; give an axolotl recipe (YAML).")
+        raise UserError(f"The recipe `{file}` has no keys; give an axolotl recipe (YAML).")
     return recipe
 
 

@@ -30,12 +30,12 @@ class Recipe:
 
     @classmethod
     def read(cls, file: Path, teacher: Mapping[str, Any]) -> Recipe:
-        """A recipe's file, completed as by `completed`. Raises UserError for what is no recipe."""
+        """A recipe's file, completed as by `completed`. Raises UserError where it isn't one."""
         return cls.completed(read_recipe(file), teacher)
 
     @classmethod
     def completed(cls, keys: dict[str, Any], teacher: Mapping[str, Any]) -> Recipe:
-        """The keys with all that distillation needs; `teacher` goes before `dwakd.teacher`'s own.
+        """The keys with all that distillation needs; `teacher` overrides `dwakd.teacher`.
 
         Raises UserError where neither names a teacher.
         """
@@ -78,7 +78,7 @@ class Recipe:
         return Recipe(kept | keys, self.changes)
 
     def with_block(self, name: str, **settings: Any) -> Recipe:
-        """With settings of `dwakd.NAME`; where that is no mapping, as it is: the schema says so."""
+        """With settings of `dwakd.NAME`; unchanged where it isn't a mapping: the schema says so."""
         block, own = self.keys.get("dwakd"), self.written(name)
         if not isinstance(block, dict) or not isinstance(own, dict | None):
             return self

@@ -131,7 +131,7 @@ class TeacherConfig(Block):
     )
     attn_implementation: str = Field(
         "auto",
-        description="auto: flash attention where it can be had (flash_attention_3, "
+        description="auto: flash attention where it is available (flash_attention_3, "
         "flash_attention_2, or the hub's kernel through `kernels`) and device, dtype and "
         "architecture can, else sdpa or eager; or a name of transformers'.",
     )
@@ -197,7 +197,7 @@ class TeacherConfig(Block):
                 r"\d+(\.\d+)? ?[KMG]i?B", limit
             ):
                 raise ValueError(
-                    f"{name}: {limit} is no device with a limit; write cpu or cuda:N, and a size "
+                    f"{name}: {limit} isn't a device with a limit; write cpu or cuda:N, and a size "
                     "as in 20GiB"
                 )
         if device == {}:

@@ -52,7 +52,7 @@ StatesOfRow = Callable[[Tensor, Tensor], Tensor]  # see DualCollator.teacher_sta
 def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distillation:
     """Loads the teacher, fills the cache, and makes the projectors. Raises UserError.
 
-    Nothing of the trainer changes but its collators, which are made anew for the teacher's side.
+    Nothing of the trainer changes but its collators, which are made again for the teacher's side.
     """
     config, student, student_tokenizer = recipe.config, trainer.model, trainer.processing_class
     check_positions(student, cfg.sequence_len, "sequence_len")

@@ -36,12 +36,12 @@ def resume_projectors(distillation: Distillation, checkpoint: Path) -> None:
 
 
 def check_optimizer(checkpoint: Path) -> None:
-    """Raises UserError where a checkpoint lacks the optimizer's state, which would begin anew."""
+    """Raises UserError where a checkpoint lacks the optimizer's state, which would start over."""
     names = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # engines have others
     if not any(next(checkpoint.glob(name), None) for name in names):
         raise UserError(
             f"{checkpoint} cannot be resumed: it holds no optimizer state (`save_only_model: true` "
-            "wrote it), so the optimizer would begin anew in the middle of its schedule. To train "
+            "wrote it), so the optimizer would start over in the middle of its schedule. To train "
             f"on from its student, begin a new run with `base_model: {checkpoint}` (of a LoRA, "
             "`lora_model_dir`) and another output_dir."
         )

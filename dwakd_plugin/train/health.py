@@ -33,7 +33,7 @@ CHANCE_MARGIN = 0.02
 # diagonal has nearly all of it; none is left where all tokens look everywhere, or at one place.
 INFORMATION_SHARE = 0.1
 WIDE_SHARE = 0.5  # of log T, the entropy that tells these two apart: of 100 tokens, 10
-FEWEST_POSITIONS = 4  # with fewer to look at, in the mean, looking says nothing either way
+FEWEST_POSITIONS = 4  # with fewer to look at on average, looking says nothing either way
 # As where `dwakd check` stops calling a pair workable by its identical spans.
 FEWEST_PAIRED = 0.25
 # A term that is four fifths of the loss leaves the labels to steer by what is left of the gradient.
@@ -181,7 +181,7 @@ class Health:
             return None
         return (
             f"The projected teacher is unsure everywhere: its first choice has a probability of "
-            f"{mean['gate']:.2%} in the mean (gate), less than the most frequent token has by "
+            f"{mean['gate']:.2%} on average (gate), less than the most frequent token has by "
             f"itself ({mean['chance']:.2%}). The student-space term then teaches the student to be "
             f"as unsure. Let it wait (dwakd.loss.kd_warmup_steps: {max(200, 2 * self.step)}), or "
             f"{self._warm_up()}."

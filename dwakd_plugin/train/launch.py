@@ -190,7 +190,7 @@ def _overrides(arguments: list[str], recipe: Recipe, file: Path) -> dict[str, An
     for name in ("launcher", "sweep", "cloud"):
         if name in given:
             raise UserError(
-                f"--{name} is no argument to hand over: "
+                f"--{name} isn't an argument to hand over: "
                 + (
                     "give it before the `--`."
                     if name == "launcher"

@@ -63,14 +63,14 @@ def check_variant(recipe: Recipe) -> None:
     loss = recipe.config.loss
     if variant_of(loss).follows_head:
         raise UserError(
-            "The recipe asks for what does not go with `distillation: dwakd`:\n"
+            "These settings do not work with `distillation: dwakd`:\n"
             f"  dwakd.loss.matching: {loss.matching} — its map between the heads follows the whole "
             "student, which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
         )
 
 
 def check_teacher_recipe(config: DWAKDConfig) -> None:
-    """Raises UserError where the teacher's quantisation, attention or device cannot be had here.
+    """Raises UserError where the teacher's quantisation, attention or device isn't available here.
 
     Looks at the packages, and no further where the recipe leaves attention and device to us: only
     then are torch and transformers not needed for it.

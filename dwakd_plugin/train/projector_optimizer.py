@@ -1,4 +1,4 @@
-"""The projectors' own learning rate, and their own AdamW where the student's optimizer is no match.
+"""The projectors' own learning rate, and their own AdamW where the student's doesn't suit them.
 
 Muon and its like choose what they do with a parameter by its shape and name, for the layers of a
 decoder: a projector's weight would be orthogonalised, and its bias left as it is.

@@ -159,7 +159,7 @@ def read_run_file(file: Path) -> dict[str, Any] | None:
         if expected is not None and expected != json_checksum(record):
             raise ValueError("its checksum does not match")
         if not isinstance(record.get("identity", {}), dict):
-            raise TypeError("its `identity` is no mapping")
+            raise TypeError("its `identity` isn't a mapping")
         return record
     except FileNotFoundError:
         return None

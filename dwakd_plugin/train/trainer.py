@@ -288,7 +288,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
                 self._signature_columns.append(column)
 
     def _create_multipack_sampler(self, base_sampler: Any, dataset: Any, **kwargs: Any) -> Any:
-        """axolotl's, with an order that a resumed run finds again: its own is drawn anew.
+        """axolotl's, with an order that a resumed run finds again: its own is drawn again.
 
         Since 0.21 it is told whether the data set is one to train on.
         """

@@ -80,7 +80,7 @@ def _step(
 ) -> LossTerms:
     """One update of the projectors, on one batch.
 
-    The teacher-space term is the dearest, and would train `s2t` alone: off unless asked for.
+    The teacher-space term is the most expensive, and would train `s2t` alone: off unless asked for.
     """
     terms = _terms(projectors, student, teacher, config, teacher_space=teacher_space)
     total = terms.t2s_ce + config.loss.dtw_weight * (terms.hidden_dtw + terms.embed_dtw)

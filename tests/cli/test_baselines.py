@@ -23,7 +23,7 @@ def test_plan_says_what_it_takes_the_baselines_for(recipe: Recipe) -> None:
     assert as_planned(plain) == (plain, [])
     planned, assumed = as_planned(ReadRecipe(recipe({"variant": "dwakdv2"})))
     assert planned.config.loss == LossConfig()
-    assert "dwakdv2 is reckoned as if it attended" in assumed[0]
+    assert "dwakdv2 is planned as if it attended" in assumed[0]
     with pytest.raises(UserError, match="trains without a teacher"):
         as_planned(ReadRecipe(recipe({"variant": "sft"})))
 

@@ -108,7 +108,7 @@ def test_all_layers_by_number_is_the_same_model(tmp_path, monkeypatch, texts):
         (["--layers", 5], "--layers 5: The model has 4 layers, 0 to 3"),
         (["--layers", 0], "Keep between 1 and 4"),
         (["--keep-layers", "0,4"], "has 4 layers, 0 to 3"),
-        (["--keep-layers", "0,x"], "`x` is no layer"),
+        (["--keep-layers", "0,x"], "`x` isn't a layer"),
         (["--keep-layers", "0-2", "--layers", 2], "names 3 layers and --layers says 2"),
         (["--tokenizer", "a", "--train-tokenizer", "b"], "not both"),
         (["--layers", 2, "--texts", "nowhere.txt"], "nowhere.txt cannot be read"),

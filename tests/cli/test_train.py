@@ -148,7 +148,7 @@ def test_an_output_folder_below_a_file_is_refused(
     [
         (None, "does not exist"),
         ("a: [1", "no valid YAML"),
-        ("- 1", "holds no keys"),
+        ("- 1", "has no keys"),
         ("base_model: x", "names no teacher. Give one with `--teacher ID`"),
     ],
 )

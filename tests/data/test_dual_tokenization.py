@@ -309,7 +309,7 @@ GOOD = b'{"instruction": "a", "input": "", "output": "b"}\n'
         (GOOD + b"\n" + GOOD[:30] + b"\xf6" + GOOD[30:], "not UTF-8: byte 0xf6 in line 3"),
         (GOOD + b"[" * 9999, "Row 2 of .* is not JSON"),
         (GOOD + b"3\n", "Row 2 of .* isn't a JSON object"),
-        (b"[1, 2", "is no JSON list"),
+        (b"[1, 2", "isn't a JSON list"),
         (b" \n\n", "is empty"),
     ],
 )

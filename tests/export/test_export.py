@@ -273,7 +273,7 @@ def test_destinations_in_use(full_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for dest, force, message in (
         (tmp_path / "mine", False, "exists already"),
-        (tmp_path / "mine", True, "is no model, and --force replaces models alone"),
+        (tmp_path / "mine", True, "isn't a model, and --force only replaces models"),
         (tmp_path / "file" / "below", False, "cannot be written"),
         (full_run, True, "is the run itself"),
         (full_run.parent, True, "is the run itself, or holds it"),
@@ -306,7 +306,7 @@ def test_what_is_no_whole_run(full_run: Path, lora_run: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="does not exist"):
         find_student(run)
     run.mkdir()
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="isn't a run"):
         find_student(run)
     sign(run, "student")
     with pytest.raises(UserError, match="holds no student yet"):
@@ -335,7 +335,7 @@ def test_what_is_no_whole_run(full_run: Path, lora_run: Path, tmp_path: Path) ->
 
     foreign = tmp_path / "foreign"
     shutil.copytree(full_run, foreign, ignore=shutil.ignore_patterns("dwakd"))
-    with pytest.raises(UserError, match="is no run of dwakd"):
+    with pytest.raises(UserError, match="a model that no run of dwakd wrote"):
         find_student(foreign)
     with pytest.raises(UserError, match="--shard-size is `2`; write it like 500MB"):
         export(full_run, tmp_path / "student", shard_size="2")

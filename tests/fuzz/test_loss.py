@@ -63,7 +63,7 @@ def _paired(
 
 
 def _batch(samples: list[ResponseStates], padding: float, further: int) -> ResponseStates:
-    """Single samples as one batch; `padding` fills what is no position."""
+    """Single samples as one batch; `padding` fills what isn't a position."""
     longest = max(one.hidden.shape[1] for one in samples) + further
 
     def joined(tensors: list[torch.Tensor], value: float) -> torch.Tensor:

@@ -59,7 +59,7 @@ def test_a_foreign_or_damaged_cache_is_refused(cache: TeacherCache, tmp_path: Pa
         TeacherCache(cache.folder, IDENTITY | {"teacher": "huge"})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
-    with pytest.raises(UserError, match="is no teacher cache"):
+    with pytest.raises(UserError, match="isn't a teacher cache"):
         TeacherCache(tmp_path / "photos", IDENTITY)
 
     shard = next(cache.folder.glob("states-*"))
@@ -92,7 +92,7 @@ def test_an_index_cannot_point_out_of_its_folder(cache: TeacherCache, tmp_path: 
     shard.rename(tmp_path / shard.name)
     index = cache.folder / "index.jsonl"
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    with pytest.raises(UserError, match="no file of the cache"):
+    with pytest.raises(UserError, match="isn't part of the cache"):
         TeacherCache(cache.folder, IDENTITY)
 
 

@@ -202,7 +202,7 @@ def test_the_trace_holds_what_a_real_forward_pass_keeps(checkpointing: bool, bat
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # the trace is of a batch with some padding
         output = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    if checkpointing:  # what is kept are the layers' inputs, which are no saved tensors
+    if checkpointing:  # what is kept are the layers' inputs, which aren't saved tensors
         real = 5 * output.last_hidden_state.untyped_storage().nbytes()
         assert real <= trace.at(batch)[0] <= 2.2 * real
     else:

@@ -251,7 +251,7 @@ def test_two_steps(
 def test_a_chat_template_that_thinks_aligns_the_answers_alone(
     workshop: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Qwen3 opens an answer with an empty <think> block: it is no part of the response."""
+    """Qwen3 opens an answer with an empty <think> block: it isn't part of the response."""
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
 

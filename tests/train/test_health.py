@@ -116,7 +116,7 @@ def test_each_defect_has_its_warning_once_until_it_was_well(name: str) -> None:
     ("name", "figure", "advice"),
     [
         ("t2s_at_chance", "7.0% of the tokens", "dwakd.projectors.warmup_steps: 250"),
-        ("gate_low", "3.00% in the mean", "dwakd.loss.kd_warmup_steps: 200"),
+        ("gate_low", "3.00% on average", "dwakd.loss.kd_warmup_steps: 200"),
         ("attention_uniform", "3.39 nats of at most 3.40", "`dwakd align`"),
         ("attention_collapsed", "0.01 nats", "learning_rate (now 0.001) to 0.0003"),
         ("teacher_worse", "5.30 nats per student token", "dwakd.teacher.adapter"),

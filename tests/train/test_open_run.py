@@ -28,7 +28,7 @@ def test_an_open_run_leaves_no_trace(
     recipe: Recipe, lab: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = recipe({"projectors": {"warmup_steps": 500}}, val_set_size=0.2)
-    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)  # another run is no hindrance
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)  # another run doesn't hinder
     capfd.readouterr()
     with open_run(ReadRecipe(settings)) as run:
         assert len(run.trainer.train_dataset) == 32

@@ -39,7 +39,7 @@ from tests.runs import weights
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 LOGGED = {"own_length", "own_ended", "own_unaligned", "own_divergence", "own_agreement"}
-OWN = {"share": 0.75, "max_new_tokens": 2, "start_after": 1}  # few bytes that are no text
+OWN = {"share": 0.75, "max_new_tokens": 2, "start_after": 1}  # few bytes that aren't text
 LORA = {
     "adapter": "lora",
     "lora_r": 4,

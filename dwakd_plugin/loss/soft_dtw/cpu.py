@@ -12,7 +12,7 @@ are the softmin weights, by which `gradient` sends the expected alignment back f
 A matrix is cut into strips of LANES rows. In a strip, lane l works on column t − l at step t: the
 cells of one step lie on an anti-diagonal, are independent and fill the SIMD lanes. Arrays in this
 layout are called skewed, (steps, LANES). `value` keeps the last row of every strip, the edges, and
-`gradient` computes each strip anew from the edge above it. So the scratch is one strip per thread
+`gradient` recomputes each strip from the edge above it. So the scratch is one strip per thread
 and edges of 2/LANES of the cost's size.
 
 Legend: b sample, i row, j column, t step, l lane; h ≤ LANES rows in the strip, m columns.

@@ -5,7 +5,7 @@
 
 The divergence is always forward KL (D5), at temperature τ on both sides, without a factor τ² (D4);
 entropies at temperature 1. Over compared positions, whose weights sum to the sample's length. The
-dearest term: two products with the teacher's head.
+most expensive term: two products with the teacher's head.
 """
 
 from __future__ import annotations

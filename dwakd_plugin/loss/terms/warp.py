@@ -3,8 +3,8 @@
     hidden_dtw = Σ nDTW(h, t2s(g))      embed_dtw = Σ nDTW(e_tgt, embed_t2s(f_tgt))
     nDTW(x, y) = sDTW(x, y) − ½ (sDTW(x, x) + sDTW(y, y))       cost_ij = 1 − cos(x_i, y_j)
 
-`t2s` is applied to the raw g, and e_tgt is not detached (D7). Outside the match's band, cells of
-the cost between student and teacher are dearer.
+`t2s` is applied to the raw g, and e_tgt is not detached (D7). Outside the match's band, cells
+between student and teacher cost more.
 """
 
 from __future__ import annotations

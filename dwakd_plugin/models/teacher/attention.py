@@ -30,7 +30,7 @@ class AttentionFacts:
     scores, which sdpa leaves out without a word (Gemma 2). compatible: the only flash
     implementations that an architecture takes, where it is particular. installed: of
     flash_attention_2, flash_attention_3 and kernels, those that can be imported. hub_problem:
-    why the hub's kernel cannot be had, where that was tried. known: every name that
+    why the hub's kernel can't be fetched, where that was tried. known: every name that
     transformers knows.
     """
 
@@ -181,12 +181,12 @@ def attention_facts(
 
 
 def _hub_problem(repository: str) -> str | None:
-    """Fetches the kernel, as transformers will. Why it cannot be had, or None."""
+    """Fetches the kernel, as transformers will. Why it can't be fetched, or None."""
     from transformers.integrations.hub_kernels import load_and_register_attn_kernel
 
     try:
         load_and_register_attn_kernel(repository)
     except Exception as error:  # the network's, the hub's and the kernel's own
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"the kernel {repository} cannot be had from the hub ({first})"
+        return f"the kernel {repository} cannot be fetched from the hub ({first})"
     return None

@@ -65,7 +65,7 @@ _DTYPES = {
 class TeacherCache:
     """A folder of teacher states, opened for one teacher.
 
-    Pickles small: data-loader workers read the shards' headers anew.
+    Pickles small: data-loader workers read the shards' headers again.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], dtype: str = "auto") -> None:
@@ -204,8 +204,8 @@ class TeacherCache:
             foreign = any(not _is_ours(file.name) for file in files)
             if foreign or (self.folder.exists() and not self.folder.is_dir()):
                 raise UserError(
-                    f"dwakd.teacher.cache: {self.folder} exists and is no teacher cache (it has no "
-                    f"{INDEX}). Give another folder."
+                    f"dwakd.teacher.cache: {self.folder} exists and isn't a teacher cache (it has "
+                    f"no {INDEX}). Give another folder."
                 )
             return
         head, *lines = whole_lines(index.read_bytes()) or [None]
@@ -219,7 +219,7 @@ class TeacherCache:
                 entry["bytes"] + 0, dict(entry["crc32"])
             found.get, len(dtype)
             if dtype not in KEPT_DTYPES:
-                raise ValueError(f"{dtype!r} is no dtype of states")
+                raise ValueError(f"{dtype!r} isn't a dtype of states")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(_damaged(index, f"{type(error).__name__}: {error}")) from error
         if version != FORMAT:
@@ -247,7 +247,7 @@ class TeacherCache:
             )
         for name, entry in entries.items():
             if Path(name).name != name or not _is_ours(name) or (self.folder / name).is_symlink():
-                raise UserError(_damaged(index, f"it names {name}, which is no file of the cache"))
+                raise UserError(_damaged(index, f"it names {name}, which isn't part of the cache"))
             file = self.folder / name
             try:
                 size = file.stat().st_size

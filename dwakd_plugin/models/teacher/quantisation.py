@@ -43,11 +43,11 @@ def check_packages(
         if missing:
             raise UserError(
                 f"The teacher {config.base_model} is quantised ({describe(own)}), and loading it "
-                f"needs what is not installed: `pip install {' '.join(missing)}`."
+                f"needs a package that is not installed: `pip install {' '.join(missing)}`."
             )
     elif asked(config) is not None and not installed("bitsandbytes"):
         raise UserError(
-            f"dwakd.teacher.{asked(config)} needs what is not installed: "
+            f"dwakd.teacher.{asked(config)} needs a package that is not installed: "
             "`pip install bitsandbytes`. Or remove the line, to hold the teacher unquantised."
         )
 
