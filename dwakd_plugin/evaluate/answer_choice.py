@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from dwakd_plugin.data.answers import without_reasoning
-from dwakd_plugin.data.raw_rows import Prompt, Prompts
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.answer_files import AnswerFiles, write_rows
 from dwakd_plugin.evaluate.responses import Response
 from dwakd_plugin.tokenizers.sampled import special_tokens
+
+if TYPE_CHECKING:
+    from dwakd_plugin.data.raw_rows import Prompt, Prompts
 
 Keep = Literal["all", "shortest", "likeliest"]
 

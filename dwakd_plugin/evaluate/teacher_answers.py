@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from axolotl.utils.dict import DictDefault
 from transformers import GenerationConfig
 
-from dwakd_plugin.data.raw_rows import Prompts, fill
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, local_files
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.answer_choice import Keep, write_answers
@@ -33,6 +32,9 @@ from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.tokenizers.template_date import template_date, today
 from dwakd_plugin.train.open_run import open_prompts, open_rows
+
+if TYPE_CHECKING:
+    from dwakd_plugin.data.raw_rows import Prompts
 
 Begin = Callable[[str], Callable[..., None]]  # begins a stage, which hears (done, total, words)
 
@@ -170,6 +172,8 @@ def answer(order: Order, begin: Begin) -> dict[str, Any]:
         hear = begin("Preparing the prompts")
         held_out = _held_out(order.recipe)
         with open_prompts(order.recipe) as prompts:
+            from dwakd_plugin.data.raw_rows import fill  # which imports all of axolotl's data
+
             positions = most_positions(teacher_config(order.teacher))
             prompts.longest = min(prompts.longest, positions or prompts.longest)
             for done, total in fill(prompts, held_out):
