@@ -16,7 +16,10 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
     student_lengths (B,), teacher_lengths (B,)           how many of them count
     student_index (Ns,), teacher_index (Nt,)             their places in the flattened (B · S or T)
     student_pairs (P,), teacher_pairs (P,)               places there of the positions that predict
-                                                         the same bytes; only for exact matching
+                                                         the same bytes; only where the loss
+                                                         matches by bytes
+    student_read (P,)                                    what the student has read of the teacher's
+                                                         token (`ResponseStates.read`)
     source_row (B,)                                      where each row comes from
     teacher_hidden (B, T, D), float                      only where `teacher_states` are given
 """
@@ -37,7 +40,7 @@ from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import LENGTH_COLUMN
 from dwakd_plugin.data.sampled_rows import OWN_ROWS
 from dwakd_plugin.models.batches import response_positions, teacher_batch
-from dwakd_plugin.tokenizers.alignment import Pairs, TokenAligner
+from dwakd_plugin.tokenizers.alignment import NumberedPairs, TokenAligner
 
 # What is added to axolotl's batch; the student's own forward takes none of it.
 DISTILLATION_KEYS = (
@@ -52,6 +55,7 @@ DISTILLATION_KEYS = (
     "teacher_index",
     "student_pairs",
     "teacher_pairs",
+    "student_read",
     "teacher_hidden",
     "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
@@ -114,8 +118,9 @@ class DualCollator(DataCollatorForSeq2Seq):
         batch.update(response_positions("student", labels, starts))
         if self.aligner is not None:
             sides = (rows, labels, teacher_ids, teacher_labels)
+            find = self.aligner.numbered_pairs
             pairs = [
-                self.aligner.pairs(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
+                find(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
                 for row, own, ids, theirs in zip(*sides, strict=True)
             ]
             batch.update(aligned_positions(pairs, batch))
@@ -141,15 +146,16 @@ def _concatenated(
     return result
 
 
-def aligned_positions(pairs: list[Pairs], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def aligned_positions(pairs: list[NumberedPairs], batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each sample's pairs of response positions as places in the flattened (B · S), (B · T)."""
     places = [
         (
             sample * batch["student_positions"].shape[1] + i,
             sample * batch["teacher_positions"].shape[1] + j,
+            read,
         )
         for sample, found in enumerate(pairs)
-        for i, j in found
+        for i, j, read in found
     ]
-    student, teacher = torch.tensor(places, dtype=torch.long).view(-1, 2).T
-    return {"student_pairs": student.contiguous(), "teacher_pairs": teacher.contiguous()}
+    student, teacher, read = torch.tensor(places, dtype=torch.long).view(-1, 3).T.contiguous()
+    return {"student_pairs": student, "teacher_pairs": teacher, "student_read": read}

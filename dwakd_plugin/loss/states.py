@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,18 @@ class Head:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
 
+class Continuations(NamedTuple):
+    """What the teacher's tokens go on with for the student, by what it has read of them.
+
+    starts (G + 2,) long, teacher_tokens and student_tokens (E,) long: behind what has the number g,
+    1 to G, the teacher's tokens from starts[g] to starts[g + 1] go on with the student's there.
+    """
+
+    starts: Tensor
+    teacher_tokens: Tensor
+    student_tokens: Tensor
+
+
 @dataclass(frozen=True)
 class ResponseStates:
     """One model's view of a batch of responses: response positions only, gathered in order (D1).
@@ -83,6 +95,10 @@ class ResponseStates:
     token_map       (V,) long, for each token the student's of the same bytes, −1 where there is
                     none. Required of the teacher for exact matching; for mapped, the student's
                     token that its bytes begin with
+    read            (P,) long, beside the student's pairs for mapped matching: what of the teacher's
+                    token the student has read before, as a number of the teacher's `continuations`,
+                    0 where the two begin alike. None: all do
+    continuations   of the teacher, where the student has `read`
 
     Padding may hold anything, NaN included.
     """
@@ -96,6 +112,8 @@ class ResponseStates:
     index: Tensor | None = None
     pairs: Tensor | None = None
     token_map: Tensor | None = None
+    read: Tensor | None = None
+    continuations: Continuations | None = None
 
     def detached(self) -> ResponseStates:
         """The same states as constants."""
@@ -109,12 +127,13 @@ class ResponseStates:
 
     def samples(self, places: Tensor) -> ResponseStates:
         """Some samples of the batch (k,) long, in that order, as a batch of their own."""
-        pairs, size = self.pairs, self.hidden.shape[1]
+        pairs, read, size = self.pairs, self.read, self.hidden.shape[1]
         if pairs is not None:
             number = torch.full_like(self.lengths, -1)
             number[places] = torch.arange(len(places), device=places.device)
             found = number[pairs // size]
             pairs = (found * size + pairs % size)[found >= 0]
+            read = None if read is None else read[found >= 0]
         return replace(
             self,
             input_embeds=self.input_embeds[places],
@@ -124,6 +143,7 @@ class ResponseStates:
             labels=None if self.labels is None else self.labels[places],
             index=None,  # of the whole batch
             pairs=pairs,
+            read=read,
         )
 
     def sample(self, index: int) -> ResponseStates:

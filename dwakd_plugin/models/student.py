@@ -47,4 +47,5 @@ def student_states(
         labels=targets.where(real, -100),
         index=batch.get("student_index"),
         pairs=batch.get("student_pairs"),
+        read=batch.get("student_read"),
     )

@@ -223,6 +223,12 @@ class LossConfig(Block):
         description="What attention hands from the teacher to the student's space: the embedding "
         "of the token to be predicted and the hidden state, or the hidden state alone.",
     )
+    inside_tokens: Literal["condition", "label"] = Field(
+        "condition",
+        description="What `mapped` makes of a student's token that begins inside one of the "
+        "teacher's, as digits do where the teacher groups them. condition: the teacher's "
+        "probabilities, given what the student has read of that token; label: its label.",
+    )
     temperature: float = Field(
         2.0,
         ge=0.01,

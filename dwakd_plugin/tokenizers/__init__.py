@@ -5,6 +5,7 @@ Token ids and strings only; nothing of models.
 
 __all__ = [
     "alignment",
+    "continuations",
     "findings",
     "loading",
     "pair",

@@ -2,7 +2,8 @@
 
 Two tokens are a pair when they begin and end at the same byte of the same text: all bytes before
 them, and their own, are equal (DSKDv2, arXiv 2504.11426). Where the teacher's probabilities are
-mapped to the student's tokens it is enough that the teacher's token begins with the student's.
+mapped to the student's tokens it is enough that the teacher's token begins with the student's, and
+one that begins inside a teacher's token goes with that (`continuations`).
 Strings of the vocabularies are never compared: a walk along strings loses its place where one side
 writes a byte as `<0x0A>` and the other as `Ċ`, and never finds it again.
 
@@ -17,10 +18,13 @@ from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any
 
+from dwakd_plugin.tokenizers.continuations import Continuations, Read
 from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary
 from dwakd_plugin.tokenizers.same_text import Run, common_runs, spelling
 
 Pairs = list[tuple[int, int]]
+# With the number of what the student has read of the teacher's token, 0 where they begin alike.
+NumberedPairs = list[tuple[int, int, int]]
 
 # What a text may follow without being joined with it: words and spaced words, white space, marks.
 BEFORE = ("\n", "a", ".")
@@ -31,12 +35,19 @@ class TokenAligner:
 
     whole: only tokens of the same bytes; otherwise also a student's with a longer one of the
     teacher's that begins with it.
+    continuations: what `numbered_pairs` finds inside the teacher's tokens; None for nothing.
     """
 
     def __init__(
-        self, student_tokenizer: Any, teacher_tokenizer: Any, *, whole: bool = True
+        self,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        *,
+        whole: bool = True,
+        continuations: Continuations | None = None,
     ) -> None:
         self._whole = whole
+        self._continuations = continuations
         self._student = _Spelling(student_tokenizer, "student")
         self._teacher = _Spelling(teacher_tokenizer, "teacher")
 
@@ -53,33 +64,50 @@ class TokenAligner:
         without a gap; the k-th turns of both sides are compared, and each from its own beginning.
         A turn that one side cuts short is compared as far as it goes.
         """
+        numbered = self.numbered_pairs(student_ids, student_labels, teacher_ids, teacher_labels)
+        return [(i, j) for i, j, number in numbered if number == 0]
+
+    def numbered_pairs(
+        self,
+        student_ids: Sequence[int],
+        student_labels: Sequence[int],
+        teacher_ids: Sequence[int],
+        teacher_labels: Sequence[int],
+    ) -> NumberedPairs:
+        """The same with 0 for each, and among them the student's tokens that begin inside a
+        teacher's, with that one's position and the number of what was read of it."""
         turns = zip(
             _turns(student_ids, student_labels), _turns(teacher_ids, teacher_labels), strict=False
         )
-        pairs: Pairs = []
+        pairs: NumberedPairs = []
         for (student_start, student_turn), (teacher_start, teacher_turn) in turns:
             pairs += [
-                (student_start + i, teacher_start + j)
-                for i, j in self._pairs_of_a_turn(student_turn, teacher_turn)
+                (student_start + i, teacher_start + j, number)
+                for i, j, number in self._pairs_of_a_turn(student_turn, teacher_turn)
             ]
         return pairs
 
-    def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> Pairs:
+    def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> NumberedPairs:
         """Special tokens (the end of the turn) pair with each other, in order, where the text
         before them ends alike; that text is compared byte by byte."""
-        pairs: Pairs = []
+        pairs: NumberedPairs = []
         student_at = teacher_at = 0
         segments = zip(
             self._student.segments(student_turn), self._teacher.segments(teacher_turn), strict=False
         )
         for (student_pieces, student_ended), (teacher_pieces, teacher_ended) in segments:
             found, same = _pairs_of_a_text(student_pieces, teacher_pieces, self._whole)
-            pairs += [(student_at + i, teacher_at + j) for i, j in found]
+            for i, j in found:
+                i, j = student_at + i, teacher_at + j
+                pairs.append((i, j, 0))
+                if self._continuations is not None:
+                    inside = self._continuations.inside(teacher_turn[j], student_turn, i)
+                    pairs += [(i + depth, j, number) for depth, number in inside]
             student_at += len(student_pieces)
             teacher_at += len(teacher_pieces)
             if not (same and student_ended and teacher_ended):
                 break
-            pairs.append((student_at, teacher_at))
+            pairs.append((student_at, teacher_at, 0))
             student_at, teacher_at = student_at + 1, teacher_at + 1
         return pairs
 
@@ -188,16 +216,28 @@ def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list
 
 def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
     """For each row of the teacher's head the student's token that its bytes begin with, −1 where
-    none is known.
+    none is known: where the teacher predicts ` photosynthesis`, the student is to predict ` photo`.
+    """
+    return firsts(student_cuts(teacher_tokenizer, student_tokenizer, rows))
 
-    That is the first token of the student's own cut of these bytes: where the teacher predicts
-    ` photosynthesis`, the student is to predict ` photo`. A token that is not cut off by itself is
-    cut after something that no tokenizer joins it with. The student's own token of the same bytes
-    is taken only where it comes back from a cut: a vocabulary has tokens that its own merges, or a
-    normaliser before them, never arrive at, and no label ever names them. Where the bytes aren't
-    text (a part of a character), only a token of the same bytes counts.
+
+def firsts(cuts: Sequence[Read]) -> list[int]:
+    """The first token of each cut, −1 where it is empty."""
+    return [cut[0] if cut else -1 for cut in cuts]
+
+
+def student_cuts(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[Read]:
+    """For each row of the teacher's head the student's own cut of its bytes, empty where none is
+    known.
+
+    A token that is not cut off by itself is cut after something that no tokenizer joins it with.
+    The student's own token of the same bytes is taken only where it comes back from a cut: a
+    vocabulary has tokens that its own merges, or a normaliser before them, never arrive at, and no
+    label ever names them. Where the bytes aren't text (a part of a character), only a token of the
+    same bytes counts.
     """
     found = token_map(teacher_tokenizer, student_tokenizer, rows)
+    cuts: list[Read] = [(token,) if token >= 0 else () for token in found]
     cutter = ByteCutter(student_tokenizer, "student")
     added = teacher_tokenizer.added_tokens_decoder
     texts: dict[int, str] = {}  # of the teacher's tokens whose counterpart is still to be found
@@ -206,19 +246,20 @@ def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
         if index < rows and piece and not taken:
             with suppress(UnicodeDecodeError):
                 texts[index] = piece.decode()
-    for index, token in first_of_cuts(cutter, texts, found).items():
-        found[index] = token
-    return found
+    for index, cut in cuts_of(cutter, texts, found).items():
+        cuts[index] = cut
+    return cuts
 
 
-def first_of_cuts(
+def cuts_of(
     cutter: ByteCutter, texts: Mapping[int, str], same: Mapping[int, int] | Sequence[int]
-) -> dict[int, int]:
-    """The first token of the cut of each text, −1 where there is none; `same` has, under the same
+) -> dict[int, Read]:
+    """The tokens of the cut of each text, empty where there is none; `same` has, under the same
     number, the token of the text's very bytes."""
     numbered = zip(texts, cutter.ids([*texts.values()]), strict=True)
-    firsts = {index: ids[0] for index, ids in numbered if ids == [same[index]]}
-    left = {index: text for index, text in texts.items() if index not in firsts}
+    found = {index: (ids[0],) for index, ids in numbered if ids == [same[index]]}
+    left = {index: text for index, text in texts.items() if index not in found}
+    behind: dict[int, Read] = {}
     for before in ("", *BEFORE):
         cuts = zip(list(left), cutter.cut([before + text for text in left.values()]), strict=True)
         for index, cut in cuts:
@@ -226,11 +267,11 @@ def first_of_cuts(
                 continue
             ids = ids_behind(cut, len(before))
             if ids == [same[index]]:
-                firsts[index] = same[index]
+                found[index] = (same[index],)
                 del left[index]
             elif ids and before:
-                firsts.setdefault(index, ids[0])
-    return {index: firsts.get(index, -1) for index in texts}
+                behind.setdefault(index, tuple(ids))
+    return {index: found.get(index, behind.get(index, ())) for index in texts}
 
 
 def ids_behind(cut: Cut, begin: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dwakd_plugin.tokenizers.alignment import first_of_cuts
+from dwakd_plugin.tokenizers.alignment import cuts_of
 from dwakd_plugin.tokenizers.pair import (
     ByteCutter,
     Cut,
@@ -157,7 +157,7 @@ def vocabulary_figures(teacher: ByteCutter, student: ByteCutter) -> dict[str, An
     for piece in shared_pieces - {b""}:
         with suppress(UnicodeDecodeError):  # a part of a character is read within one
             texts[own[piece]] = piece.decode()
-    firsts = first_of_cuts(student, texts, range(1 + max(own.values())))
+    cuts = cuts_of(student, texts, range(1 + max(own.values())))
     return {
         "teacher_vocab_size": len(tokenizers[0]),
         "student_vocab_size": len(tokenizers[1]),
@@ -166,7 +166,7 @@ def vocabulary_figures(teacher: ByteCutter, student: ByteCutter) -> dict[str, An
         "shared_tokens_exact_share_of_student": _rounded(len(shared_strings) / len(strings[1])),
         "shared_tokens_bytes": len(shared_pieces),
         "shared_tokens_read": len(shared_pieces)
-        - sum(first != token for token, first in firsts.items()),
+        - sum(cut != (token,) for token, cut in cuts.items()),
         "shared_tokens_bytes_share_of_teacher": _rounded(len(shared_pieces) / len(pieces)),
         "shared_tokens_bytes_share_of_student": _rounded(len(shared_pieces) / len(own)),
     }

@@ -16,7 +16,7 @@ from dwakd_plugin.data.packing import check_packing
 from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import trained_projectors, variant_of
+from dwakd_plugin.loss import Continuations, trained_projectors, variant_of
 from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_logits,
@@ -29,7 +29,8 @@ from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
-from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
+from dwakd_plugin.tokenizers.alignment import TokenAligner, firsts, student_cuts, token_map
+from dwakd_plugin.tokenizers.continuations import continuations
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
 from dwakd_plugin.train.distillation import Distillation, Facts
 from dwakd_plugin.train.own_answers import check_own_answers, own_answers
@@ -175,11 +176,20 @@ def _pair_tokens(
             f"dwakd.loss.matching is {loss.matching}, and the two vocabularies share no token, so "
             "that no prediction of the teacher has a counterpart. Use a variant that attends."
         )
-    head, whole_tokens = teacher.head.weight, variant_of(loss).match.rows == "token"
-    counterparts = token_map if whole_tokens else first_tokens
-    ids = counterparts(teacher_tokenizer, student_tokenizer, head.shape[0])
-    aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=whole_tokens)
-    return replace(teacher, token_map=torch.tensor(ids, device=head.device)), aligner
+    head = teacher.head.weight
+    rows = teacher_tokenizer, student_tokenizer, head.shape[0]
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=head.device)
+
+    if variant_of(loss).match.rows == "token":
+        aligner = TokenAligner(student_tokenizer, teacher_tokenizer)
+        return replace(teacher, token_map=tensor(token_map(*rows))), aligner
+    cuts = student_cuts(*rows)
+    inside = continuations(cuts) if loss.inside_tokens == "condition" else None
+    aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=False, continuations=inside)
+    table = None if inside is None else Continuations(*map(tensor, inside.table()))
+    return replace(teacher, token_map=tensor(firsts(cuts)), continuations=table), aligner
 
 
 def _is_flash(teacher: Teacher) -> bool:

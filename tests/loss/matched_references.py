@@ -8,11 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dwakd_plugin.loss.terms.mapped import LEAST_READ
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 from tests.loss.cases import TERMS, Case, Sample
 from tests.loss.references import reference_divergence, reference_soft_dtw
 
 Pairs = list[tuple[int, int]]
+Inside = list[tuple[int, int, int]]  # student and teacher position, and what was read of the latter
 ALL_TERMS = (*TERMS, "uld")
 COMPARED = ("paired_ce", "teacher_ce")  # both models' nats for the same text
 
@@ -126,27 +128,34 @@ def reference_mapped(
     mapped: Tensor,
     case: Case,
     loss: LossConfig,
+    inside: Inside = [],  # noqa: B006
+    entries: list[list[tuple[int, int]]] = [],  # noqa: B006
 ) -> dict[str, Tensor]:
+    """entries: by what was read, from 1, tokens of the teacher's and what they go on with."""
     zero = torch.zeros((), dtype=torch.float64)
     terms = dict.fromkeys((*ALL_TERMS, *COMPARED), zero)
 
-    def summed(j: int, temperature: float) -> Tensor:
+    def summed(place: tuple[int, int], temperature: float) -> tuple[Tensor, float]:
+        j, read = place
         z = case.teacher_head.logits(teacher.hidden[j : j + 1])[0].detach() / temperature
+        p = z.softmax(-1).tolist()
         found = [0.0] * case.student_head.weight.shape[0]
-        for token, p in enumerate(z.softmax(-1).tolist()):
-            if mapped[token] >= 0:
-                found[mapped[token]] += p
-        smallest = torch.finfo(torch.float64).tiny
-        return torch.tensor([max(p / sum(found), smallest) for p in found], dtype=torch.float64)
+        begun = enumerate(mapped.tolist()) if read == 0 else entries[read - 1]
+        for token, goes_on in begun:
+            if goes_on >= 0:
+                found[goes_on] += p[token]
+        smallest, mass = torch.finfo(torch.float64).tiny, sum(found)
+        shares = [max(share / mass, smallest) for share in found]
+        return torch.tensor(shares, dtype=torch.float64), mass
 
-    partner = dict(pairs)
+    partner = {i: (j, 0) for i, j in pairs} | {i: (j, read) for i, j, read in inside}
     taught = []
     for i in range(len(student.hidden)):
         z = case.student_head.logits(student.hidden[i : i + 1])[0]
         nll = -z.softmax(-1)[student.labels[i]].log()
         terms["ce"] = terms["ce"] + nll
         if i in partner:
-            p = summed(partner[i], 1.0)
+            p, mass = summed(partner[i], 1.0)
             terms["paired_ce"] = terms["paired_ce"] + nll
             terms["teacher_ce"] = terms["teacher_ce"] - p[student.labels[i]].log()
             weight = {
@@ -157,8 +166,10 @@ def reference_mapped(
             }[loss.student_weighting]
             tau = loss.temperature
             value = reference_divergence(
-                loss.divergence, summed(partner[i], tau), (z / tau).softmax(-1)
+                loss.divergence, summed(partner[i], tau)[0], (z / tau).softmax(-1)
             )
+            if partner[i][1] > 0 and mass < LEAST_READ:
+                value = nll
             if loss.student_weighting == "entropy_then_gate":
                 value = value * float(p.max())
             taught.append((weight, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwakd_plugin.loss import LossTerms, alignment_of, dwakd_loss
+from dwakd_plugin.loss import Continuations, LossTerms, alignment_of, dwakd_loss
+from dwakd_plugin.loss.terms.mapped import mapped_statistics
 from dwakd_plugin.loss.terms.sorted import sorted_distance
+from dwakd_plugin.loss.terms.student_space import StudentStatistics
 from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
+from dwakd_plugin.tokenizers import continuations as tokenizers
 from tests.loss.cases import FIGURES, Case, assert_same, collate, gradients, make_case, single
 from tests.loss.matched_references import (
     ALL_TERMS,
     COMPARED,
+    Inside,
     Pairs,
     reference_exact,
     reference_mapped,
@@ -60,6 +65,30 @@ def some_map(case: Case, pairs: list[Pairs], seed: int) -> Tensor:
     return found
 
 
+def some_inside(lengths: list[tuple[int, int]], pairs: list[Pairs], seed: int) -> list[Inside]:
+    """Half of the student's positions that are not paired, each inside some teacher's token."""
+    random = Random(seed)
+    found: list[Inside] = []
+    for (S, T), own in zip(lengths, pairs, strict=True):
+        free = [i for i in range(S) if T and i not in dict(own)]
+        chosen = random.sample(free, (len(free) + 1) // 2)
+        found.append([(i, random.randrange(T), random.randint(1, READ)) for i in chosen])
+    return found
+
+
+READ = 4  # how many beginnings there are to be read
+
+
+def some_entries(case: Case, seed: int) -> list[list[tuple[int, int]]]:
+    """For each beginning, tokens of the teacher's and what they go on with."""
+    random = Random(seed)
+    rows, own = (head.weight.shape[0] for head in (case.teacher_head, case.student_head))
+    return [
+        [(token, random.randrange(own)) for token in random.sample(range(rows), rows // (1 + read))]
+        for read in range(READ)
+    ]
+
+
 def evaluate(
     case: Case,
     loss: LossConfig,
@@ -67,6 +96,8 @@ def evaluate(
     mapped: Tensor,
     soft_dtw: SoftDTWConfig,
     *,
+    inside: list[Inside] | None = None,
+    entries: list[list[tuple[int, int]]] | None = None,
     order: list[int] | None = None,
     pad: tuple[int, int] = (0, 0),
     fill: float = 0.0,
@@ -75,11 +106,21 @@ def evaluate(
     student = collate([case.student[i] for i in order], case.student_head, pad=pad[0], fill=fill)
     teacher = collate([case.teacher[i] for i in order], case.teacher_head, pad=pad[1], fill=fill)
     S, T = student.hidden.shape[1], teacher.hidden.shape[1]
-    flat = [(k * S + i, k * T + j) for k, own in enumerate(order) for i, j in pairs[own]]
-    ours, theirs = torch.tensor(flat, dtype=torch.long).view(-1, 2).T
+    flat = [(k * S + i, k * T + j, 0) for k, own in enumerate(order) for i, j in pairs[own]]
+    if inside is not None:
+        flat += [
+            (k * S + i, k * T + j, read)
+            for k, own in enumerate(order)
+            for i, j, read in inside[own]
+        ]
+    ours, theirs, read = torch.tensor(flat, dtype=torch.long).view(-1, 3).T
+    table = None
+    if entries is not None:
+        columns = tokenizers.Continuations({}, {}, entries).table()
+        table = Continuations(*map(torch.tensor, columns))
     return dwakd_loss(
-        replace(student, pairs=ours),
-        replace(teacher, pairs=theirs, token_map=mapped),
+        replace(student, pairs=ours, read=None if inside is None else read),
+        replace(teacher, pairs=theirs, token_map=mapped, continuations=table),
         case.projectors,
         loss=loss,
         soft_dtw=soft_dtw,
@@ -118,13 +159,25 @@ def test_agrees_with_the_plain_reference(
     pairs = some_pairs(LENGTHS, seed)
     mapped = some_map(case, pairs, seed)
     loss, band = loss_of(variant, **further), BAND.model_copy(update=soft_dtw)
-    terms = evaluate(case, loss, pairs, mapped, band, pad=(2, 1), fill=math.nan)
+    read: dict[str, Any] = {}
+    if variant == "mapped":
+        read = {"inside": some_inside(LENGTHS, pairs, seed), "entries": some_entries(case, seed)}
+    terms = evaluate(case, loss, pairs, mapped, band, **read, pad=(2, 1), fill=math.nan)
     expected = dict.fromkeys((*ALL_TERMS, *COMPARED), torch.zeros((), dtype=torch.float64))
     for index, (student, teacher) in enumerate(zip(case.student, case.teacher, strict=True)):
         found = (
             reference_uld(student, teacher, case, loss)
             if variant == "uld"
-            else reference_mapped(student, teacher, pairs[index], mapped, case, loss)
+            else reference_mapped(
+                student,
+                teacher,
+                pairs[index],
+                mapped,
+                case,
+                loss,
+                read["inside"][index],
+                read["entries"],
+            )
             if variant == "mapped"
             else reference_exact(student, teacher, pairs[index], mapped, case, loss, band)
         )
@@ -167,8 +220,32 @@ def test_padding_batching_order_and_chunks_change_nothing(
     mapped = some_map(case, pairs, seed)
     order = data.draw(st.permutations(range(len(lengths))))
     chunked = loss.model_copy(update={"chunk_size": chunk_size})
-    batch = evaluate(case, chunked, pairs, mapped, BAND, order=list(order), pad=pad, fill=fill)
-    alone = [evaluate(single(case, i), loss, [pairs[i]], mapped, BAND) for i in range(len(lengths))]
+    inside = some_inside(lengths, pairs, seed) if variant == "mapped" else None
+    entries = None if inside is None else some_entries(case, seed)
+    batch = evaluate(
+        case,
+        chunked,
+        pairs,
+        mapped,
+        BAND,
+        inside=inside,
+        entries=entries,
+        order=list(order),
+        pad=pad,
+        fill=fill,
+    )
+    alone = [
+        evaluate(
+            single(case, i),
+            loss,
+            [pairs[i]],
+            mapped,
+            BAND,
+            inside=None if inside is None else [inside[i]],
+            entries=entries,
+        )
+        for i in range(len(lengths))
+    ]
     for name in ALL_TERMS + FIGURES:
         expected = torch.stack([getattr(terms, name) for terms in alone]).sum()
         assert_same(getattr(batch, name), expected, name, tolerance=1e-10)
@@ -213,6 +290,33 @@ def test_gradient_of_the_sorted_distance() -> None:
     assert_same(sorted_distance(student, student.flip(-1), 1.0), torch.zeros(3).double(), "equal")
     apart = torch.tensor([[50.0, 0.0]]), torch.zeros(1, 1000)
     assert sorted_distance(*apart, 1.0) == pytest.approx(2 - 2 / 1000, rel=1e-5)
+
+
+def test_gradient_where_the_teacher_is_given_what_was_read() -> None:
+    """And what the teacher has not foreseen is learnt from its label."""
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (
+        torch.randn(4, size, generator=generator, dtype=torch.float64) for size in (7, 11)
+    )
+    teacher[3, :2] = -30.0
+    student.requires_grad_()
+    labels, read = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 1])
+    entries = [[(0, 3), (1, 4)], [(3, 2), (4, 2), (5, 0)]]
+    table = Continuations(*map(torch.tensor, tokenizers.Continuations({}, {}, entries).table()))
+    token_map = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, -1, 1, 2])
+
+    def columns(logits: Tensor, temperature: float) -> StudentStatistics:
+        return mapped_statistics(
+            logits, teacher, labels, read, token_map, table, "reverse_kl", temperature
+        )
+
+    for temperature in (1.0, 1.7):
+        assert torch.autograd.gradcheck(lambda z, t=temperature: columns(z, t).divergence, student)
+    found = columns(student, 1.0)
+    assert found.divergence[3] == found.ce[3] and found.divergence[1] != found.ce[1]
+    # 3 and 4 go on with 2, and 5 with 0.
+    p = teacher[2].softmax(-1)
+    assert found.t2s_ce[2] == pytest.approx(-float(((p[3] + p[4]) / p[3:6].sum()).log()))
 
 
 def test_without_a_teacher_the_loss_is_the_labels_cross_entropy() -> None:

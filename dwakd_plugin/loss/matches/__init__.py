@@ -52,7 +52,8 @@ class Match(ABC):
 
     @cached_property
     def targets(self) -> Tensor:
-        """(B, S) long, what the other side should predict there; any elsewhere."""
+        """(B, S) long, what the other side should predict there; any elsewhere. What else it may
+        mean to a term's kernel, its class says."""
         return required_labels(self.batch.student)
 
     @abstractmethod

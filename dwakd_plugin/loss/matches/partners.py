@@ -40,7 +40,8 @@ class InOrder(_Partners):
 
 
 class SamePrefix(_Partners):
-    """Pairs (i, j) of positions that have read the same bytes.
+    """Pairs (i, j) of positions that have read the same bytes, or of the student's inside what the
+    teacher's predicts: `targets` are then the numbers of what it has read of that, elsewhere 0.
 
     Raises ValueError where one of the two sides has no `pairs`, or the teacher no `token_map`.
     """
@@ -63,3 +64,10 @@ class SamePrefix(_Partners):
     def partner(self) -> Tensor:
         first = torch.zeros_like(self.compared, dtype=torch.long)
         return first.flatten().index_copy(0, *self._pairs).view_as(first)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        read, none = self.batch.student.read, torch.zeros_like(self.partner)
+        if read is None or self.batch.teacher.continuations is None:
+            return none
+        return none.flatten().index_copy(0, self._pairs[0], read).view_as(none)

@@ -3,6 +3,11 @@
     p_map,i(s) = Σ_{v: token_map(v) = s} p_t,j(v) / Σ_{v: token_map(v) ≥ 0} p_t,j(v)
     student_kd = Σ w_i D(p_map,i ‖ p_s,i) over pairs (i, j) + Σ −log p_s,i(y_i) over the rest
 
+Where i lies inside the token that the teacher predicts at j, r being the tokens that the student
+has read of it, and cut(v) the student's cut of a token v (`ResponseStates.continuations`):
+
+    p_map,i(s) = Σ_{v: cut(v) = r s …} p_t,j(v) / Σ_{v: cut(v) = r …, longer} p_t,j(v)
+
 The weights of a sample's pairs sum to their number, so that each token weighs as much as any other:
 where the teacher says nothing, the label stands in for it. With the labels left to λ_CE alone,
 tokens that only one tokenizer cuts off would be taught less, and unlearnt.
@@ -18,66 +23,97 @@ from dwakd_plugin.loss.divergence import DIVERGENCES, log_softmax, nll, softmax
 from dwakd_plugin.loss.head_pass import Kernel
 from dwakd_plugin.loss.matches import Match
 from dwakd_plugin.loss.record import HeadPasses, Term
+from dwakd_plugin.loss.states import Continuations
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
 from dwakd_plugin.loss.terms.teacher_space import TEACHER
 from dwakd_plugin.loss.token_weights import entropy, student_token_weights
 from dwakd_plugin.recipe.schema import Divergence
+
+# The least probability of what the student has read at which the teacher says what follows it.
+LEAST_READ = 1e-4
 
 
 def mapped_statistics(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
-    targets: Tensor,
+    read: Tensor,
     token_map: Tensor,
+    continuations: Continuations | None,
     divergence: Divergence,
     temperature: float,
 ) -> StudentStatistics:
     """`student_statistics` with p_map for p_t2s, a constant: its `t2s_ce` takes no gradient.
 
     Shapes: student_logits (C, Vs), teacher_logits (C, Vt), token_map (Vt,) with −1 for a token that
-    the student has no word for, labels and targets (C,).
+    the student has no word for, labels (C,) and read (C,), the number of what the student has read
+    of the teacher's token in `continuations`, 0 where nothing.
     """
     own = student_logits.log_softmax(-1)
+    ce = nll(own, labels)
+
+    def mapped(temperature: float) -> tuple[Tensor, Tensor]:
+        return _mapped_log_probs(teacher_logits, token_map, read, continuations, own, temperature)
+
     with torch.no_grad():
-        theirs = _mapped_log_probs(teacher_logits, token_map, own, 1.0)
+        theirs, foreseen = mapped(1.0)
         best = theirs.max(-1)
-        target = (
-            theirs
-            if temperature == 1
-            else _mapped_log_probs(teacher_logits, token_map, own, temperature)
-        )
+        target = theirs if temperature == 1 else mapped(temperature)[0]
         student_entropy = entropy(own)
     softened = own if temperature == 1 else log_softmax(student_logits, temperature)
+    value = DIVERGENCES[divergence](target, softened)
+    if continuations is not None:
+        value = torch.where((read == 0) | (foreseen >= LEAST_READ), value, ce)
     return StudentStatistics(
-        nll(own, labels),
-        nll(theirs, targets),
-        DIVERGENCES[divergence](target, softened),
-        student_entropy,
-        best.values.exp(),
-        best.indices == targets,
+        ce, nll(theirs, labels), value, student_entropy, best.values.exp(), best.indices == labels
     )
 
 
 def _mapped_log_probs(
-    teacher_logits: Tensor, token_map: Tensor, like: Tensor, temperature: float
-) -> Tensor:
-    """log Σ_{v: token_map(v) = s} p_t(v), over what has a student's token: (C, Vs).
+    teacher_logits: Tensor,
+    token_map: Tensor,
+    read: Tensor,
+    continuations: Continuations | None,
+    like: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """log p_map over the student's tokens (C, Vs), and the mass that it is a share of (C,).
 
     A token that no teacher's token is mapped to has the smallest probability that there is.
     """
     known = token_map >= 0
-    probabilities = softmax(teacher_logits.to(like.dtype), temperature)[:, known]
+    probabilities = softmax(teacher_logits.to(like.dtype), temperature)
     # Rows are tokens here, so that each of the teacher's is one addition of a whole row.
     summed = like.new_zeros(like.shape[1], like.shape[0])
-    summed = summed.index_add_(0, token_map[known], probabilities.T).T
-    smallest = torch.finfo(like.dtype).tiny
-    return (summed / summed.sum(-1, keepdim=True).clamp_min(smallest)).clamp_min(smallest).log()
+    summed.index_add_(0, token_map[known], probabilities[:, known].T)
+    if continuations is not None:
+        _add_continuations(summed.mul_(read == 0), probabilities, read, continuations)
+    summed, smallest = summed.T, torch.finfo(like.dtype).tiny
+    mass = summed.sum(-1, keepdim=True)
+    return (summed / mass.clamp_min(smallest)).clamp_min(smallest).log(), mass.squeeze(-1)
+
+
+def _add_continuations(
+    summed: Tensor, probabilities: Tensor, read: Tensor, continuations: Continuations
+) -> None:
+    """summed (Vs, C) += probabilities (C, Vt), each by what it goes on with behind `read` (C,).
+
+    As many additions as what was read has entries, which is a small part of Vt.
+    """
+    starts, teacher_tokens, student_tokens = continuations
+    counts = starts.diff()[read]
+    places = torch.repeat_interleave(counts)
+    first = (starts[read] - (counts.cumsum(0) - counts))[places]
+    entries = first + torch.arange(len(places), device=places.device)
+    values = probabilities[places, teacher_tokens[entries]]
+    flat = student_tokens[entries] * summed.shape[1] + places
+    summed.view(-1).index_add_(0, flat, values)
 
 
 def _kernel(batch: Batch) -> Kernel:
     settings = {
         "token_map": batch.teacher.token_map,
+        "continuations": batch.teacher.continuations,
         "divergence": batch.loss.divergence,
         "temperature": batch.loss.temperature,
     }

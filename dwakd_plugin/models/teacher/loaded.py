@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, mode
 from transformers.integrations import deepspeed
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.loss import Head, ResponseStates, valid_positions
+from dwakd_plugin.loss import Continuations, Head, ResponseStates, valid_positions
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,
@@ -64,7 +64,8 @@ class Teacher:
     precision: str
     device: torch.device | None = None
     offload_folder: Any = None  # a temporary folder that goes when the teacher does
-    token_map: Tensor | None = None  # (V,) for exact matching: see ResponseStates
+    token_map: Tensor | None = None  # (V,) where the loss matches by bytes: see ResponseStates
+    continuations: Continuations | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -109,6 +110,7 @@ class Teacher:
             index=batch.get("teacher_index"),
             pairs=batch.get("teacher_pairs"),
             token_map=self.token_map,
+            continuations=self.continuations,
         )
 
 
