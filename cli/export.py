@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.options import TrustModels
+from dwakd_plugin.export.new_process import NewProcess, without_unneeded
 
 
 def export(
@@ -59,7 +61,12 @@ def export(
     # peft warns of merges into tied embeddings; whether one went well is measured here.
     warnings.filterwarnings("ignore", module="peft")
     console = PlainConsole(stderr=json_output)
-    with console.status("Starting") as status:
+    # Its imports take as long as those of this one: both at once.
+    with ExitStack() as stack:
+        status = stack.enter_context(console.status("Starting"))
+        process = stack.enter_context(NewProcess(lean=not trust_remote_code))
+        if not trust_remote_code:
+            stack.enter_context(without_unneeded())
         from transformers.utils.logging import disable_progress_bar
 
         from dwakd_plugin.export.export import export as export_student
@@ -78,6 +85,7 @@ def export(
             shard_size=shard_size,
             trust_remote_code=trust_remote_code,
             force=force,
+            process=process,
         )
         if push_to_hub is not None:
             status.update(f"Uploading to {push_to_hub}")

@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export.card import model_card
+from dwakd_plugin.export.new_process import NewProcess
 from dwakd_plugin.export.run_student import (
     Student,
     base_name,
@@ -34,7 +35,7 @@ from dwakd_plugin.export.verify import (
     logits_of,
     probe_ids,
     tolerance_of,
-    verify_in_new_process,
+    verify_in,
 )
 from dwakd_plugin.io.files import explaining_writes
 from dwakd_plugin.io.folders import new_folder
@@ -61,11 +62,13 @@ def export(
     trust_remote_code: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    process: NewProcess | None = None,
 ) -> dict[str, Any]:
     """Writes the student of `run`, a run or checkpoint folder, to `dest`; returns a report.
 
     LoRA is merged unless `keep_adapter`; `dtype` auto keeps the precision that the weights have.
-    `say` hears what is being done. Raises UserError.
+    `say` hears what is being done; `process` is to read it back, by default one that is started
+    here. Raises UserError.
     """
     started = time.monotonic()
     student = find_student(run)
@@ -73,7 +76,11 @@ def export(
         raise UserError(f"--shard-size is `{shard_size}`; write it like 500MB or 5GB.")
     if keep_adapter and not student.is_adapter:
         raise UserError(f"{run} holds a whole model, no adapter to keep. Leave --keep-adapter out.")
-    with new_folder(dest, lambda dest: _check_destination(run, dest, force=force)) as partial:
+    with ExitStack() as stack:
+        process = process or stack.enter_context(NewProcess(lean=not trust_remote_code))
+        partial = stack.enter_context(
+            new_folder(dest, lambda dest: _check_destination(run, dest, force=force))
+        )
 
         def writing() -> AbstractContextManager[None]:
             return explaining_writes(f"`{dest}`", "Nothing was left there.")
@@ -109,7 +116,8 @@ def export(
         del model
         kind = "adapter" if keep_adapter else "merged" if student.is_adapter else "full"
         say("Reading it back in a new process")
-        check = verify_in_new_process(
+        check = verify_in(
+            process,
             partial,
             tokenizer,
             ids,

@@ -1,13 +1,8 @@
-"""An export read back: the same tokenizer, nothing of the distillation, the run's logits.
-
-`python -m dwakd_plugin.export.verify` takes what is to be compared as JSON, and prints the outcome:
-the export is loaded where nothing else is.
-"""
+"""An export read back: the same tokenizer, nothing of the distillation, the run's logits."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.export.new_process import NewProcess
 from dwakd_plugin.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fit_vocabulary
 from dwakd_plugin.tokenizers.loading import load_tokenizer
 
@@ -74,7 +70,8 @@ def compare(what: str, found: Tensor, reference: Tensor, tolerance: float) -> di
     }
 
 
-def verify_in_new_process(
+def verify_in(
+    process: NewProcess,
     folder: Path,
     tokenizer: Any,
     ids: list[int],
@@ -82,28 +79,19 @@ def verify_in_new_process(
     tolerance: float,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Loads the export where nothing else is loaded; returns what `_compare` and generation say."""
+    """Has the export read where nothing else is; returns what `compare` and generation say."""
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"logits": reference.contiguous()}, Path(scratch) / "reference.safetensors")
-        request = {
-            "folder": str(folder),
-            "reference": str(Path(scratch) / "reference.safetensors"),
-            "ids": ids,
-            "chat_template": tokenizer.chat_template,
-            "tolerance": tolerance,
-            "trust_remote_code": trust_remote_code,
-        }
-        result = subprocess.run(
-            [sys.executable, "-P", "-W", "ignore", "-m", "dwakd_plugin.export.verify"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
+        return process.verify(
+            {
+                "folder": str(folder),
+                "reference": str(Path(scratch) / "reference.safetensors"),
+                "ids": ids,
+                "chat_template": tokenizer.chat_template,
+                "tolerance": tolerance,
+                "trust_remote_code": trust_remote_code,
+            }
         )
-    if result.returncode != 0:
-        end = "\n".join(f"  {line}" for line in result.stderr.strip().splitlines()[-8:])
-        raise UserError(f"The export cannot be used, and was not kept:\n{end}")
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
 
 
 def _verify(request: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +137,8 @@ def _verify(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """In the new process: what is to be compared comes as JSON, and so does the outcome."""
     try:
         print(json.dumps(_verify(json.load(sys.stdin))))
     except UserError as problem:

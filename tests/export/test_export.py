@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from dwakd_cli import export as export_command
 from dwakd_cli.main import app
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export import export as module
@@ -30,6 +31,7 @@ from dwakd_plugin.export import verify
 from dwakd_plugin.export.card import model_card
 from dwakd_plugin.export.export import export
 from dwakd_plugin.export.hub import check_push, push
+from dwakd_plugin.export.new_process import NewProcess
 from dwakd_plugin.export.run_student import find_student
 from dwakd_plugin.io.folders import new_folder
 from tests.conftest import CHAT_TEMPLATE
@@ -110,14 +112,21 @@ def lora_run(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads exports back in this process, for tests of something else: a new one takes seconds."""
 
-    def run(command: list[str], input: str, **_: Any) -> subprocess.CompletedProcess[str]:
-        try:
-            found = json.dumps(verify._verify(json.loads(input)))
-        except UserError as error:
-            return subprocess.CompletedProcess(command, 1, "", str(error))
-        return subprocess.CompletedProcess(command, 0, found, "")
+    class ThisProcess(NewProcess):
+        def __enter__(self) -> ThisProcess:
+            return self
 
-    monkeypatch.setattr(verify.subprocess, "run", run)
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def verify(self, request: dict[str, Any]) -> dict[str, Any]:
+            try:
+                return verify._verify(json.loads(json.dumps(request)))
+            except UserError as error:
+                raise UserError(f"The export cannot be used, and was not kept:\n{error}") from error
+
+    for place in (module, export_command):
+        monkeypatch.setattr(place, "NewProcess", ThisProcess)
 
 
 @torch.no_grad()
