@@ -12,17 +12,15 @@ in the data sets as the recipe lists them).
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import axolotl.utils.data.sft as axolotl_sft
 import axolotl.utils.data.wrappers as axolotl_wrappers
-from axolotl.prompt_strategies.completion import CompletionPromptTokenizingStrategy
-from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.lock import LOCK_FILE_NAME
 from axolotl.utils.data.shared import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.dict import DictDefault
@@ -30,23 +28,18 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dwakd_plugin.data.answers import AnswerReader
-from dwakd_plugin.data.dual_strategy import ANSWERS_COLUMN, STATUS_COLUMN, DualStrategy
+from dwakd_plugin.data.dual_strategy import ANSWERS_COLUMN, STATUS_COLUMN
+from dwakd_plugin.data.first_rows import check_first_rows, explain_bad_file
 from dwakd_plugin.data.row_report import TRAINING, RowReport
-from dwakd_plugin.data.teacher_side import (
-    default_template,
-    fingerprint,
-    load_teacher_tokenizer,
-    local_files,
-    teacher_recipe,
-)
+from dwakd_plugin.data.teacher_side import fingerprint, load_teacher_tokenizer, teacher_recipe
+from dwakd_plugin.data.two_strategies import dual_strategy
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.io.json_rows import json_rows
 from dwakd_plugin.recipe.schema import DWAKDConfig
-from dwakd_plugin.tokenizers.loading import follows_its_file
 
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
+_WRITTEN_LAST = "dataset_info.json"  # of prepared rows
+_FEW = 100_000  # are written in less time than axolotl takes to be imported
 
 
 @contextlib.contextmanager
@@ -64,6 +57,8 @@ def dual_tokenization(cfg: DictDefault, config: DWAKDConfig) -> Iterator[RowRepo
         f"dwakd-{fingerprint(cfg, config, teacher_cfg, teacher_tokenizer)}"
     )
     _remove_half_written(folder)
+    if not any(folder.glob(f"*/{_WRITTEN_LAST}")):
+        check_first_rows(cfg, config, teacher_tokenizer, teacher_cfg)
     report = RowReport()
     original = axolotl_sft.get_dataset_wrapper
 
@@ -81,11 +76,12 @@ def dual_tokenization(cfg: DictDefault, config: DWAKDConfig) -> Iterator[RowRepo
     axolotl_sft.get_dataset_wrapper = wrap
     cfg.dataset_prepared_path = str(folder)
     try:
-        yield report
+        with _few_rows_saved_here():
+            yield report
     except UserError:
         raise
     except Exception as error:  # the data libraries raise whatever they like, and name no row
-        _find_what_is_wrong(cfg, error)
+        explain_bad_file(cfg, error)
         raise
     finally:
         axolotl_sft.get_dataset_wrapper = original
@@ -94,14 +90,21 @@ def dual_tokenization(cfg: DictDefault, config: DWAKDConfig) -> Iterator[RowRepo
     report.check(config.loss.needs_teacher)
 
 
-def _find_what_is_wrong(cfg: DictDefault, error: Exception) -> None:
-    """Raises UserError where a local file of the recipe has a row that is none."""
-    for file in local_files(cfg):
-        if file.suffix not in (".json", ".jsonl", ".ndjson"):
-            continue
-        for where, row in json_rows(file):
-            if not isinstance(row, dict):
-                raise UserError(f"{where} isn't a JSON object, and so not a row.") from error
+@contextlib.contextmanager
+def _few_rows_saved_here() -> Iterator[None]:
+    """While open, few rows are saved by this process: `datasets` starts another even for one shard,
+    which imports axolotl anew before it writes."""
+    save = Dataset.save_to_disk
+
+    @wraps(save)
+    def here(self: Dataset, *args: Any, num_proc: int | None = None, **further: Any) -> None:
+        save(self, *args, num_proc=num_proc if len(self) > _FEW else None, **further)
+
+    Dataset.save_to_disk = here
+    try:
+        yield
+    finally:
+        Dataset.save_to_disk = save
 
 
 def _wrap_both_sides(
@@ -115,44 +118,9 @@ def _wrap_both_sides(
 ) -> tuple[Dataset, Any]:
     """axolotl's `get_dataset_wrapper` for both sides, the student's first: tokenised rows, and the
     prompter."""
-    dataset = kwargs["dataset"]
-    (student_tokenizer, teacher_tokenizer), (cfg, teacher_cfg) = tokenizers, recipes
-    if not follows_its_file(student_tokenizer, student_tokenizer.name_or_path):
-        raise UserError(
-            f"The student's tokenizer, loaded as {type(student_tokenizer).__name__}, doesn't cut "
-            f"texts as the tokenizer.json in {student_tokenizer.name_or_path} does, so the model "
-            "would read another text than it knows. Set `tokenizer_type: PreTrainedTokenizerFast` "
-            "in the recipe, which takes that file as it is."
-        )
-    name = f"{dataset_config.path} (type: {dataset_config.type})"
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"{name} is streamed, and the two sides of a streamed row cannot be checked before "
-            "training. Remove `streaming`, so that the rows are prepared first."
-        )
-    student_dataset_config, teacher_dataset_config = templates(
-        dataset_config, student_tokenizer, cfg, teacher_cfg, config
-    )
-    student_strategy, prompter, process_kwargs = capture_strategy(
-        original, name, student_dataset_config, student_tokenizer, cfg, kwargs
-    )
-    teacher_strategy, _, _ = capture_strategy(
-        original, name, teacher_dataset_config, teacher_tokenizer, teacher_cfg, kwargs
-    )
-    strategy = DualStrategy(
-        student_strategy,
-        teacher_strategy,
-        name,
-        readers=(
-            AnswerReader(student_tokenizer, cfg.eot_tokens or ()),
-            AnswerReader(teacher_tokenizer, teacher_cfg.eot_tokens or ()),
-        ),
-        lengths=(cfg.sequence_len, teacher_cfg.sequence_len),
-        excess_length=(cfg.excess_length_strategy or "drop").lower(),
-        different_answers=config.different_answers,
-        messages=dataset_config.field_messages or "messages",
-        tools=dataset_config.field_tools or "tools",
-        teacher_name=config.teacher.tokenizer or config.teacher.base_model,
+    dataset, cfg = kwargs["dataset"], recipes[0]
+    strategy, prompter, process_kwargs = dual_strategy(
+        original, dataset_config, tokenizers, recipes, config, kwargs
     )
     start = report.total
     report.sources.append((str(dataset_config.path), start))
@@ -167,75 +135,6 @@ def _wrap_both_sides(
     return rows.remove_columns([STATUS_COLUMN, ANSWERS_COLUMN]), prompter
 
 
-def templates(
-    dataset_config: DictDefault,
-    student_tokenizer: PreTrainedTokenizerBase,
-    cfg: DictDefault,
-    teacher_cfg: DictDefault,
-    config: DWAKDConfig,
-) -> tuple[DictDefault, DictDefault]:
-    """The data set's settings for each side: the same, but for the chat templates."""
-    student, teacher = copy.deepcopy(dataset_config), copy.deepcopy(dataset_config)
-    if str(dataset_config.type).startswith(("chat_template", "messages")):
-        asked = dataset_config.chat_template or cfg.chat_template
-        if isinstance(student_tokenizer.chat_template, dict) and asked in (
-            None,
-            "tokenizer_default",
-        ):
-            student.chat_template = "jinja"
-            student.chat_template_jinja = default_template(
-                student_tokenizer.chat_template, "The student's tokenizer", "chat_template_jinja"
-            )
-        # A teacher without a chat template of its own renders the student's.
-        teacher.chat_template = "jinja"
-        teacher.chat_template_jinja = (
-            teacher_cfg.chat_template_jinja
-            or get_chat_template_from_config(cfg, student, student_tokenizer)
-        )
-        if config.teacher.thinking_key is not None:
-            teacher.template_thinking_key = config.teacher.thinking_key
-    return student, teacher
-
-
-def capture_strategy(
-    original: Callable[..., Any],
-    name: str,
-    dataset_config: DictDefault,
-    tokenizer: PreTrainedTokenizerBase,
-    cfg: DictDefault,
-    kwargs: dict[str, Any],
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The strategy that axolotl would have used, its prompter, and how many processes it wanted."""
-    captured: list[tuple[Any, dict[str, Any]]] = []
-
-    def capture(strategy: Any, dataset: Any, **process_kwargs: Any) -> Any:
-        captured.append((strategy, process_kwargs))
-        return dataset
-
-    wrap = axolotl_wrappers.wrap_dataset_for_tokenized_prompt
-    axolotl_wrappers.wrap_dataset_for_tokenized_prompt = capture
-    try:
-        _, prompter = original(
-            dataset_config=dataset_config, tokenizer=tokenizer, cfg=cfg, **kwargs
-        )
-    finally:
-        axolotl_wrappers.wrap_dataset_for_tokenized_prompt = wrap
-    if not captured:
-        raise UserError(
-            f"{name} is tokenised already, or in a way that axolotl does not expose, so it cannot "
-            "be tokenised again for the teacher. Give the rows as text, for example with "
-            "`type: alpaca`, `type: chat_template` or `type: input_output`."
-        )
-    strategy, process_kwargs = captured[0]
-    if isinstance(strategy, CompletionPromptTokenizingStrategy):
-        raise UserError(
-            f"{name} cuts texts into chunks of tokens, and the chunks of two tokenizers do not "
-            "match. Use a type with one response a row: `type: alpaca`, `type: chat_template`, "
-            "`type: input_output` or a prompt format of your own."
-        )
-    return strategy, prompter, process_kwargs
-
-
 def _remove_half_written(folder: Path) -> None:
     """Removes prepared rows that a killed run has not finished: axolotl would try to read them."""
     if not folder.is_dir():
@@ -244,6 +143,6 @@ def _remove_half_written(folder: Path) -> None:
     with FileLock(str(folder / LOCK_FILE_NAME)):
         for prepared in [path for path in folder.iterdir() if path.is_dir()]:
             try:
-                json.loads((prepared / "dataset_info.json").read_text(encoding="utf-8"))
-            except (FileNotFoundError, ValueError):  # it is written last
+                json.loads((prepared / _WRITTEN_LAST).read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError):
                 shutil.rmtree(prepared)

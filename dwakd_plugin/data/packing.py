@@ -8,6 +8,7 @@ transformers turns into block-diagonal attention, or into flash attention's vari
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +18,24 @@ from numpy import maximum
 from pyarrow.compute import list_value_length
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.causal_lm import causal_lm, hidden_states
+from dwakd_plugin.models.teacher.loaded import (
+    check_teacher,
+    teacher_config,
+    teacher_device,
+    teacher_dtype,
+)
+from dwakd_plugin.recipe.schema import TeacherConfig
 
 LENGTH_COLUMN = "length"  # what axolotl's sampler packs by
 PROBE_LENGTHS = (13, 9, 11)  # tokens of the rows that the probe packs
+TEACHER_REMEDY = (
+    "Set `sample_packing: false`, another dwakd.teacher.attn_implementation, or "
+    "dwakd.teacher.cache, which packs nothing on the teacher's side."
+)
 
 
 def pair_lengths(rows: Dataset, student_len: int, teacher_len: int) -> Dataset:
@@ -72,6 +85,49 @@ class SeededOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return self.count
+
+
+def check_packing_of_teacher(config: TeacherConfig, device: str) -> None:
+    """Raises UserError where a teacher's architecture mixes packed rows, before it is loaded.
+
+    Asks a model of its config with random weights: of each kind of layer one, with a narrow MLP and
+    few tokens. Says nothing where none can be made so: `check_packing` asks the teacher itself.
+    """
+    attention, _ = check_teacher(config, device)
+    whole = teacher_config(config)
+    own = torch.device(teacher_device(config, device))
+    dtype = teacher_dtype(config, whole, str(own))
+    try:
+        small = _small_config(whole.get_text_config())
+        with torch.random.fork_rng(devices=[]), own:
+            model = AutoModelForCausalLM.from_config(
+                small, dtype=dtype, attn_implementation=attention
+            )
+    except Exception:  # code of its own, sizes that depend on one another: each its own error
+        return
+    check_packing(model, "The teacher", TEACHER_REMEDY, 1 if "flash" in attention else 2)
+
+
+def _small_config(config: Any) -> Any:
+    small = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["all"]))
+    sizes = {
+        "vocab_size": 64,
+        "num_hidden_layers": len(kinds),
+        "intermediate_size": 64,
+        "ffn_dim": 64,
+        "moe_intermediate_size": 64,
+        "n_inner": 64,
+    }
+    for name, size in sizes.items():
+        if getattr(small, name, None) is not None:
+            setattr(small, name, size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "quantization_config"):
+        if getattr(small, name, None) is not None:
+            setattr(small, name, None)
+    if getattr(config, "layer_types", None):
+        small.layer_types = kinds
+    return small
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from dwakd_plugin.data.answer_places import (
     ToolCall,
     find_field,
 )
-from dwakd_plugin.data.dual_tokenization import capture_strategy, templates
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, teacher_recipe
+from dwakd_plugin.data.two_strategies import capture_strategy, templates
 from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.recipe.schema import DWAKDConfig
 

@@ -94,9 +94,19 @@ def model_remedy(model: str, *, is_adapter: bool) -> str | None:
 
 def _dataset_remedy(path: str) -> str | None:
     data_file = Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
-    if Path(path).exists() or "://" in path or not (is_a_path(path) or data_file):
+    if Path(path).exists() or "://" in path:
         return None
-    return "no such file or folder"
+    if is_a_path(path) or data_file:
+        return "no such file or folder"
+    if not _hub_is_off():
+        return None
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=path, repo_type="dataset")
+    if (folder / "snapshots").is_dir():
+        return None
+    return "no such folder, not among the downloaded data sets, and HF_HUB_OFFLINE is set"
 
 
 def is_a_path(name: str) -> bool:

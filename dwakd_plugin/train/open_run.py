@@ -19,7 +19,13 @@ from dwakd_plugin.io import run_lock
 from dwakd_plugin.recipe import ENGINE_KEYS, Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.tokenizers.loading import load_tokenizer
-from dwakd_plugin.train.preflight import check_all
+from dwakd_plugin.train.preflight import check_all, loads_body
+
+# Beginnings of axolotl's keys that ask for a device, and that rows have nothing to do with.
+_OF_A_DEVICE = (
+    *("adapter", "load_in_", "lora_", "bf", "fp", "tf32", "float", "flash_", "attn_", "sdp_"),
+    *("flex_", "xformers_", "torch_compile", "gradient_checkpointing", "quantization", "qat"),
+)
 
 if TYPE_CHECKING:
     from dwakd_plugin.data.raw_rows import Prompts
@@ -111,6 +117,32 @@ def open_prompts(recipe: Recipe) -> Iterator[Prompts]:
             with _quiet(), _axolotl(file) as (cfg, _):
                 prompts = read_prompts(cfg, own.config, own.datasets, student)
             yield prompts
+        finally:
+            _close()
+
+
+def look_at_data(recipe: Recipe) -> None:
+    """Raises UserError for what axolotl's start would find before it loads a model.
+
+    That is: settings that it refuses, data sets that cannot be trained on, a teacher that mixes
+    packed rows. Nothing is written, and what needs a run's GPU, as its precision, isn't looked at.
+    """
+    with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
+        device_keys = [key for key in recipe.keys if key.startswith(_OF_A_DEVICE)]
+        own = _without_a_run(recipe, folder).but(*device_keys, bf16=False, fp16=False)
+        file = _checked(own, Path(folder))
+        try:
+            with _quiet(), _axolotl(file) as (cfg, _):
+                from dwakd_plugin.data.first_rows import check_first_rows
+                from dwakd_plugin.data.packing import check_packing_of_teacher
+                from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, teacher_recipe
+
+                teacher = own.config.teacher
+                if own.packs and own.config.loss.needs_teacher and loads_body(teacher):
+                    check_packing_of_teacher(teacher, "cpu")
+                tokenizer = load_teacher_tokenizer(teacher)
+                seen = teacher_recipe(cfg, teacher, tokenizer)
+                check_first_rows(cfg, own.config, tokenizer, seen)
         finally:
             _close()
 

@@ -16,7 +16,8 @@ from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
 from dwakd_plugin.data.dual_strategy import DualStrategy
-from dwakd_plugin.data.dual_tokenization import _find_what_is_wrong, dual_tokenization
+from dwakd_plugin.data.dual_tokenization import dual_tokenization
+from dwakd_plugin.data.first_rows import explain_bad_file
 from dwakd_plugin.data.row_report import (
     LABELS_ONLY,
     NO_RESPONSE,
@@ -322,11 +323,11 @@ def test_what_is_no_row_in_a_data_file_is_named(
     for place in ({"path": str(file)}, {"path": "json", "data_files": [str(file)]}):
         cfg = DictDefault({"datasets": [place]})
         with pytest.raises(UserError, match=message):
-            _find_what_is_wrong(cfg, ValueError())
+            explain_bad_file(cfg, ValueError())
     with pytest.raises(UserError, match=message):
-        _find_what_is_wrong(DictDefault({"test_datasets": [{"path": str(file.parent)}]}), OSError())
+        explain_bad_file(DictDefault({"test_datasets": [{"path": str(file.parent)}]}), OSError())
     file.write_bytes(GOOD)
-    _find_what_is_wrong(DictDefault({"datasets": [{"path": str(file)}]}), ValueError())
+    explain_bad_file(DictDefault({"datasets": [{"path": str(file)}]}), ValueError())
 
 
 def test_a_line_that_is_no_row_ends_in_a_message(

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from dwakd_cli.main import app
 from dwakd_cli.recipes import GROUPS, _shipped, describe
 from dwakd_plugin.recipe.schema import DWAKDArgs
+from dwakd_plugin.train.launch import prepare
 from tests.conftest import ROWS, write_rows
 from tests.families import create
 from tests.runs import TERMS
@@ -126,11 +127,16 @@ def test_dwakds_own_checks_pass(name: str, tmp_path: Path, monkeypatch: pytest.M
         (Path("data") / f"{data}.jsonl").touch()
     invoke = ["recipes", "copy", name]
     assert CliRunner().invoke(app, invoke, catch_exceptions=False).exit_code == 0
-    result = CliRunner().invoke(
-        app, ["train", f"{name}.yml", "--dry-run", "--json"], catch_exceptions=False
+    launch = prepare(
+        Path(f"{name}.yml"),
+        [],
+        teacher={},
+        variant=None,
+        launcher=None,
+        processes=None,
+        resume=False,
     )
-    assert result.exit_code == 0
-    assert f'"student": "{RECIPES[name]["base_model"]}"' in result.stdout
+    assert launch.recipe.base_model == RECIPES[name]["base_model"]
 
 
 def test_dollys_prompt_is_alpacas() -> None:
