@@ -42,8 +42,13 @@ def train_logged(
     if stopped_by is not None:
         raise KeyboardInterrupt
     if code != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise UserError(
-            f"axolotl ended with exit code {code} on {recipe}. The end of {log}:\n"
-            + "\n".join(f"  {line}" for line in tail[-_LAST_LINES:])
-        )
+        raise UserError(f"axolotl ended with exit code {code} on {recipe}. {end_of(log)}")
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log, named as such."""
+    text = log.read_bytes().decode(errors="replace")  # with each return of a carriage
+    # A bar draws itself again and again, in one line.
+    text = text.replace("\r\n", "\n").strip()
+    lines = [line.rpartition("\r")[2] for line in text.split("\n")]
+    return f"The end of {log}:\n" + "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])

@@ -109,7 +109,9 @@ class Stages:
 
 def time_left(seconds: float) -> str:
     """
-    >>> time_left(12), time_left(95), time_left(271)
-    ('10 s', '1.5 min', '4.5 min')
+    >>> time_left(4), time_left(12), time_left(95), time_left(271)
+    ('4 s', '10 s', '1.5 min', '4.5 min')
     """
+    if seconds < 10:
+        return f"{seconds:.0f} s"
     return f"{round(seconds, -1):.0f} s" if seconds < 60 else f"{round(seconds / 30) / 2:g} min"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +28,8 @@ from dwakd_plugin.errors import UserError, without_credentials
 
 if TYPE_CHECKING:
     from dwakd_plugin.train.launch import Launch
+
+LOG_FILE = Path("dwakd") / "train.log"  # within the output folder
 
 
 def train(
@@ -81,6 +86,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")
     ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="A line for each line of the log, and no table.")
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print what ran as JSON; axolotl's output to stderr.")
     ] = False,
@@ -89,7 +97,8 @@ def train(
 
     Any axolotl recipe for supervised fine-tuning will do: with --teacher it needs no edit. The
     plugin and the switch are added, everything is checked before a model is loaded, and what
-    axolotl was given is kept in OUTPUT_DIR/dwakd/recipe.yml.
+    axolotl was given is kept in OUTPUT_DIR/dwakd/recipe.yml, and all that it says in
+    OUTPUT_DIR/dwakd/train.log.
 
     What follows a `--` goes to axolotl, as in `-- --learning-rate 1e-4`; what follows a second `--`
     goes to its launcher.
@@ -97,11 +106,9 @@ def train(
     Ctrl-C lets axolotl save and stop; a second one kills it. Exit codes: axolotl's own; 1 for an
     error with a message; 130 and 143 when interrupted or terminated.
     """
-    from dwakd_plugin.train.child_process import execute
     from dwakd_plugin.train.health import standing_in
-    from dwakd_plugin.train.launch import prepare, signals_of
+    from dwakd_plugin.train.launch import prepare
     from dwakd_plugin.train.run_folder import RUN_FILE
-    from dwakd_plugin.train.signals import MESSAGE
 
     console = PlainConsole(stderr=json_output)
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
@@ -121,6 +128,10 @@ def train(
         resume=resume,
     )
     if dry_run:
+        from dwakd_plugin.train.open_run import look_at_data
+
+        with console.status("Looking at the data sets' first rows"):
+            look_at_data(launch.seen)
         if json_output:
             print(json.dumps(_facts(launch), indent=1))
         else:
@@ -131,17 +142,10 @@ def train(
         console.print(change, style="yellow")
     signed_before = launch.signature
     launch.write_recipe(recipe.name)
-    with signals_of(launch) as signals:
-        code, stopped_by = execute(
-            launch.command,
-            launch.environment,
-            sys.stderr if json_output else None,
-            # axolotl learns to stop when the models are loaded, right after the plugin signs.
-            can_save=lambda: launch.on_several_machines or launch.signature != signed_before,
-            signals=signals,
-        )
-        if signals is not None and (signals / MESSAGE).exists():
-            raise UserError((signals / MESSAGE).read_text(encoding="utf-8"))
+    if json_output:
+        code, stopped_by = _execute(launch, stdout=sys.stderr)
+    else:
+        code, stopped_by = _show(launch, console, plain=plain, resumes=resume)
     trained = launch.signature != signed_before  # else the report is of another run
     warnings = standing_in(launch.output) if trained else []
     if stopped_by is not None:
@@ -149,8 +153,13 @@ def train(
         for warning in warnings:  # of a run that ends by itself they are the last words
             console.print(Text(f"Until then: {warning}", style="yellow"))
         code = 128 + stopped_by
-    elif code != 0:
+    elif code != 0 and json_output:
         console.print(f"axolotl ended with exit code {code}; its log is above.", style="red")
+    elif code != 0:
+        from dwakd_cli.logged_run import end_of
+
+        console.print(f"axolotl ended with exit code {code}. ", style="red", end="")
+        console.print(end_of(launch.output / LOG_FILE), soft_wrap=True)
     elif not launch.on_several_machines and launch.signature == signed_before:
         raise UserError(
             f"axolotl ended well, but dwakd's plugin was not part of it: {launch.output / RUN_FILE}"
@@ -161,6 +170,60 @@ def train(
         facts = {**_facts(launch), "exit_code": code, "warnings": warnings}
         print(json.dumps(facts, indent=1))
     sys.exit(code)
+
+
+def _execute(launch: Launch, **further: Any) -> tuple[int, int | None]:
+    """Runs axolotl to its end: exit code, and the signal that stopped it. Raises UserError."""
+    from dwakd_plugin.train.child_process import execute
+    from dwakd_plugin.train.launch import signals_of
+    from dwakd_plugin.train.signals import MESSAGE
+
+    signed_before = launch.signature
+    with signals_of(launch) as signals:
+        code, stopped_by = execute(
+            launch.command,
+            launch.environment,
+            # axolotl learns to stop when the models are loaded, right after the plugin signs.
+            can_save=lambda: launch.on_several_machines or launch.signature != signed_before,
+            signals=signals,
+            **further,
+        )
+        if signals is not None and (signals / MESSAGE).exists():
+            raise UserError((signals / MESSAGE).read_text(encoding="utf-8"))
+    return code, stopped_by
+
+
+def _show(
+    launch: Launch, console: PlainConsole, *, plain: bool, resumes: bool
+) -> tuple[int, int | None]:
+    """As `_execute`, with axolotl's output in a file and the run's course on the console."""
+    from dwakd_cli.run_display import RunDisplay
+    from dwakd_plugin.io.files import explaining_writes
+    from dwakd_plugin.train import progress
+
+    log, keys = launch.output / LOG_FILE, launch.seen.keys
+    console.print(f"Log: {log}", soft_wrap=True)
+    with contextlib.ExitStack() as stack:
+        told = launch.environment.get(progress.FILE)
+        if not told:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dwakd-"))
+            told = launch.environment[progress.FILE] = str(Path(folder) / "progress.jsonl")
+        Path(told).unlink(missing_ok=True)
+        with explaining_writes(log):
+            stream = stack.enter_context(log.open("ab" if resumes else "wb"))
+        display = RunDisplay(
+            console,
+            Path(told),
+            plain=plain,
+            evaluates=bool(keys.get("val_set_size") or keys.get("test_datasets")),
+        )
+        with display:
+            code, stopped_by = _execute(
+                launch, stdout=stream, stderr=subprocess.STDOUT, meanwhile=display
+            )
+    if display.error is not None and stopped_by is None:
+        raise UserError(display.error)
+    return code, stopped_by
 
 
 def _adapted(

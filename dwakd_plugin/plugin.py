@@ -22,6 +22,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.train import progress
 from dwakd_plugin.train.preflight import loads_body
 from dwakd_plugin.train.progress_callback import callbacks
 from dwakd_plugin.train.report import describe_run, final_words, standing_warnings
@@ -76,6 +77,7 @@ class DWAKDPlugin(BasePlugin):
     @_without_traceback
     def register(self, cfg: DictDefault) -> None:
         """Sees the recipe before axolotl's schema does, so that our messages come first."""
+        progress.begin()
         recipe = self._recipe(cfg)
         if recipe is not None:
             check_recipe(recipe)
@@ -92,6 +94,7 @@ class DWAKDPlugin(BasePlugin):
         if recipe is None:
             return None
         config = recipe.config
+        progress.tell(doing="Tokenising the rows for both models")
         from axolotl.common.datasets import load_datasets
 
         from dwakd_plugin.data.dual_tokenization import dual_tokenization
@@ -101,6 +104,10 @@ class DWAKDPlugin(BasePlugin):
         teacher_config(config.teacher)
         if config.loss.needs_teacher and loads_body(config.teacher):
             check_teacher(config.teacher, _student_device())
+            if cfg.sample_packing:
+                from dwakd_plugin.data.packing import check_packing_of_teacher
+
+                check_packing_of_teacher(config.teacher, _student_device())
         if not preprocess:
             # One rank sets incomplete checkpoints aside, and speaks for the run.
             only_look = os.environ.get("RANK", "0") != "0"
@@ -124,6 +131,7 @@ class DWAKDPlugin(BasePlugin):
     def pre_model_load(self, cfg: DictDefault) -> None:
         # axolotl seeds later, with its trainer: a new LoRA would differ from run to run.
         if self._recipe(cfg) is not None:
+            progress.tell(doing="Loading the student")
             set_seed(cfg.seed or 42)
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
@@ -155,7 +163,9 @@ class DWAKDPlugin(BasePlugin):
             sign_output_folder(recipe)
         trainer.begin_distillation(distillation)
         self._trainer = trainer
-        LOG.info("%s", describe_run(cfg, trainer))
+        description = describe_run(cfg, trainer)
+        LOG.info("%s", description)
+        progress.tell(said=description, doing="The first step")
 
     @_without_traceback
     def post_train(self, cfg: DictDefault, model: Any) -> None:
@@ -167,10 +177,12 @@ class DWAKDPlugin(BasePlugin):
         if self._trainer is not None and self._trainer.args.should_save:
             # axolotl has left the process group by now, which its logger would ask for the rank.
             LOG.info("%s", final_words(cfg), main_process_only=False)
+            progress.tell(said=final_words(cfg))
             report = self._trainer.health
             if report is not None and report.health is not None and report.health.standing:
                 warnings = standing_warnings(report.health.standing)
                 LOG.warning("%s", warnings, main_process_only=False)
+                progress.tell(warning=warnings)
         self._trainer = None
         run_lock.release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from torch import Tensor
 
-from dwakd_plugin.data.packing import check_packing
+from dwakd_plugin.data.packing import TEACHER_REMEDY, check_packing
 from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
@@ -34,6 +35,7 @@ from dwakd_plugin.tokenizers.continuations import continuations
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
 from dwakd_plugin.train.distillation import Distillation, Facts
 from dwakd_plugin.train.own_answers import check_own_answers, own_answers
+from dwakd_plugin.train.progress import tell
 from dwakd_plugin.train.projector_start import start_projectors
 from dwakd_plugin.train.sharding import (
     describe_processes,
@@ -56,6 +58,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     Nothing of the trainer changes but its collators, which are made again for the teacher's side.
     """
     config, student, student_tokenizer = recipe.config, trainer.model, trainer.processing_class
+    tell(doing="Loading the teacher" if config.loss.needs_teacher else "Preparing the run")
     check_positions(student, cfg.sequence_len, "sequence_len")
     check_own_answers(cfg, config, trainer)
     with whole(tables(student)):
@@ -212,8 +215,7 @@ def _check_packing(cfg: Any, trainer: Any, teacher: Teacher | None) -> None:
         check_packing(
             teacher.model,
             "The teacher",
-            "Set `sample_packing: false`, another dwakd.teacher.attn_implementation, or "
-            "dwakd.teacher.cache, which packs nothing on the teacher's side.",
+            TEACHER_REMEDY,
             1 if _is_flash(teacher) else 2,
         )
 
@@ -223,8 +225,13 @@ def _progress(title: str, unit: str, *, shown: bool = True) -> Any:
     from tqdm import tqdm
 
     bar: list[Any] = []
+    told = 0.0
 
     def show(done: int, total: int) -> None:
+        nonlocal told
+        if shown and time.monotonic() > told + 1:
+            told = time.monotonic()
+            tell(doing=f"{title}: {done:,} of {total:,} {unit}s")
         if not bar:
             # The terminal itself: where axolotl is kept quiet, what takes long still shows.
             stream = sys.__stderr__

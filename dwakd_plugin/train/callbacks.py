@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.health import Figures, Health, write_report
+from dwakd_plugin.train.progress import tell
 from dwakd_plugin.train.signals import is_last_step
 
 LOG = get_logger("axolotl.dwakd")
@@ -56,6 +57,7 @@ class HealthReport(TrainerCallback):
         before = [alarm.until for alarm in self.health.alarms]
         for warning in self.health.observe(state.global_step, figures):
             LOG.warning("Step %d: %s", state.global_step, warning)
+            tell(warning=f"Step {state.global_step}: {warning}")
         if [alarm.until for alarm in self.health.alarms] != before:
             self._write(args)
 

@@ -69,6 +69,10 @@ def execute(
                 meanwhile()
             if signals is not None and (signals / MESSAGE).exists():
                 _kill(process.pid)
+    except BaseException:
+        if process is not None:
+            _kill(process.pid)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

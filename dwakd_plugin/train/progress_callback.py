@@ -1,43 +1,36 @@
-"""The trainer's callback that writes a run's progress: the only part that needs transformers."""
+"""The trainer's callback that tells a run's steps: the only part that needs transformers."""
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
+import time
 from typing import Any
 
 from transformers import TrainerCallback
 
-from dwakd_plugin.train.progress import FILE
+from dwakd_plugin.train.progress import FILE, tell
 
 
-class WriteProgress(TrainerCallback):
-    """Writes the lines, on the first rank alone. With `FILE` set, each run of axolotl has one."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
+class TellProgress(TrainerCallback):
+    """A line for each step, and one for what is logged."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._file.unlink(missing_ok=True)
-        self._write(state)
+        self._tell(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(state)
+        self._tell(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-        losses = {key: float(logs[key]) for key in ("loss", "eval_loss") if key in logs}
-        if losses:
-            self._write(state, losses)
+        figures = {key: float(each) for key, each in logs.items() if isinstance(each, float | int)}
+        if "loss" in figures or "eval_loss" in figures:
+            self._tell(state, **figures)
 
-    def _write(self, state: Any, losses: dict[str, float] | None = None) -> None:
+    def _tell(self, state: Any, **figures: float) -> None:
         if state.is_world_process_zero:
-            line = {"step": state.global_step, "steps": state.max_steps} | (losses or {})
-            with self._file.open("a", encoding="utf-8") as stream:  # closed, so that it is read
-                stream.write(json.dumps(line) + "\n")
+            steps = {"step": state.global_step, "steps": state.max_steps}
+            tell(**{**figures, **steps, "time": time.time()})
 
 
 def callbacks() -> list[TrainerCallback]:
     """What a run needs to say how far it is: nothing where nobody asked."""
-    return [WriteProgress(Path(os.environ[FILE]))] if os.environ.get(FILE) else []
+    return [TellProgress()] if os.environ.get(FILE) else []

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from dwakd_plugin.train.progress import tell
+
 FOLDER = "DWAKD_RUN_SIGNALS"  # set by `dwakd train`
 MESSAGE, STOP, STOP_AFTER = "message", "stop", "stop-after"
 PATIENCE = 60.0  # seconds
@@ -35,6 +37,7 @@ def end_run(message: str) -> NoReturn:
         from axolotl.utils.logging import get_logger
 
         get_logger("axolotl.dwakd").error("dwakd: %s", message, main_process_only=False)
+        tell(error=message)
         raise SystemExit(1)
     _write_first(Path(folder) / MESSAGE, message)
     time.sleep(PATIENCE)

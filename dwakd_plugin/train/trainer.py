@@ -54,6 +54,7 @@ from dwakd_plugin.train.non_finite import (
     how_to_go_on,
     non_finite_parameter,
 )
+from dwakd_plugin.train.progress import tell
 from dwakd_plugin.train.projector_optimizer import (
     TwoOptimizers,
     adamw,
@@ -88,6 +89,8 @@ class _DistillationLog(Trainer):
             logs.update(distillation.own_answers.logged())
         if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
             logs[f"{prefix}ppl"] = round(perplexity(logs[f"{prefix}ce"]), 5)
+        if totals and not prefix:
+            tell(labels=totals["student_tokens"])
         super().log(logs, start_time)
         if self.health is not None and figures:
             seen = {prefix + name: value for name, value in figures.items()}

@@ -102,7 +102,7 @@ def test_the_command_line_teacher_goes_before_the_recipes(recipe: Recipe) -> Non
 
 
 def test_every_problem_is_named_at_once(
-    recipe: Recipe, write: Callable[..., Path], tmp_path: Path
+    recipe: Recipe, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = recipe(
         {"los": {}, "projectors": {"path": "gone.safetensors"}},
@@ -117,9 +117,12 @@ def test_every_problem_is_named_at_once(
         "base_model: ./no-student — no such folder",
         "dwakd.projectors.path: gone.safetensors — no such file",
         "datasets[0].path: no-rows.jsonl — no such file",
+        "datasets[1].path: hub/rows — no such folder, not among the downloaded data sets",
     ):
         assert part in message
-    assert "hub/rows" not in message
+    with monkeypatch.context() as online:
+        online.delenv("HF_HUB_OFFLINE")
+        assert "hub/rows" not in error_of(write(settings))  # it may be there
 
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
     bad = recipe({"teacher": {"base_model": "some/teacher"}}, rl="dpo")
@@ -127,6 +130,12 @@ def test_every_problem_is_named_at_once(
     assert "rl: dpo — " in message
     assert "some/teacher — no such folder, not among the downloaded models" in message  # offline
     assert "holds a run already" in message
+
+
+def test_a_dry_run_looks_at_the_rows(recipe: Recipe, write: Callable[..., Path], lab: Path) -> None:
+    rows = str(lab / "rows.jsonl")
+    message = error_of(write(recipe({}, datasets=[{"path": rows, "type": "alpacca"}])))
+    assert f"datasets[0] ({rows})" in message and "did you mean `alpaca`?" in message
 
 
 def test_looking_does_not_touch_checkpoints(recipe: Recipe, tmp_path: Path) -> None:
