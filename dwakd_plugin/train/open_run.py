@@ -128,18 +128,21 @@ def look_at_data(recipe: Recipe) -> None:
     packed rows. Nothing is written, and what needs a run's GPU, as its precision, isn't looked at.
     """
     with tempfile.TemporaryDirectory(prefix="dwakd-") as folder:
-        device_keys = [key for key in recipe.keys if key.startswith(_OF_A_DEVICE)]
+        device_keys = [key for key in recipe.keys if str(key).startswith(_OF_A_DEVICE)]
         own = _without_a_run(recipe, folder).but(*device_keys, bf16=False, fp16=False)
         file = _checked(own, Path(folder))
         try:
             with _quiet(), _axolotl(file) as (cfg, _):
+                import torch
+
                 from dwakd_plugin.data.first_rows import check_first_rows
                 from dwakd_plugin.data.packing import check_packing_of_teacher
                 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, teacher_recipe
 
                 teacher = own.config.teacher
                 if own.packs and own.config.loss.needs_teacher and loads_body(teacher):
-                    check_packing_of_teacher(teacher, "cpu")
+                    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+                    check_packing_of_teacher(teacher, device)
                 tokenizer = load_teacher_tokenizer(teacher)
                 seen = teacher_recipe(cfg, teacher, tokenizer)
                 check_first_rows(cfg, own.config, tokenizer, seen)
