@@ -141,11 +141,11 @@ def train(
     for change in launch.recipe.changes:
         console.print(change, style="yellow")
     signed_before = launch.signature
-    launch.write_recipe(recipe.name)
     if json_output:
+        launch.write_recipe(recipe.name)
         code, stopped_by = _execute(launch, stdout=sys.stderr)
     else:
-        code, stopped_by = _show(launch, console, plain=plain, resumes=resume)
+        code, stopped_by = _show(launch, recipe.name, console, plain=plain, resumes=resume)
     trained = launch.signature != signed_before  # else the report is of another run
     warnings = standing_in(launch.output) if trained else []
     if stopped_by is not None:
@@ -194,29 +194,33 @@ def _execute(launch: Launch, **further: Any) -> tuple[int, int | None]:
 
 
 def _show(
-    launch: Launch, console: PlainConsole, *, plain: bool, resumes: bool
+    launch: Launch, source: str, console: PlainConsole, *, plain: bool, resumes: bool
 ) -> tuple[int, int | None]:
-    """As `_execute`, with axolotl's output in a file and the run's course on the console."""
+    """As `_execute`, with axolotl's output in a file and the run's course on the console.
+
+    The recipe, which was made of `source`, is written when all else is ready.
+    """
     from dwakd_cli.run_display import RunDisplay
     from dwakd_plugin.io.files import explaining_writes
     from dwakd_plugin.train import progress
 
     log, keys = launch.output / LOG_FILE, launch.seen.keys
-    console.print(f"Log: {log}", soft_wrap=True)
     with contextlib.ExitStack() as stack:
         told = launch.environment.get(progress.FILE)
         if not told:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dwakd-"))
             told = launch.environment[progress.FILE] = str(Path(folder) / "progress.jsonl")
         Path(told).unlink(missing_ok=True)
-        with explaining_writes(log):
-            stream = stack.enter_context(log.open("ab" if resumes else "wb"))
         display = RunDisplay(
             console,
             Path(told),
             plain=plain,
             evaluates=bool(keys.get("val_set_size") or keys.get("test_datasets")),
         )
+        launch.write_recipe(source)
+        with explaining_writes(log):
+            stream = stack.enter_context(log.open("ab" if resumes else "wb"))
+        console.print(f"Log: {log}", soft_wrap=True)
         with display:
             code, stopped_by = _execute(
                 launch, stdout=stream, stderr=subprocess.STDOUT, meanwhile=display
