@@ -142,8 +142,7 @@ def train(
         console.print(change, style="yellow")
     signed_before = launch.signature
     if json_output:
-        launch.write_recipe(recipe.name)
-        code, stopped_by = _execute(launch, stdout=sys.stderr)
+        code, stopped_by = _execute(launch, recipe.name, stdout=sys.stderr)
     else:
         code, stopped_by = _show(launch, recipe.name, console, plain=plain, resumes=resume)
     trained = launch.signature != signed_before  # else the report is of another run
@@ -172,14 +171,19 @@ def train(
     sys.exit(code)
 
 
-def _execute(launch: Launch, **further: Any) -> tuple[int, int | None]:
-    """Runs axolotl to its end: exit code, and the signal that stopped it. Raises UserError."""
+def _execute(launch: Launch, source: str, **further: Any) -> tuple[int, int | None]:
+    """Runs axolotl to its end: exit code, and the signal that stopped it. Raises UserError.
+
+    The recipe, which was made of `source`, is written when all else is ready: from then on Ctrl-C
+    is heard as the run's.
+    """
     from dwakd_plugin.train.child_process import execute
     from dwakd_plugin.train.launch import signals_of
     from dwakd_plugin.train.signals import MESSAGE
 
     signed_before = launch.signature
     with signals_of(launch) as signals:
+        launch.write_recipe(source)
         code, stopped_by = execute(
             launch.command,
             launch.environment,
@@ -196,10 +200,7 @@ def _execute(launch: Launch, **further: Any) -> tuple[int, int | None]:
 def _show(
     launch: Launch, source: str, console: PlainConsole, *, plain: bool, resumes: bool
 ) -> tuple[int, int | None]:
-    """As `_execute`, with axolotl's output in a file and the run's course on the console.
-
-    The recipe, which was made of `source`, is written when all else is ready.
-    """
+    """As `_execute`, with axolotl's output in a file and the run's course on the console."""
     from dwakd_cli.run_display import RunDisplay
     from dwakd_plugin.io.files import explaining_writes
     from dwakd_plugin.train import progress
@@ -217,13 +218,13 @@ def _show(
             plain=plain,
             evaluates=bool(keys.get("val_set_size") or keys.get("test_datasets")),
         )
-        launch.write_recipe(source)
-        with explaining_writes(log):
+        with explaining_writes("The output folder"):
+            log.parent.mkdir(parents=True, exist_ok=True)
             stream = stack.enter_context(log.open("ab" if resumes else "wb"))
         console.print(f"Log: {log}", soft_wrap=True)
         with display:
             code, stopped_by = _execute(
-                launch, stdout=stream, stderr=subprocess.STDOUT, meanwhile=display
+                launch, source, stdout=stream, stderr=subprocess.STDOUT, meanwhile=display
             )
     if display.error is not None and stopped_by is None:
         raise UserError(display.error)
