@@ -197,9 +197,13 @@ def _lacking(row: dict[str, Any], messages: str) -> str | None:
         return f"`{messages}` is empty, and there is nothing to learn from"
     if not isinstance(turns, list):
         return f"`{messages}` is {type(turns).__name__}, and must be a list of messages"
+    keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
+    names = [name for name in ("role", "from") if name in keys]
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return f"message {number} of `{messages}` isn't a mapping with a role and a content"
+        if names and all(turn.get(name) is None for name in names):
+            return f"message {number} of `{messages}` has no {names[0]}"
         if all(turn.get(key) is None for key in ("content", "value", "tool_calls")):
             return f"message {number} of `{messages}` ({turn.get('role')}) has no content"
     return None

@@ -346,6 +346,10 @@ def test_rows_that_were_added_are_read(
     [
         ({"messages": []}, "`messages` is empty"),
         (
+            {"messages": [{"content": "?"}, {"role": "assistant", "content": "x"}]},
+            "message 1 of `messages` has no role",
+        ),
+        (
             chat("Name a river.", "x")
             | {
                 "messages": [
