@@ -51,6 +51,7 @@ def dual_strategy(
             f"{name} is streamed, and the two sides of a streamed row cannot be checked before "
             "training. Remove `streaming`, so that the rows are prepared first."
         )
+    _check_template(dataset_config, student_tokenizer, cfg)
     student_dataset_config, teacher_dataset_config = templates(
         dataset_config, student_tokenizer, cfg, teacher_cfg, config
     )
@@ -78,6 +79,25 @@ def dual_strategy(
     return strategy, prompter, process_kwargs
 
 
+def _check_template(
+    dataset_config: DictDefault, tokenizer: PreTrainedTokenizerBase, cfg: DictDefault
+) -> None:
+    """Raises UserError where a data set has chats, and the student nothing to render them with."""
+    if tokenizer.chat_template or not _has_chats(dataset_config):
+        return
+    if (dataset_config.chat_template or cfg.chat_template) in (None, "tokenizer_default"):
+        raise UserError(
+            f"The student's tokenizer ({tokenizer.name_or_path}) has no chat template, "
+            f"and {dataset_config.path} (type: {dataset_config.type}) needs one. Name one that "
+            "axolotl has, as `chat_template: chatml`, or give `chat_template: jinja` and "
+            "`chat_template_jinja`."
+        )
+
+
+def _has_chats(dataset_config: DictDefault) -> bool:
+    return str(dataset_config.type).startswith(("chat_template", "messages"))
+
+
 def templates(
     dataset_config: DictDefault,
     student_tokenizer: PreTrainedTokenizerBase,
@@ -87,7 +107,7 @@ def templates(
 ) -> tuple[DictDefault, DictDefault]:
     """The data set's settings for each side: the same, but for the chat templates."""
     student, teacher = copy.deepcopy(dataset_config), copy.deepcopy(dataset_config)
-    if str(dataset_config.type).startswith(("chat_template", "messages")):
+    if _has_chats(dataset_config):
         asked = dataset_config.chat_template or cfg.chat_template
         if isinstance(student_tokenizer.chat_template, dict) and asked in (
             None,
@@ -96,13 +116,6 @@ def templates(
             student.chat_template = "jinja"
             student.chat_template_jinja = default_template(
                 student_tokenizer.chat_template, "The student's tokenizer", "chat_template_jinja"
-            )
-        if not student_tokenizer.chat_template and asked in (None, "tokenizer_default"):
-            raise UserError(
-                f"The student's tokenizer ({student_tokenizer.name_or_path}) has no chat template, "
-                f"and {dataset_config.path} (type: {dataset_config.type}) needs one. Name one that "
-                "axolotl has, as `chat_template: chatml`, or give `chat_template: jinja` and "
-                "`chat_template_jinja`."
             )
         # A teacher without a chat template of its own renders the student's.
         teacher.chat_template = "jinja"

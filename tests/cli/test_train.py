@@ -156,7 +156,7 @@ def test_an_output_folder_below_a_file_is_refused(
     ("content", "message"),
     [
         (None, "does not exist"),
-        ("a: [1", "no valid YAML"),
+        ("a: [1", "isn't valid YAML"),
         ("- 1", "has no keys"),
         ("base_model: x", "names no teacher. Give one with `--teacher ID`"),
     ],
