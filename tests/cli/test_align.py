@@ -224,6 +224,7 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["align", *map(str, arguments)], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_before_and_after_training(
     recipe: Recipe,
     train: Callable[..., Any],

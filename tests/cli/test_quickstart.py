@@ -48,6 +48,7 @@ def stage(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_a_stage_says_how_far_it_is(stage: Any, tmp_path: Path) -> None:
     (tmp_path / "evaluate.py").write_text("raise SystemExit('a file of the user is imported')")
     heard = stage(max_steps=STEPS, logging_steps=1)

@@ -324,6 +324,7 @@ def run_cache(file: Path, *options: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_the_command_fills_what_training_reads_without_a_teacher(
     recipe: Callable[..., dict[str, Any]],
     write: Callable[[dict[str, Any]], Path],

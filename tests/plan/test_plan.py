@@ -412,6 +412,7 @@ def test_what_cannot_be_planned_is_refused(
 # Reality ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cached_states_wait_for_a_whole_optimizer_step(
     recipe: Recipe, train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,7 @@ def fine_tuned(folder: str, workshop: Path, train: Train) -> None:
 # test_packing.py and test_axolotl.py what the others add.
 ALSO = (
     "axolotl-llama3-lora-1b",
+    "paper-qwen1.5-1.8b-to-gpt2",
     "paper-qwen2.5-7b-to-gpt2-1.5b",
     "chat-qwen3-8b-to-llama3.2-1b",
     "paper-mistral-7b-to-tinyllama-1.1b",

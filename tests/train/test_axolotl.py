@@ -96,6 +96,7 @@ def test_resuming_gives_the_same_weights_bit_for_bit(
             assert all(torch.equal(expected[name], found[name]) for name in expected), (step, file)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_update(
     recipe: Recipe, train: Train, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def test_settings_that_do_not_go_together(recipe: Recipe) -> None:
     assert trained_projectors(config.loss) == {"t2s"}
 
 
+@pytest.mark.slow
 def test_sft_through_the_plugin_is_plain_sft_on_the_same_rows(
     recipe: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_dskdv2_pairs_tokens_and_its_s2t_follows_the_head(
     torch.testing.assert_close(projectors[1]["s2t.weight"], expected.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dwakdv2_trains_packed_and_from_a_cache(
     recipe: Recipe, train: Train, tmp_path: Path, lab: Path
 ) -> None:

@@ -38,6 +38,7 @@ def change(folder: Path, by: float) -> None:
     save_file(weights, file, {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_an_export_is_the_student_that_was_trained(
     recipe: Recipe, train: Train, lab: Path, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_checkpoint_without_optimizer_is_not_resumed(
     assert "checkpoint-4 cannot be resumed: it holds no optimizer state" in caplog.text
 
 
+@pytest.mark.slow
 def test_muon_trains_the_student_and_adamw_the_projectors(
     recipe: Recipe, train: Train, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_run_samples_logs_and_resumes_exactly(
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_every_row_may_be_the_students_own(recipe: Recipe, train: Train) -> None:
     own = {"share": 1.0, "max_new_tokens": 1, "start_after": 0}
     keys = recipe({"own_answers": own}, max_steps=2, micro_batch_size=2)
