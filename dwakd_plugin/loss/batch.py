@@ -17,13 +17,35 @@ from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 
 @dataclass(frozen=True)
 class Side:
-    """One model's states in the loss's dtype, zero at padding, of the samples with both sides."""
+    """One model's states in the loss's dtype, zero at padding, of the samples with both sides.
 
-    input_embeds: Tensor  # (B, L, d)
-    target_embeds: Tensor
-    hidden: Tensor
+    The padding is zeroed once, so that what it holds reaches no sum, forward or backward.
+    """
+
+    states: ResponseStates
     lengths: Tensor  # (B,)
-    valid: Tensor  # (B, L)
+    dtype: torch.dtype
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, L) bool."""
+        return valid_positions(self.lengths, self.states.hidden.shape[1])
+
+    @cached_property
+    def input_embeds(self) -> Tensor:
+        """(B, L, d), as the other two."""
+        return self._clean(self.states.input_embeds)
+
+    @cached_property
+    def target_embeds(self) -> Tensor:
+        return self._clean(self.states.target_embeds)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        return self._clean(self.states.hidden)
+
+    def _clean(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).where(self.valid[..., None], 0.0)
 
     @property
     def last(self) -> Tensor:
@@ -59,27 +81,11 @@ class Batch:
 
     @cached_property
     def student_side(self) -> Side:
-        return self._side(self.student)
+        return Side(self.student, self.student.lengths * self.paired, self.dtype)
 
     @cached_property
     def teacher_side(self) -> Side:
-        return self._side(self.teacher)
-
-    def _side(self, states: ResponseStates) -> Side:
-        """Zero the padding once, so that what it holds reaches no sum, forward or backward."""
-        lengths = states.lengths * self.paired
-        valid = valid_positions(lengths, states.hidden.shape[1])
-
-        def clean(tensor: Tensor) -> Tensor:
-            return tensor.to(self.dtype).where(valid[..., None], 0.0)
-
-        return Side(
-            clean(states.input_embeds),
-            clean(states.target_embeds),
-            clean(states.hidden),
-            lengths,
-            valid,
-        )
+        return Side(self.teacher, self.teacher.lengths * self.paired, self.dtype)
 
     def chunk(self, *heads: Head) -> int:
         """How many tokens go through these heads at once."""

@@ -75,12 +75,19 @@ class Kernel:
     ) -> tuple[Tensor, Tensor | None]:
         if self.gradients is not None:
             return self.gradients(student_logits, *rest, *grads, **self.settings)
+        return self.both_ways(student_logits, *rest, grads=grads)[1], None
+
+    def both_ways(
+        self, student_logits: Tensor, *rest: Tensor, grads: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The columns, and the gradient in student_logits; other_logits are constants."""
         with torch.enable_grad():
             leaf = student_logits.detach().requires_grad_()
-            columns = self.statistics(leaf, *rest, **self.settings)[: self.differentiable]
-        reached = [pair for pair in zip(columns, grads, strict=True) if pair[0].requires_grad]
-        outputs, seeds = zip(*reached, strict=True)
-        return torch.autograd.grad(outputs, leaf, seeds)[0], None
+            columns = self.statistics(leaf, *rest, **self.settings)
+        pairs = zip(columns[: self.differentiable], grads, strict=True)
+        outputs, seeds = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        grad = torch.autograd.grad(outputs, leaf, seeds)[0]
+        return tuple(column.detach() for column in columns), grad
 
 
 def through_student_head(
@@ -93,26 +100,65 @@ def through_student_head(
     other_head: Head,
     chunk_size: int,
     product: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
-    """The kernel's columns of every token. Zero tokens pass as one empty chunk, with a graph.
+    weights: Sequence[Tensor] | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The kernel's columns of every token, and Σ weights · columns where `weights` are given.
 
-    The weights of a sample's tokens are known only when all are through, so that the gradient in
-    the head cannot be formed in forward: backward computes the logits again.
+    Where a sample's weights are known only when all of its tokens are through, the gradient in the
+    head cannot be formed in forward: backward computes the logits again. The weighted sum's is
+    formed in forward: with it alone backward goes through no head.
 
     Shapes: hidden (N, d) and the states that it is compared with, other (N, ·); labels and targets
-    (N,) → columns (N,) each. `other_head` is a constant; the heads' products are in `product`, or
-    where that is None in the heads' own dtypes.
+    (N,); weights (N,), constants, for each differentiable column → columns (N,) each, the sum ().
+    `other_head` is a constant; the heads' products are in `product`, or where that is None in the
+    heads' own dtypes. Zero tokens pass as one empty chunk, with a graph.
     """
-    columns: tuple[Tensor, ...] = _StudentPass.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        other,
-        head.weight,
-        head.bias,
-        labels,
-        targets,
-        (kernel, head, other_head.detached(), chunk_size, product),
+    computed = product or head.weight.dtype
+    if computed == torch.float16 or not torch.is_grad_enabled():
+        weights = None  # what is small in half precision needs the scale that backward brings
+    settings = (kernel, head, other_head.detached(), chunk_size, product, weights)
+    *columns, weighted = _StudentPass.apply(  # type: ignore[no-untyped-call]
+        hidden, other, head.weight, head.bias, labels, targets, settings
     )
-    return columns
+    return tuple(columns), None if weights is None else weighted
+
+
+class _Gradients:
+    """Of a pass, a chunk at a time: in the states, and summed over chunks in the student's head."""
+
+    def __init__(self, ctx: Any, weight: Tensor, bias: Tensor | None) -> None:
+        self.needs_hidden, self.needs_other, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        self.hidden: list[Tensor] = []
+        self.other: list[Tensor] = []
+        # In half precision each chunk more would cost digits of the sum.
+        self.weight = _zeros(weight) if needs_weight else None
+        self.bias = _zeros(bias) if bias is not None and needs_bias else None
+
+    def add(self, grad: Tensor, logits: Tensor, hidden: Tensor, head: Head) -> None:
+        """From that in the logits (C, V) of hidden (C, d)."""
+        grad = head.product_gradient(grad, logits)
+        if self.needs_hidden:
+            self.hidden.append(grad @ head.weight)
+        if self.weight is not None:
+            _add_product(self.weight, grad, hidden)
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+
+    def add_other(self, grad: Tensor, logits: Tensor, head: Head) -> None:
+        if self.needs_other:
+            self.other.append(head.product_gradient(grad, logits) @ head.weight)
+
+    def of(self, *inputs: Tensor | None) -> list[Tensor | None]:
+        """In hidden, other, weight and bias, in the dtype of each."""
+        states = (torch.cat(each) if each else None for each in (self.hidden, self.other))
+        return [
+            None if grad is None or into is None else grad.to(into.dtype)
+            for grad, into in zip((*states, self.weight, self.bias), inputs, strict=True)
+        ]
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 class _StudentPass(torch.autograd.Function):
@@ -125,56 +171,80 @@ class _StudentPass(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         targets: Tensor,
-        settings: tuple[Kernel, Head, Head, int, torch.dtype | None],
+        settings: tuple[Kernel, Head, Head, int, torch.dtype | None, Sequence[Tensor] | None],
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden, other, weight, bias, labels, targets)
-        ctx.settings = settings
-        kernel, head, other_head, chunk_size, product = settings
+        ctx.settings, ctx.ready = settings, None
+        ctx.set_materialize_grads(False)
+        kernel, head, other_head, chunk_size, product, weights = settings
         head, other_head = head.cast(product), other_head.cast(product)
-        chunks = (torch.split(tensor, chunk_size) for tensor in (hidden, other, labels, targets))
-        rows = [
-            kernel.statistics(head.logits(h), other_head.logits(o), y, target, **kernel.settings)
-            for h, o, y, target in zip(*chunks, strict=True)
-        ]
+        tokens = (hidden, other, labels, targets, *(weights or ()))
+        gradients = None if weights is None else _Gradients(ctx, weight, bias)
+        rows = []
+        for h, o, y, target, *grads in zip(*_chunks(tokens, chunk_size), strict=True):
+            logits, arguments = head.logits(h), (other_head.logits(o), y, target)
+            if gradients is None:
+                rows.append(kernel.statistics(logits, *arguments, **kernel.settings))
+            else:
+                columns, grad = kernel.both_ways(logits, *arguments, grads=grads)
+                gradients.add(grad, logits, h, head)
+                rows.append(columns)
+                del grad
+            del logits, arguments  # before others of their size are made
         columns = tuple(map(torch.cat, zip(*rows, strict=True)))
         ctx.mark_non_differentiable(*columns[kernel.differentiable :])
-        return columns
+        if weights is None or gradients is None:
+            return (*columns, columns[0].new_zeros(()))
+        ctx.ready = gradients.of(hidden, other, weight, bias)
+        taught = zip(weights, columns[: kernel.differentiable], strict=True)
+        return (*columns, torch.stack([(each * column).sum() for each, column in taught]).sum())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernel, *_, weights = ctx.settings
+        *seeds, scale = (*grads[: kernel.differentiable], grads[-1])
+        ready, ctx.ready = ctx.ready, None  # scaled in place: a second backward has them not
+        if scale is None or weights is None:
+            ready = None
+        elif ready is None:
+            seeds = [_sum(seed, each * scale) for seed, each in zip(seeds, weights, strict=True)]
+        else:
+            ready = [grad if grad is None else grad.mul_(scale) for grad in ready]
+        if any(seed is not None for seed in seeds):
+            again = _StudentPass._again(ctx, seeds)
+            ready = (
+                again if ready is None else [_sum(*both) for both in zip(ready, again, strict=True)]
+            )
+        return (*(ready or [None] * 4), *[None] * 3)
+
+    @staticmethod
+    def _again(ctx: Any, seeds: Sequence[Tensor | None]) -> list[Tensor | None]:
         hidden, other, weight, bias, labels, targets = ctx.saved_tensors
-        kernel, head, other_head, chunk_size, product = ctx.settings
+        kernel, head, other_head, chunk_size, product, _ = ctx.settings
         head = replace(head, weight=weight, bias=bias).cast(product)
         other_head = other_head.cast(product)
-        needs_hidden, needs_other, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        hidden_grads, other_grads = [], []
-        weight_grad = torch.zeros_like(weight) if needs_weight else None
-        bias_grad = torch.zeros_like(bias) if needs_bias else None
-        tokens = (hidden, other, labels, targets, *grads[: kernel.differentiable])
-        chunks = (torch.split(tensor, chunk_size) for tensor in tokens)
-        for h, o, y, target, *seeds in zip(*chunks, strict=True):
+        gradients = _Gradients(ctx, weight, bias)
+        known = next(seed for seed in seeds if seed is not None)
+        seeds = [torch.zeros_like(known) if seed is None else seed for seed in seeds]
+        tokens = (hidden, other, labels, targets, *seeds)
+        for h, o, y, target, *grads in zip(*_chunks(tokens, chunk_size), strict=True):
             logits, other_logits = head.logits(h), other_head.logits(o)
-            grad, other_grad = kernel.backward(logits, other_logits, y, target, grads=seeds)
-            grad = head.product_gradient(grad, logits)
-            if needs_hidden:
-                hidden_grads.append(grad @ head.weight)
-            if weight_grad is not None:
-                _add_product(weight_grad, grad, h)
-            if bias_grad is not None:
-                bias_grad += grad.sum(0)
+            grad, other_grad = kernel.backward(logits, other_logits, y, target, grads=grads)
+            gradients.add(grad, logits, h, head)
             del grad, logits  # before another of their size is made
-            if needs_other and other_grad is not None:
-                other_grad = other_head.product_gradient(other_grad, other_logits)
-                other_grads.append(other_grad @ other_head.weight)
+            if other_grad is not None:
+                gradients.add_other(other_grad, other_logits, other_head)
             del other_grad, other_logits
-        return (
-            torch.cat(hidden_grads).to(hidden.dtype) if hidden_grads else None,
-            torch.cat(other_grads).to(other.dtype) if other_grads else None,
-            weight_grad,
-            bias_grad,
-            *[None] * 3,
-        )
+        return gradients.of(hidden, other, weight, bias)
+
+
+def _chunks(tokens: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
+    return [torch.split(tensor, size) for tensor in tokens]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from dwakd_plugin.loss.batch import Batch, no_teacher
-from dwakd_plugin.loss.matches import Projecting
+from dwakd_plugin.loss.matches import Match, Projecting
 from dwakd_plugin.loss.matches.attention import Attention
 from dwakd_plugin.loss.matches.pairs import SameToken
-from dwakd_plugin.loss.record import HeadPasses
+from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.states import ProjectorSet, ResponseStates
 from dwakd_plugin.loss.terms.labels import LABELS_ALONE
 from dwakd_plugin.loss.terms.warp import (
@@ -37,6 +38,13 @@ class LossTerms(SimpleNamespace):
     `matches` and at `Figure`.
     """
 
+    __slots__ = ("_ready",)  # in no `vars`, which are the sums
+
+    def __init__(self, ready: tuple[Mapping[str, float], Tensor] | None = None, **sums: Tensor):
+        """`ready`: the objective with these λ, its gradients already formed, where it is."""
+        super().__init__(**sums)
+        self._ready = ready
+
     @staticmethod
     def weights(loss: LossConfig, kd_ramp: float = 1.0) -> dict[str, float]:
         """The λ of each term; `kd_ramp` is the warm-up of the student-space term (D6)."""
@@ -52,6 +60,8 @@ class LossTerms(SimpleNamespace):
         stay out of the graph, so that backward does not visit them.
         """
         weights = self.weights(loss, kd_ramp)
+        if self._ready is not None and self._ready[0] == weights:
+            return self._ready[1]
         kept = [weight * getattr(self, name) for name, weight in weights.items() if weight != 0]
         zero: Tensor = 0.0 * self.ce
         return torch.stack(kept).sum() if kept else zero
@@ -65,6 +75,7 @@ def dwakd_loss(
     loss: LossConfig = DEFAULT_LOSS,
     soft_dtw: SoftDTWConfig = DEFAULT_SOFT_DTW,
     gamma: float | None = None,
+    kd_ramp: float = 1.0,
     teacher_space: bool = True,
 ) -> LossTerms:
     """The terms of DWA-KD for one batch, as sums.
@@ -83,7 +94,9 @@ def dwakd_loss(
     - D1  positions are those with a label, gathered in order: `ResponseStates` holds nothing else.
     - D2  std, weights and band are per sample; padding and the other samples change nothing.
     - D3  everything but the heads' products is in float32 at least, under autocast too.
-    - D6  the ramp of the student-space term is `LossTerms.total`'s.
+    - D6  the ramp of the student-space term is `LossTerms.total`'s. With the same `kd_ramp` here,
+          a loss whose weights of tokens are known beforehand (`Term.weights`) forms the gradient
+          of its total in forward, and backward goes through no head again.
     - D8  `gamma` is the schedule's current value; default: `soft_dtw.gamma_start`.
     - D9  Vs and Vt are the heads' rows.
 
@@ -123,6 +136,7 @@ def dwakd_loss(
         terms = tuple(term for term in terms if term.role == "labels")
     kernels = [term.kernel(batch) for term in terms if term.kernel is not None]
     passes = HeadPasses(batch, variant.match(batch), next(iter(kernels), LABELS_ALONE))
+    passes = replace(passes, weights=_column_weights(passes, terms, kd_ramp))
     sums: dict[str, Tensor] = {}
     # Autocast would take the attention and the costs back to half precision (D3).
     with torch.autocast(student.hidden.device.type, enabled=False):
@@ -146,7 +160,29 @@ def dwakd_loss(
         for name, value in named.items()
         if name not in weighted
     }
-    return LossTerms(**named | figures | counts)
+    whole = passes.weighted
+    ready = None if whole is None else (LossTerms.weights(loss, kd_ramp), zero + whole)
+    return LossTerms(ready, **named | figures | counts)
+
+
+def _column_weights(
+    passes: HeadPasses[Match], terms: Sequence[Term], kd_ramp: float
+) -> list[Tensor] | None:
+    """The weight of each token's columns in the objective, None where a term has none beforehand.
+
+    (B, S) for each differentiable column of the student's pass.
+    """
+    shape = passes.batch.student.hidden.shape[:2]
+    none = passes.batch.student.hidden.new_zeros(shape, dtype=passes.batch.dtype)
+    weights = [none] * passes.kernel.differentiable
+    for term in terms:
+        own = None if term.weights is None else term.weights(passes)
+        if own is None:
+            return None
+        scale = term.weight(passes.batch.loss, kd_ramp)
+        for column, each in enumerate(own):
+            weights[column] = weights[column] + scale * each
+    return weights if terms else None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -28,10 +28,20 @@ class HeadPasses(Generic[M]):
     batch: Batch
     match: M
     kernel: Kernel
+    weights: Sequence[Tensor] | None = None  # (B, S) of each differentiable column, where known
 
-    @cached_property
+    @property
     def student(self) -> tuple[Tensor, ...]:
         """The kernel's columns, (B, S) each; 0 where there is no label."""
+        return self._student[0]
+
+    @property
+    def weighted(self) -> Tensor | None:
+        """Σ weights · columns, whose gradients are formed with it; None where that can't be."""
+        return self._student[1]
+
+    @cached_property
+    def _student(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         student, match = self.batch.student, self.match
         index, labels = response_index(student), required_labels(student)
         hidden, targets, heads = gathered(student.hidden, index), labels, [student.head]
@@ -41,7 +51,7 @@ class HeadPasses(Generic[M]):
             targets = match.targets
             other, other_head = match.other(index)
             heads.append(other_head)
-        columns = through_student_head(
+        columns, weighted = through_student_head(
             self.kernel,
             hidden,
             other,
@@ -51,8 +61,9 @@ class HeadPasses(Generic[M]):
             other_head,
             self.batch.chunk(*heads),
             self.batch.product,
+            self.weights and [gathered(each, index) for each in self.weights],
         )
-        return tuple(padded(column, index, labels) for column in columns)
+        return tuple(padded(column, index, labels) for column in columns), weighted
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Term:
     value     passes → its sum by its name, with a graph, and the sums of its figures
     per       the count that its line in the log divides by
     kernel    what the pass through the student's head has to yield for it
+    weights   passes → the weight of each column of that pass in its sum, (B, S), where these are
+              known before the pass: then backward needs none of its own
     trains    the projectors that it trains
     figures   what else is logged of it
     ramps     whether `kd_warmup_steps` holds it back at first (D6)
@@ -75,6 +88,7 @@ class Term:
     value: Callable[[HeadPasses[Any]], Mapping[str, Tensor]]
     per: str = "distilled_tokens"
     kernel: Callable[[Batch], Kernel] | None = None
+    weights: Callable[[HeadPasses[Any]], Sequence[Tensor] | None] | None = None
     trains: frozenset[str] = frozenset()
     figures: tuple[Figure, ...] = ()
     ramps: bool = False

@@ -265,6 +265,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
             loss=loss,
             soft_dtw=config.soft_dtw,
             gamma=self.distillation.gamma(step, self.state.max_steps),
+            kd_ramp=self.distillation.kd_ramp(step),
         )
 
     def _explain_non_finite(self, inputs: dict[str, Any]) -> str:

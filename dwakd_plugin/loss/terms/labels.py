@@ -7,12 +7,14 @@ It needs no pass of its own: where another term goes through the student's head,
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dwakd_plugin.loss.head_pass import Kernel
 from dwakd_plugin.loss.matches import Match
 from dwakd_plugin.loss.record import HeadPasses, Term
+from dwakd_plugin.loss.states import required_labels
 
 
 def label_statistics(
@@ -29,4 +31,9 @@ def _ce(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     return {"ce": passes.student[0].sum()}
 
 
-LABELS = Term("ce", "labels", _ce, per="student_tokens")
+def _weights(passes: HeadPasses[Match]) -> tuple[Tensor]:
+    labels = required_labels(passes.batch.student)
+    return (torch.ones_like(labels, dtype=passes.batch.dtype),)
+
+
+LABELS = Term("ce", "labels", _ce, per="student_tokens", weights=_weights)

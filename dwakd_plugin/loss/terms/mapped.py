@@ -120,6 +120,15 @@ def _kernel(batch: Batch) -> Kernel:
     return Kernel(mapped_statistics, 3, settings)
 
 
+def _weights(passes: HeadPasses[Match]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Even ones are known before the pass; others hang on what it finds."""
+    if passes.batch.loss.student_weighting != "none":
+        return None
+    compared, dtype = passes.match.compared, passes.batch.dtype
+    rest = (passes.batch.student_side.valid & ~compared).to(dtype)
+    return rest, torch.zeros_like(rest), compared.to(dtype)
+
+
 def _student_kd(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     tokens, compared = StudentStatistics(*passes.student), passes.match.compared
     side, weighting = passes.batch.student_side, passes.batch.loss.student_weighting
@@ -136,5 +145,11 @@ def _student_kd(passes: HeadPasses[Match]) -> dict[str, Tensor]:
 
 
 MAPPED = Term(
-    "student_kd", "teach", _student_kd, kernel=_kernel, figures=(*PAIRED, *TEACHER), ramps=True
+    "student_kd",
+    "teach",
+    _student_kd,
+    kernel=_kernel,
+    weights=_weights,
+    figures=(*PAIRED, *TEACHER),
+    ramps=True,
 )

@@ -7,6 +7,7 @@ Over pairs of positions, which weigh alike and sum to the sample's length.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,16 +53,20 @@ def _kernel(batch: Batch) -> Kernel:
     return Kernel(_statistics, 2, {"temperature": batch.loss.temperature})
 
 
+def _weights(passes: HeadPasses[Match]) -> tuple[Tensor, Tensor]:
+    compared, batch = passes.match.compared, passes.batch
+    alike = compared.to(batch.dtype)
+    weights = normalise_per_sample(alike, compared, batch.student_side.lengths)
+    return torch.zeros_like(weights), weights
+
+
 def _uld(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     _, distance = passes.student
     compared = passes.match.compared
-    weights = normalise_per_sample(
-        compared.to(distance.dtype), compared, passes.batch.student_side.lengths
-    )
     return {
-        "uld": (weights * distance.where(compared, 0.0)).sum(),
+        "uld": (_weights(passes)[1] * distance.where(compared, 0.0)).sum(),
         "paired_tokens": compared.sum(),
     }
 
 
-SORTED = Term("uld", "teach", _uld, kernel=_kernel, figures=PAIRED[:1])
+SORTED = Term("uld", "teach", _uld, kernel=_kernel, weights=_weights, figures=PAIRED[:1])
