@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numba
@@ -41,6 +40,7 @@ from dwakd_plugin.loss.soft_dtw.llvm import (
     power_of_whole,
     transpose,
 )
+from dwakd_plugin.loss.threads import in_threads
 
 LANES = 32  # a multiple of SIDE
 CELLS_PER_THREAD = 50_000  # about what is worth starting a thread for, 0.1 ms
@@ -69,7 +69,9 @@ def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tup
         log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + e
         return -gamma * math.log(2) * log2, largest
 
-    values, largest = cost.new_tensor(_in_threads(one, cost), dtype=torch.float64).T
+    values, largest = cost.new_tensor(
+        in_threads(one, samples, cost.numel() / CELLS_PER_THREAD), dtype=torch.float64
+    ).T
     # Where the exponents may outgrow the whole numbers of float32, float64 has them.
     bound = (n + m) * (largest / (gamma * math.log(2)) + 2)
     wide = ((bound > 2**23) & (cost.dtype == torch.float32)).nonzero()[:, 0]
@@ -83,7 +85,7 @@ def gradient(
 ) -> Tensor:
     """seed · E (B, S, T)."""
     edges, wide = state
-    grad = torch.empty_like(cost, memory_format=torch.contiguous_format)
+    grad, samples = torch.empty_like(cost, memory_format=torch.contiguous_format), len(cost)
     scaling = _scaling(cost.dtype, gamma)
     costs, seeds, edges_, grads = _array(cost), _array(seed), edges.numpy(), grad.numpy()
     n_, m_ = n.tolist(), m.tolist()
@@ -92,7 +94,7 @@ def gradient(
         tiny = abs(seeds[b]) * seeds.dtype.type(1e-20)
         _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], tiny, grads[b])
 
-    _in_threads(one, cost)
+    in_threads(one, samples, cost.numel() / CELLS_PER_THREAD)
     if len(wide):
         again = cost[wide].double(), n[wide], m[wide], gamma
         grad[wide] = gradient(*again, value(*again)[1], seed[wide].double()).to(cost.dtype)
@@ -101,28 +103,6 @@ def gradient(
 
 def _array(tensor: Tensor) -> Array:
     return tensor.detach().contiguous().numpy()
-
-
-def _in_threads(work: Callable[[int], Any], cost: Tensor) -> list[Any]:
-    """work(b) for each sample, on as many threads as torch uses; the kernels let go of the GIL.
-
-    Not numba's own threads: its OpenMP layer spins, which costs milliseconds on a busy machine,
-    and its other layer aborts when two threads of a process call it.
-    """
-    results: list[Any] = [None] * len(cost)
-    samples = iter(range(len(cost)))
-
-    def work_off() -> None:
-        for b in samples:  # each goes to one thread: the interpreter's lock guards the iterator
-            results[b] = work(b)
-
-    threads = min(torch.get_num_threads(), len(cost), cost.numel() // CELLS_PER_THREAD)
-    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
-        others = [pool.submit(work_off) for _ in range(threads - 1)]
-        work_off()
-    for other in others:
-        other.result()  # raises what it raised
-    return results
 
 
 def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:

@@ -36,25 +36,31 @@ def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), emit
 
 
-@_typed_intrinsic
-def power_of_whole(_: Any, x: Any) -> Any:
-    """2^x for a whole x ≤ bias, and 0 where that is nothing beside 1.
+def _power_above(least: Callable[[int, int], int]) -> Callable[..., Any]:
+    """2^x for a whole x ≤ bias that is larger than least(mantissa_bits, bias), and 0 for others."""
 
-    Nothing is 2^(−2 · mantissa_bits), so that products of weights keep clear of subnormal numbers,
-    at which processors are slow.
-    """
-    integer, mantissa_bits, bias = _layout(x)
+    def power(_: Any, x: Any) -> Any:
+        integer, mantissa_bits, bias = _layout(x)
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = args[0].type
-        much = builder.fcmp_ordered(">", args[0], real(-2.0 * mantissa_bits))
-        clamped = builder.select(much, args[0], real(-bias))
-        # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
-        shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
-        bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
-        return builder.bitcast(bits, real)
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            real = args[0].type
+            much = builder.fcmp_ordered(">", args[0], real(float(least(mantissa_bits, bias))))
+            clamped = builder.select(much, args[0], real(-bias))
+            # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
+            shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
+            bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
+            return builder.bitcast(bits, real)
 
-    return x(x), emit
+        return x(x), emit
+
+    return power
+
+
+# 0 where that is nothing beside 1, 2^(−2 · mantissa_bits), so that products of weights keep clear
+# of subnormal numbers, at which processors are slow.
+power_of_whole = _typed_intrinsic(_power_above(lambda mantissa_bits, bias: -2 * mantissa_bits))
+# 0 where it would be a subnormal number.
+normal_power = _typed_intrinsic(_power_above(lambda mantissa_bits, bias: -bias))
 
 
 @_typed_intrinsic

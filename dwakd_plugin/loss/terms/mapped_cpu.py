@@ -1,0 +1,199 @@
+"""The kernels of `mapped` on the CPU, compiled by numba: a pass over each matrix of logits.
+
+What torch would do in ten passes over matrices of (tokens × vocabulary), one row stays in the cache
+for. The references are `mapped.mapped_log_probs` and autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwakd_plugin.loss.soft_dtw.llvm import normal_power, power_of_fraction
+from dwakd_plugin.loss.threads import in_threads
+
+BLOCK = 256  # exponentials at once: they stay in the cache until each has found its place
+LOGITS_PER_THREAD = 200_000  # about what is worth starting a thread for, 0.1 ms
+CE, MAPPED_CE, DIVERGENCE, ENTROPY, GATE, BEST = range(6)
+
+Array = Any  # numba reads no annotations; numpy's would not say the shape either
+F = TypeVar("F", bound=Callable[..., Any])
+
+_jit: Callable[[F], F] = numba.njit(
+    cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy"
+)
+
+
+def mapped_probabilities(
+    teacher_logits: Tensor,
+    token_map: Tensor,
+    read: Tensor,
+    continuations: Sequence[Tensor] | None,
+    temperature: float,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """p_map over `rows` tokens of the student (C, Vs), and the mass that it is a share of (C,).
+
+    Shapes as `mapped.mapped_statistics` has them; in the dtype of teacher_logits, float32 or
+    float64. Sums over a student's token go in the order of the teacher's tokens.
+    """
+    largest = teacher_logits.amax(-1)
+    found = teacher_logits.new_empty(len(teacher_logits), rows)
+    mass = torch.empty_like(largest)
+    none = np.zeros(2, np.int64)
+    behind = tuple(map(_array, continuations)) if continuations is not None else (none, none, none)
+    # Unsigned and half as wide: no place is counted from the end, and the map is read faster.
+    places = torch.where(token_map < 0, rows, token_map).to(torch.int32)
+    arrays = [_array(teacher_logits), _array(largest), _array(places).view(np.uint32), _array(read)]
+    scale = math.log2(math.e) / temperature
+    _by_rows(lambda a, b: _map(a, b, *arrays, *behind, scale, found.numpy(), mass.numpy()), found)
+    return found, mass
+
+
+def forward_kl(
+    student_logits: Tensor,
+    target: Tensor,
+    labels: Tensor,
+    ce_grad: Tensor | None = None,
+    divergence_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """ce, −log p_map(y), KL(p_map ‖ p_s), H(p_s), max p_map and whether that is at y, each (C,).
+
+    With gradients of the first and the third, `target` becomes that of student_logits.
+
+    Shapes: student_logits and target = p_map (C, Vs), labels and gradients (C,).
+    """
+    columns = student_logits.new_empty(6, len(student_logits))
+    train = ce_grad is not None
+    grads = (columns[0], columns[0]) if ce_grad is None else (ce_grad, divergence_grad)
+    arrays = [_array(each) for each in (student_logits, student_logits.amax(-1), labels, *grads)]
+    _by_rows(
+        lambda a, b: _forward_kl(a, b, *arrays, train, target.numpy(), columns.numpy()), target
+    )
+    return (*columns[:BEST].unbind(), columns[BEST] > 0)
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().contiguous().numpy()
+
+
+def _by_rows(kernel: Callable[[int, int], None], matrix: Tensor) -> None:
+    """kernel(first, last) over all rows, in as many parts as there are threads."""
+    count, parts = len(matrix), max(1, min(len(matrix), torch.get_num_threads()))
+    ends = [count * part // parts for part in range(parts + 1)]
+    worth = matrix.numel() / LOGITS_PER_THREAD
+    in_threads(lambda part: kernel(ends[part], ends[part + 1]), parts, max(1.0, worth))
+
+
+@_jit
+def _exponentials(row: Array, largest: Any, scale: Any, to: Array) -> None:
+    """2^(scale · (row − largest)) of a row, or of a slice of it: one by index is no SIMD."""
+    for k in range(len(row)):
+        x = (row[k] - largest) * scale
+        whole = np.rint(x)
+        to[k] = power_of_fraction(x - whole) * normal_power(whole)
+
+
+@_jit
+def _map(
+    first: int,
+    last: int,
+    logits: Array,
+    largest: Array,
+    token_map: Array,
+    read: Array,
+    starts: Array,
+    teacher_tokens: Array,
+    student_tokens: Array,
+    scale: float,
+    found: Array,
+    mass: Array,
+) -> None:
+    """Rows `first` to `last` of `mapped_probabilities`."""
+    real = logits.dtype.type
+    scale_, zero = real(scale), real(0)
+    vocabulary, rows = logits.shape[1], found.shape[1]
+    block = np.empty(BLOCK, logits.dtype)
+    sums = np.empty(rows + 1, logits.dtype)  # the last one of what the student has no token for
+    for i in range(first, last):
+        row, top, total = logits[i], largest[i], zero
+        sums[:] = zero
+        for start in range(0, vocabulary, BLOCK):
+            some, places = row[start : start + BLOCK], token_map[start : start + BLOCK]
+            _exponentials(some, top, scale_, block)
+            part = zero
+            for k in range(len(some)):
+                part += block[k]
+            total += part
+            if read[i] == 0:
+                for k in range(len(some)):
+                    sums[places[k]] += block[k]
+        if read[i] > 0:
+            for entry in range(starts[read[i]], starts[read[i] + 1]):
+                token = teacher_tokens[entry]
+                _exponentials(row[token : token + 1], top, scale_, block)
+                sums[student_tokens[entry]] += block[0]
+        kept = zero
+        for s in range(rows):
+            kept += sums[s]
+        mass[i] = kept / total
+        share = real(1) / kept if kept != zero else zero
+        for s in range(rows):
+            found[i, s] = sums[s] * share
+
+
+@_jit
+def _forward_kl(
+    first: int,
+    last: int,
+    logits: Array,
+    largest: Array,
+    labels: Array,
+    ce_grad: Array,
+    divergence_grad: Array,
+    train: bool,
+    target: Array,
+    columns: Array,
+) -> None:
+    """Rows `first` to `last` of `forward_kl`."""
+    real = logits.dtype.type
+    log2e, zero, tiny = real(math.log2(math.e)), real(0), real(np.finfo(logits.dtype).tiny)
+    rows = logits.shape[1]
+    p = np.empty(rows, logits.dtype)
+    for i in range(first, last):
+        row, goal, y = logits[i], target[i], labels[i]
+        _exponentials(row, largest[i], log2e, p)
+        total, mean = zero, zero
+        for s in range(rows):
+            total += p[s]
+            mean += p[s] * (row[s] - largest[i])
+        log_sum = np.log(total)
+        columns[CE, i] = log_sum + largest[i] - row[y]
+        columns[MAPPED_CE, i] = -np.log(max(goal[y], tiny))
+        columns[ENTROPY, i] = log_sum - mean / total
+        best, place, kept, cross = goal[0], 0, zero, zero
+        for s in range(rows):
+            kept += goal[s]
+            cross -= goal[s] * (row[s] - largest[i])
+        for s in range(rows):
+            if goal[s] > best:
+                best, place = goal[s], s
+        own = zero
+        for s in range(rows):
+            if goal[s] > zero:
+                own += goal[s] * np.log(goal[s])
+        columns[DIVERGENCE, i] = own + cross + kept * log_sum
+        columns[GATE, i] = best
+        columns[BEST, i] = real(1) if place == y else zero
+        if train:
+            pull = divergence_grad[i]
+            push = (pull * kept + ce_grad[i]) / total
+            for s in range(rows):
+                goal[s] = push * p[s] - pull * goal[s]
+            goal[y] -= ce_grad[i]

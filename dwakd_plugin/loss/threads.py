@@ -1,0 +1,34 @@
+"""Compiled kernels on several threads of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def in_threads(work: Callable[[int], T], count: int, worth: float) -> list[T]:
+    """work(0), …, work(count − 1), on at most as many threads as torch uses and as are `worth` it.
+
+    For kernels that let go of the GIL. Not numba's own threads: its OpenMP layer spins, which costs
+    milliseconds on a busy machine, and its other layer aborts when two threads of a process call
+    it.
+    """
+    results: dict[int, T] = {}
+    each = iter(range(count))
+
+    def work_off() -> None:
+        for i in each:  # each goes to one thread: the interpreter's lock guards the iterator
+            results[i] = work(i)
+
+    threads = min(torch.get_num_threads(), count, int(worth))
+    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
+        others = [pool.submit(work_off) for _ in range(threads - 1)]
+        work_off()
+    for other in others:
+        other.result()  # raises what it raised
+    return [results[i] for i in range(count)]
