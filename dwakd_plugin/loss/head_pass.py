@@ -61,6 +61,8 @@ class Kernel:
     gradients       the same arguments and a gradient (C,) for each of these columns → gradients in
                     student_logits and in other_logits, None where these are constants. None:
                     autograd's of `statistics`, with constant other_logits
+    both            the same arguments and gradients → columns and the gradient in student_logits
+                    in one go; then `statistics` need no graph. None: by autograd
     alone           whether nothing is compared: other_logits are (C, 0) then
     """
 
@@ -68,6 +70,7 @@ class Kernel:
     differentiable: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     gradients: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    both: Callable[..., tuple[tuple[Tensor, ...], Tensor]] | None = None
     alone: bool = False
 
     def backward(
@@ -81,6 +84,8 @@ class Kernel:
         self, student_logits: Tensor, *rest: Tensor, grads: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The columns, and the gradient in student_logits; other_logits are constants."""
+        if self.both is not None:
+            return self.both(student_logits, *rest, *grads, **self.settings)
         with torch.enable_grad():
             leaf = student_logits.detach().requires_grad_()
             columns = self.statistics(leaf, *rest, **self.settings)

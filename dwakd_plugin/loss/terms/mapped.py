@@ -15,6 +15,8 @@ tokens that only one tokenizer cuts off would be taught less, and unlearnt.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -111,13 +113,59 @@ def _add_continuations(
 
 
 def _kernel(batch: Batch) -> Kernel:
-    settings = {
-        "token_map": batch.teacher.token_map,
-        "continuations": batch.teacher.continuations,
-        "divergence": batch.loss.divergence,
-        "temperature": batch.loss.temperature,
-    }
-    return Kernel(mapped_statistics, 3, settings)
+    loss, teacher = batch.loss, batch.teacher
+    mapping = {"token_map": teacher.token_map, "continuations": teacher.continuations}
+    on_cpu = batch.student.hidden.device.type == "cpu" and importlib.util.find_spec("numba")
+    if on_cpu and loss.divergence == "forward_kl" and loss.temperature == 1:
+        return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
+    further = {"divergence": loss.divergence, "temperature": loss.temperature}
+    return Kernel(mapped_statistics, 3, mapping | further)
+
+
+def compiled_statistics(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    read: Tensor,
+    token_map: Tensor,
+    continuations: Continuations | None,
+) -> StudentStatistics:
+    """`mapped_statistics` on the CPU, forward KL at temperature 1, without a graph."""
+    zero = student_logits.new_zeros(len(labels))
+    mapping = token_map, continuations
+    return compiled_gradients(
+        student_logits, teacher_logits, labels, read, zero, zero, zero, *mapping
+    )[0]
+
+
+def compiled_gradients(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    read: Tensor,
+    ce_grad: Tensor,
+    _: Tensor,
+    divergence_grad: Tensor,
+    token_map: Tensor,
+    continuations: Continuations | None,
+) -> tuple[StudentStatistics, Tensor]:
+    """The same, and the gradient in student_logits (C, Vs) by gradients (C,) of the columns."""
+    from dwakd_plugin.loss.terms import mapped_cpu  # numba, which a GPU has no need of
+
+    theirs = teacher_logits.to(student_logits.dtype)
+    target, foreseen = mapped_cpu.mapped_probabilities(
+        theirs, token_map, read, continuations, student_logits.shape[1]
+    )
+    said = (read == 0) | (foreseen >= LEAST_READ)
+    found = mapped_cpu.forward_kl(
+        student_logits,
+        target,
+        labels,
+        ce_grad + divergence_grad.where(~said, 0.0),
+        divergence_grad.where(said, 0.0),
+    )
+    tokens = StudentStatistics(*found)
+    return tokens._replace(divergence=torch.where(said, tokens.divergence, tokens.ce)), target
 
 
 def _weights(passes: HeadPasses[Match]) -> tuple[Tensor, Tensor, Tensor] | None:

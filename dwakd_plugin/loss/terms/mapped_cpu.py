@@ -35,7 +35,6 @@ def mapped_probabilities(
     token_map: Tensor,
     read: Tensor,
     continuations: Sequence[Tensor] | None,
-    temperature: float,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
     """p_map over `rows` tokens of the student (C, Vs), and the mass that it is a share of (C,).
@@ -51,8 +50,7 @@ def mapped_probabilities(
     # Unsigned and half as wide: no place is counted from the end, and the map is read faster.
     places = torch.where(token_map < 0, rows, token_map).to(torch.int32)
     arrays = [_array(teacher_logits), _array(largest), _array(places).view(np.uint32), _array(read)]
-    scale = math.log2(math.e) / temperature
-    _by_rows(lambda a, b: _map(a, b, *arrays, *behind, scale, found.numpy(), mass.numpy()), found)
+    _by_rows(lambda a, b: _map(a, b, *arrays, *behind, found.numpy(), mass.numpy()), found)
     return found, mass
 
 
@@ -60,22 +58,19 @@ def forward_kl(
     student_logits: Tensor,
     target: Tensor,
     labels: Tensor,
-    ce_grad: Tensor | None = None,
-    divergence_grad: Tensor | None = None,
+    ce_grad: Tensor,
+    divergence_grad: Tensor,
 ) -> tuple[Tensor, ...]:
     """ce, −log p_map(y), KL(p_map ‖ p_s), H(p_s), max p_map and whether that is at y, each (C,).
 
-    With gradients of the first and the third, `target` becomes that of student_logits.
+    `target` becomes the gradient in student_logits, by those of the first and the third.
 
     Shapes: student_logits and target = p_map (C, Vs), labels and gradients (C,).
     """
     columns = student_logits.new_empty(6, len(student_logits))
-    train = ce_grad is not None
-    grads = (columns[0], columns[0]) if ce_grad is None else (ce_grad, divergence_grad)
-    arrays = [_array(each) for each in (student_logits, student_logits.amax(-1), labels, *grads)]
-    _by_rows(
-        lambda a, b: _forward_kl(a, b, *arrays, train, target.numpy(), columns.numpy()), target
-    )
+    inputs = student_logits, student_logits.amax(-1), labels, ce_grad, divergence_grad
+    arrays = [_array(each) for each in inputs]
+    _by_rows(lambda a, b: _forward_kl(a, b, *arrays, target.numpy(), columns.numpy()), target)
     return (*columns[:BEST].unbind(), columns[BEST] > 0)
 
 
@@ -111,13 +106,12 @@ def _map(
     starts: Array,
     teacher_tokens: Array,
     student_tokens: Array,
-    scale: float,
     found: Array,
     mass: Array,
 ) -> None:
     """Rows `first` to `last` of `mapped_probabilities`."""
     real = logits.dtype.type
-    scale_, zero = real(scale), real(0)
+    log2e, zero = real(math.log2(math.e)), real(0)
     vocabulary, rows = logits.shape[1], found.shape[1]
     block = np.empty(BLOCK, logits.dtype)
     sums = np.empty(rows + 1, logits.dtype)  # the last one of what the student has no token for
@@ -126,7 +120,7 @@ def _map(
         sums[:] = zero
         for start in range(0, vocabulary, BLOCK):
             some, places = row[start : start + BLOCK], token_map[start : start + BLOCK]
-            _exponentials(some, top, scale_, block)
+            _exponentials(some, top, log2e, block)
             part = zero
             for k in range(len(some)):
                 part += block[k]
@@ -137,7 +131,7 @@ def _map(
         if read[i] > 0:
             for entry in range(starts[read[i]], starts[read[i] + 1]):
                 token = teacher_tokens[entry]
-                _exponentials(row[token : token + 1], top, scale_, block)
+                _exponentials(row[token : token + 1], top, log2e, block)
                 sums[student_tokens[entry]] += block[0]
         kept = zero
         for s in range(rows):
@@ -157,7 +151,6 @@ def _forward_kl(
     labels: Array,
     ce_grad: Array,
     divergence_grad: Array,
-    train: bool,
     target: Array,
     columns: Array,
 ) -> None:
@@ -191,9 +184,8 @@ def _forward_kl(
         columns[DIVERGENCE, i] = own + cross + kept * log_sum
         columns[GATE, i] = best
         columns[BEST, i] = real(1) if place == y else zero
-        if train:
-            pull = divergence_grad[i]
-            push = (pull * kept + ce_grad[i]) / total
-            for s in range(rows):
-                goal[s] = push * p[s] - pull * goal[s]
-            goal[y] -= ce_grad[i]
+        pull = divergence_grad[i]
+        push = (pull * kept + ce_grad[i]) / total
+        for s in range(rows):
+            goal[s] = push * p[s] - pull * goal[s]
+        goal[y] -= ce_grad[i]

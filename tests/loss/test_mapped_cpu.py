@@ -1,0 +1,119 @@
+"""The compiled kernels of `mapped` against torch and autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwakd_plugin.loss import Continuations
+from dwakd_plugin.loss.terms.mapped import (
+    StudentStatistics,
+    compiled_gradients,
+    compiled_statistics,
+    mapped_statistics,
+)
+from dwakd_plugin.loss.terms.mapped_cpu import BLOCK
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def some(
+    rows: int, student: int, teacher: int, dtype: torch.dtype, spread: float = 3.0
+) -> dict[str, Any]:
+    """Logits, labels and a map; what some rows have read goes on with one to four tokens."""
+    generator = torch.Generator().manual_seed(rows * student + teacher)
+    logits = [
+        (torch.randn(rows, size, generator=generator, dtype=torch.float64) * spread).to(dtype)
+        for size in (student, teacher)
+    ]
+    labels = torch.randint(student, (rows,), generator=generator)
+    counts = torch.tensor([0, 3, 1, 4])  # of what has the number 0, which is nothing, to 3
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    entries = [torch.randint(size, (8,), generator=generator) for size in (teacher, student)]
+    token_map = torch.randint(-1, student, (teacher,), generator=generator)
+    read = torch.randint(4, (rows,), generator=generator)
+    grads = torch.randn(3, rows, generator=generator, dtype=torch.float64).to(dtype)
+    return {
+        "arguments": (*logits, labels, read),
+        "grads": grads.unbind(),
+        "mapping": (token_map, Continuations(starts, *entries)),
+    }
+
+
+def by_autograd(
+    arguments: tuple[Tensor, ...], grads: tuple[Tensor, ...], mapping: tuple[Any, ...]
+) -> tuple[StudentStatistics, Tensor]:
+    leaf = arguments[0].clone().requires_grad_()
+    tokens = mapped_statistics(leaf, *arguments[1:], *mapping, "forward_kl", 1.0)
+    total = (tokens.ce * grads[0] + tokens.divergence * grads[2]).sum()
+    return tokens, torch.autograd.grad(total, leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "sizes",
+    [(9, 11, BLOCK - 1), (4, 1, BLOCK), (5, 300, 2 * BLOCK + 1), (40, 700, 9000), (0, 5, 7)],
+)
+def test_equal_torch_and_autograd(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    case = some(*sizes, dtype)
+    expected, expected_grad = by_autograd(**case)
+    alone = compiled_statistics(*case["arguments"], *case["mapping"])
+    tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
+    tolerance = TOLERANCE[dtype]
+    for name in StudentStatistics._fields:
+        found, wanted = getattr(tokens, name), getattr(expected, name).detach()
+        assert torch.equal(found, getattr(alone, name)), name
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_almost_certain_or_almost_never() -> None:
+    """Probabilities down to the smallest float, and rows of which the teacher says nothing."""
+    case = some(30, 50, 400, torch.float32, spread=15.0)
+    token_map = case["mapping"][0]
+    expected, expected_grad = by_autograd(**case)
+    tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
+    for found, wanted in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+    nothing = torch.full_like(token_map, -1)
+    arguments = *case["arguments"][:3], torch.zeros(30, dtype=torch.long)
+    tokens, grad = compiled_gradients(*arguments, *case["grads"], nothing, None)
+    assert (tokens.divergence == 0).all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_value_that_is_not_finite_is_seen_in_its_row_alone(value: float, side: int) -> None:
+    case = some(6, 30, 500, torch.float32)
+    case["arguments"][3].zero_()
+    case["arguments"][side][2, 7] = value
+    tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
+    assert not tokens.divergence[2].isfinite() and not grad[2].isfinite().all()
+    assert tokens.divergence[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+def test_threads_and_layout_change_nothing() -> None:
+    case = some(64, 512, 20_000, torch.float32)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            arguments = [each.T.contiguous().T for each in case["arguments"][:2]]
+            results.append(
+                compiled_gradients(
+                    *(arguments if count == 3 else case["arguments"][:2]),
+                    *case["arguments"][2:],
+                    *case["grads"],
+                    *case["mapping"],
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    (tokens, grad), (other_tokens, other_grad) = results
+    assert torch.equal(grad, other_grad)
+    assert all(torch.equal(a, b) for a, b in zip(tokens, other_tokens, strict=True))
