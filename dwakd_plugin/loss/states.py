@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class Head:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
 
-class Continuations(NamedTuple):
+@dataclass(frozen=True)
+class Continuations:
     """What the teacher's tokens go on with for the student, by what it has read of them.
 
     starts (G + 2,) long, teacher_tokens and student_tokens (E,) long: behind what has the number g,
@@ -74,6 +76,11 @@ class Continuations(NamedTuple):
     starts: Tensor
     teacher_tokens: Tensor
     student_tokens: Tensor
+
+    @cached_property
+    def longest(self) -> int:
+        """The most entries that one number has: a GPU is waited for, once."""
+        return int(self.starts.diff().max())
 
 
 @dataclass(frozen=True)

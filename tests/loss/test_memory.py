@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwakd_plugin.loss import Head, dwakd_loss
+from dwakd_plugin.loss import Continuations, Head, dwakd_loss
 from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.divergence import DIVERGENCES
 from dwakd_plugin.loss.head_pass import (
@@ -24,6 +24,7 @@ from dwakd_plugin.loss.terms import warp
 from dwakd_plugin.loss.terms.labels import LABELS_ALONE
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import NARROW, collate, evaluate, gradients, make_case
+from tests.loss.test_matched import loss_of
 
 
 class LargestTensor(TorchDispatchMode):
@@ -89,33 +90,74 @@ def test_auto_chunks() -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on operations whose result the host must wait for."""
+    """Fails on operations whose result the host must wait for.
+
+    Below what Python sees of an operation it may do what waits: a mask as an index is a `nonzero`,
+    other than where one value is put (torch's own `masked_fill` then).
+    """
+
+    WAITS = ("nonzero", "_local_scalar_dense", "item", "masked_select", "is_nonzero", "equal")
+    WAITS_WITH_MASK = ("index", "index_put", "index_put_", "_index_put_impl_")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        waits = ("aten.nonzero.default", "aten._local_scalar_dense.default", "aten.item.default")
-        assert str(func) not in waits, func
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITS and not name.startswith("unique"), func
+        if name in self.WAITS_WITH_MASK:
+            masks = [each for each in args[1] if each is not None and each.dtype == torch.bool]
+            assert not masks or (name != "index" and args[2].numel() == 1), func
+        if name == "repeat_interleave":
+            assert (kwargs or {}).get("output_size") is not None, func
         return func(*args, **(kwargs or {}))
 
 
-def test_the_loss_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the collator's indices given. (numba's kernel is left out: it runs on the host.)"""
+def test_what_waits_is_seen() -> None:
+    values, mask = torch.rand(4), torch.tensor([True, False, True, True])
+    counts = torch.tensor([1, 2])
+    for waits in (
+        lambda: values[mask],
+        lambda: values.masked_select(mask),
+        lambda: values.index_put_((mask,), torch.zeros(3)),
+        lambda: torch.repeat_interleave(counts),
+        lambda: float(values.sum()),
+        lambda: torch.where(mask),
+    ):
+        with pytest.raises(AssertionError), NoWaiting():
+            waits()
+
+
+@pytest.mark.parametrize("variant", ["paper", "mapped", "uld", "dskdv2", "sft"])
+def test_the_loss_does_not_wait_for_the_device(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the collator's indices given. (numba's kernels are left out: they run on the host.)"""
     case = make_case([(5, 7), (3, 2), (4, 0)])
-    expected = evaluate(case).total(LossConfig())
+    loss, pairs = loss_of(variant), torch.tensor([[0, 1, 3, 6], [0, 2, 4, 7]])
     student, teacher = (
-        replace(states, index=valid_positions(states.lengths, size).flatten().nonzero()[:, 0])
-        for states, size in (
-            (collate(case.student, case.student_head), 5),
-            (collate(case.teacher, case.teacher_head), 7),
+        replace(
+            states,
+            index=valid_positions(states.lengths, size).flatten().nonzero()[:, 0],
+            pairs=own,
+        )
+        for states, size, own in (
+            (collate(case.student, case.student_head), 5, pairs[0]),
+            (collate(case.teacher, case.teacher_head), 7, pairs[1]),
         )
     )
+    behind = Continuations(*map(torch.tensor, ([0, 0, 2, 3], [1, 4, 9], [2, 0, 5])))
+    student = replace(student, read=torch.tensor([0, 1, 2, 0]))
+    token_map = torch.arange(17) % 14 - 1
+    teacher = replace(teacher, token_map=token_map, continuations=behind)
+    assert behind.longest == 2  # waited for once
+    expected = dwakd_loss(student, teacher, case.projectors, loss=loss, soft_dtw=NARROW).total(loss)
     torch_only = partial(warp.soft_dtw_distance, backend="torch")
     monkeypatch.setattr(warp, "soft_dtw_distance", torch_only)
+    monkeypatch.setattr("dwakd_plugin.loss.terms.mapped._compiles_for", lambda device: False)
     # Lengths are checked where they lie on the CPU, and only there.
     checks = "dwakd_plugin.loss.soft_dtw._checked_lengths"
     monkeypatch.setattr(checks, lambda name, lengths, cost, dim: lengths)
     with NoWaiting():
-        terms = dwakd_loss(student, teacher, case.projectors, soft_dtw=NARROW)
-        total = terms.total(LossConfig())
+        terms = dwakd_loss(student, teacher, case.projectors, loss=loss, soft_dtw=NARROW)
+        total = terms.total(loss)
         total.backward()
     torch.testing.assert_close(total, expected)
 

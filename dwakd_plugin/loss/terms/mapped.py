@@ -83,14 +83,15 @@ def _mapped_log_probs(
 
     A token that no teacher's token is mapped to has the smallest probability that there is.
     """
-    known = token_map >= 0
     probabilities = softmax(teacher_logits.to(like.dtype), temperature)
-    # Rows are tokens here, so that each of the teacher's is one addition of a whole row.
-    summed = like.new_zeros(like.shape[1], like.shape[0])
-    summed.index_add_(0, token_map[known], probabilities[:, known].T)
+    # Rows are tokens here, so that each of the teacher's is one addition of a whole row; the last
+    # has what is none of the student's. Nothing is picked by a mask, for which a GPU is waited.
+    rows = like.shape[1]
+    summed = like.new_zeros(rows + 1, like.shape[0])
+    summed.index_add_(0, torch.where(token_map < 0, rows, token_map), probabilities.T)
     if continuations is not None:
         _add_continuations(summed.mul_(read == 0), probabilities, read, continuations)
-    summed, smallest = summed.T, torch.finfo(like.dtype).tiny
+    summed, smallest = summed[:rows].T, torch.finfo(like.dtype).tiny
     mass = summed.sum(-1, keepdim=True)
     return (summed / mass.clamp_min(smallest)).clamp_min(smallest).log(), mass.squeeze(-1)
 
@@ -98,28 +99,33 @@ def _mapped_log_probs(
 def _add_continuations(
     summed: Tensor, probabilities: Tensor, read: Tensor, continuations: Continuations
 ) -> None:
-    """summed (Vs, C) += probabilities (C, Vt), each by what it goes on with behind `read` (C,).
+    """summed (Vs + 1, C) += probabilities (C, Vt), each by what it goes on with behind `read` (C,).
 
-    As many additions as what was read has entries, which is a small part of Vt.
+    Each row takes as many entries as the longest has, which is a small part of Vt.
     """
-    starts, teacher_tokens, student_tokens = continuations
-    counts = starts.diff()[read]
-    places = torch.repeat_interleave(counts)
-    first = (starts[read] - (counts.cumsum(0) - counts))[places]
-    entries = first + torch.arange(len(places), device=places.device)
-    values = probabilities[places, teacher_tokens[entries]]
-    flat = student_tokens[entries] * summed.shape[1] + places
-    summed.view(-1).index_add_(0, flat, values)
+    starts, none = continuations.starts, len(summed) - 1
+    if continuations.longest == 0:
+        return
+    number = torch.arange(continuations.longest, device=read.device)
+    inside = number < starts.diff()[read][:, None]
+    entries = torch.where(inside, starts[read][:, None] + number, 0)
+    values = probabilities.gather(1, continuations.teacher_tokens[entries])
+    tokens = torch.where(inside, continuations.student_tokens[entries], none)
+    summed.scatter_add_(0, tokens.T, values.T)
 
 
 def _kernel(batch: Batch) -> Kernel:
     loss, teacher = batch.loss, batch.teacher
     mapping = {"token_map": teacher.token_map, "continuations": teacher.continuations}
-    on_cpu = batch.student.hidden.device.type == "cpu" and importlib.util.find_spec("numba")
-    if on_cpu and loss.divergence == "forward_kl" and loss.temperature == 1:
+    plain = loss.divergence == "forward_kl" and loss.temperature == 1
+    if plain and _compiles_for(batch.student.hidden.device):
         return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
     further = {"divergence": loss.divergence, "temperature": loss.temperature}
     return Kernel(mapped_statistics, 3, mapping | further)
+
+
+def _compiles_for(device: torch.device) -> bool:
+    return device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
 
 def compiled_statistics(

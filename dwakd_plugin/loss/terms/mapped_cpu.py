@@ -7,7 +7,7 @@ for. The references are `mapped.mapped_log_probs` and autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dwakd_plugin.loss.soft_dtw.llvm import normal_power, power_of_fraction
+from dwakd_plugin.loss.states import Continuations
 from dwakd_plugin.loss.threads import in_threads
 
 BLOCK = 256  # exponentials at once: they stay in the cache until each has found its place
@@ -34,7 +35,7 @@ def mapped_probabilities(
     teacher_logits: Tensor,
     token_map: Tensor,
     read: Tensor,
-    continuations: Sequence[Tensor] | None,
+    continuations: Continuations | None,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
     """p_map over `rows` tokens of the student (C, Vs), and the mass that it is a share of (C,).
@@ -46,7 +47,10 @@ def mapped_probabilities(
     found = teacher_logits.new_empty(len(teacher_logits), rows)
     mass = torch.empty_like(largest)
     none = np.zeros(2, np.int64)
-    behind = tuple(map(_array, continuations)) if continuations is not None else (none, none, none)
+    behind = (none, none, none)
+    if continuations is not None:
+        tables = (continuations.starts, continuations.teacher_tokens, continuations.student_tokens)
+        behind = tuple(map(_array, tables))
     # Unsigned and half as wide: no place is counted from the end, and the map is read faster.
     places = torch.where(token_map < 0, rows, token_map).to(torch.int32)
     arrays = [_array(teacher_logits), _array(largest), _array(places).view(np.uint32), _array(read)]
