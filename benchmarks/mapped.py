@@ -149,7 +149,7 @@ def a_step(name: str, shape: Student) -> Callable[[], float]:
         if name == SFT:
             loss = model(**inputs).loss
         else:
-            states = student_states(model, batch, **inputs)
+            states = student_states(model, batch, embeds=False, **inputs)
             terms = dwakd_loss(*matched(states, teacher), None, loss=MAPPED)
             loss = terms.total(MAPPED) / terms.student_tokens
         loss.backward()

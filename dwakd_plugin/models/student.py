@@ -22,6 +22,8 @@ def student_states(
     input_ids: Tensor,
     labels: Tensor,
     attention_mask: Tensor | None = None,
+    *,
+    embeds: bool = True,
     **inputs: Tensor,
 ) -> ResponseStates:
     """What the loss needs of the student, for a collated batch; one forward through its body.
@@ -29,18 +31,24 @@ def student_states(
     `batch` holds what the collator found out about positions; input_ids, labels and attention_mask
     are (sequences, L), and further inputs go to the body as they are. Where `batch` has
     `student_hidden` (B, S, d), the states at those positions are known and the body is left alone.
+    Where the loss reads no `embeds`, none are looked up: their backward, zeros, would be a gradient
+    of the whole embedding table's size.
     """
     positions, lengths = batch["student_positions"], batch["student_lengths"]
-    table = embedding_table(student)
     targets = gather_positions(labels, positions + 1)
     real = torch.arange(positions.shape[1], device=positions.device) < lengths.unsqueeze(1)
     hidden = batch.get("student_hidden")
     if hidden is None:
         hidden = hidden_states(student, input_ids, attention_mask, **inputs)
         hidden = gather_positions(hidden, positions)
+    table = embedding_table(student) if embeds else None
+    input_embeds, target_embeds = (
+        hidden[..., :0].detach() if table is None else table(gather_positions(input_ids, places))
+        for places in (positions, positions + 1)
+    )
     return ResponseStates(
-        input_embeds=table(gather_positions(input_ids, positions)),
-        target_embeds=table(gather_positions(input_ids, positions + 1)),
+        input_embeds=input_embeds,
+        target_embeds=target_embeds,
         hidden=hidden,
         lengths=lengths,
         head=output_head(student),

@@ -25,7 +25,7 @@ from dwakd_plugin.data.packing import SeededOrder
 from dwakd_plugin.data.sampled_rows import OWN_ROWS, given_labels
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes
-from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
+from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss, variant_of
 from dwakd_plugin.models.causal_lm import body, causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.student import student_states
@@ -244,7 +244,9 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         if self.is_fsdp_enabled:
             check_gathered(self.model)
         batch, own = split_batch(inputs)
-        student = student_states(self.model, batch, **own)
+        loss = self.distillation.config.loss
+        embeds = loss.needs_teacher and variant_of(loss).match.embeds
+        student = student_states(self.model, batch, embeds=embeds, **own)
         teacher = self.distillation.teacher
         return student, None if teacher is None else teacher.states(batch)
 

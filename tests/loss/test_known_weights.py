@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss import Head, LossTerms, dwakd_loss
+from dwakd_plugin.loss import Head, LossTerms, dwakd_loss, variant_of
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 from tests.loss.cases import assert_same, collate, gradients, make_case
 from tests.loss.test_matched import evaluate, loss_of, some_map, some_pairs
@@ -110,3 +110,21 @@ def test_more_chunks_cost_a_half_precision_head_no_digits(dtype: torch.dtype) ->
         else:
             errors[chunk] = float((leaf.grad.float() - exact).norm() / exact.norm())
     assert errors[1] < 1.5 * errors[128], errors
+
+
+@pytest.mark.parametrize("name", ["mapped", "uld", "sft"])
+def test_what_reads_no_embeddings_needs_none(name: str) -> None:
+    loss = KNOWN[name]
+    assert not (loss.needs_teacher and variant_of(loss).match.embeds)
+    case = make_case(LENGTHS)
+    pairs = torch.tensor([[0, 2, 7], [1, 2, 7]])
+    teacher = collate(case.teacher, case.teacher_head)
+    teacher = replace(teacher, pairs=pairs[1], token_map=torch.arange(17) % 13)
+    student = replace(collate(case.student, case.student_head), pairs=pairs[0])
+    none = student.hidden[..., :0].detach()
+    without = replace(student, input_embeds=none, target_embeds=none)
+    teacher_side = teacher if loss.needs_teacher else None
+    results = [dwakd_loss(side, teacher_side, None, loss=loss) for side in (student, without)]
+    assert vars(results[0]) == vars(results[1])
+    ours, theirs = (gradients(case, terms.total(loss)) for terms in results)
+    assert all(torch.equal(ours[leaf], theirs[leaf]) for leaf in ours)

@@ -36,11 +36,13 @@ class Match(ABC):
     """What each position learns from, in one batch; a term asks, and then it is computed.
 
     Of the class: rows, what the rows' `pairs` are (positions of the same token, or that have read
-    the same text); figures, what is logged of the match itself.
+    the same text); figures, what is logged of the match itself; embeds, whether the student's
+    embeddings are read.
     """
 
     rows: ClassVar[Literal["token", "prefix"] | None] = None
     figures: ClassVar[tuple[Figure, ...]] = ()
+    embeds: ClassVar[bool] = False
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -72,6 +74,7 @@ class Projecting(Match):
     target.
     """
 
+    embeds: ClassVar[bool] = True
     agreeing_only: ClassVar[bool] = False
 
     @property
