@@ -183,7 +183,7 @@ def _pair_tokens(
     rows = teacher_tokenizer, student_tokenizer, head.shape[0]
 
     def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=head.device)
+        return torch.tensor(values, dtype=torch.long, device=head.device)
 
     if variant_of(loss).match.rows == "token":
         aligner = TokenAligner(student_tokenizer, teacher_tokenizer)
