@@ -9,11 +9,11 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import gold, objective, soft_dtw
+from benchmarks import gold, mapped, objective, soft_dtw
 from benchmarks.measure import RESULTS, Report
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold)}
+TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold, mapped)}
 
 
 def section(report: Report) -> str:

@@ -22,12 +22,12 @@ from dwakd_plugin.loss.soft_dtw import soft_dtw
 ROOT = Path(__file__).parents[1]
 
 
-NAMES = ["soft_dtw", "objective", "gold"]
+NAMES = ["soft_dtw", "objective", "gold", "mapped"]
 
 
 @pytest.fixture(scope="module")
 def quick_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Popen[str]]]:
-    """All three side by side: they mostly import. One thread: two would wait for each other."""
+    """All side by side: they mostly import. One thread: two would wait for each other."""
     runs = {}
     for name in NAMES:
         command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--threads", "1"]
@@ -59,6 +59,8 @@ def test_quick_form(name: str, quick_runs: dict[str, Popen[str]]) -> None:
     elif name == "objective":
         runs = results["full"]["runs"].values()
         assert max(numbers(results["agreement"])) < 1e-4
+    elif name == "mapped":
+        runs = [*results["step"]["runs"].values(), *results["loss"]["runs"].values()]
     else:
         runs = results["runs"].values()
     assert runs and all(figure > 0 for figure in numbers(list(runs)))
