@@ -202,6 +202,7 @@ def test_a_run_refuses_a_folder_in_use_and_gives_its_own_back(
     assert (tmp_path / "own" / run_lock.LOCK).read_text() == ""
 
 
+@pytest.mark.slow
 def test_two_warm_ups_of_one_file_are_refused(tmp_path: Path) -> None:
     work, output = tmp_path / "work", tmp_path / "projectors.safetensors"
     work.mkdir()

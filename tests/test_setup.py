@@ -6,8 +6,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,11 +56,14 @@ def python(here: Path, version: str, name: str | None = None) -> Path:
 
 
 def set_up(
-    here: Path, *, start_new_session: bool = False, **environment: str
+    here: Path, *, interruptible: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
+    # Where tests run in the background of a shell, children inherit a SIGINT that is ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.run(
         [here / "setup.sh"],
-        start_new_session=start_new_session,
+        start_new_session=interruptible,
+        preexec_fn=heard if interruptible else None,
         env={"PATH": str(here / "bin")} | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -184,7 +189,7 @@ def test_ctrl_c_says_what_was_kept(here: Path) -> None:
     fake = python(here, f"3.{KNOWN[0]}")
     wait = "*--editable*) kill -INT 0; sleep 9 ;;"
     fake.write_text(fake.read_text().replace('  *) echo "pip', f'  {wait}\n  *) echo "pip'))
-    run = set_up(here, start_new_session=True)
+    run = set_up(here, interruptible=True)
     assert run.returncode == 130
     assert "stopped at step 4 of 5 (axolotl" in run.stderr and "it was interrupted" in run.stderr
     assert "Kept: .venv with torch" in run.stderr

@@ -45,6 +45,7 @@ def test_commands_say_where_they_make_no_sense(
         CliRunner().invoke(app, [command, str(file)], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_align_and_warmup_work_on_pairs(recipe: Recipe, write: Any) -> None:
     projectors = {"init": "random", "warmup_learning_rate": 0.05}
     file = write(recipe({"variant": "dwakdv2", "projectors": projectors}))

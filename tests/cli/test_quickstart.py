@@ -65,6 +65,7 @@ def test_a_stage_says_how_far_it_is(stage: Any, tmp_path: Path) -> None:
     assert not quickstart.is_done(tmp_path, "sft")
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_shows_the_end_of_its_log(stage: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exit code 1 on .*sft\.yml(?s:.*)not-there"):
         stage(datasets=[{"path": "not-there.jsonl", "type": "alpaca"}])

@@ -78,7 +78,7 @@ needs_real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs real tokenize
 @needs_real
 @pytest.mark.parametrize(("student", "teacher"), PAIRS[:1])
 def test_each_byte_once_on_both_sides(student: str, teacher: str) -> None:
-    check_pair(student, teacher, 200)
+    check_pair(student, teacher, 60)
 
 
 @needs_real

@@ -79,6 +79,7 @@ def test_lora_trains_the_adapter_and_the_projectors(recipe: Recipe, train: Train
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_weights_bit_for_bit(
     recipe: Recipe, train: Train, tmp_path: Path
 ) -> None:

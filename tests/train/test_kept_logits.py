@@ -77,6 +77,7 @@ def test_an_export_is_the_student_that_was_trained(
     assert said["exported_bits_per_byte"] != pytest.approx(said["bits_per_byte"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_another_base_is_not_resumed(
     recipe: Recipe, train: Train, lab: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

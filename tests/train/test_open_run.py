@@ -40,7 +40,9 @@ def test_an_open_run_leaves_no_trace(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["full", "lora"]
+)
 def test_a_checkpoint_takes_the_recipes_place(
     adapter: dict[str, Any], recipe: Recipe, train: Callable[..., Any], tmp_path: Path
 ) -> None:
