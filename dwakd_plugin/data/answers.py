@@ -81,6 +81,17 @@ class AnswerReader:
         )
 
 
+def last_answer(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last run of labels other than −100 begins and ends; (0, 0) where there is none."""
+    end = len(labels)
+    while end and labels[end - 1] == -100:
+        end -= 1
+    begin = end
+    while begin and labels[begin - 1] != -100:
+        begin -= 1
+    return begin, end
+
+
 def compare(student: Answers, teacher: Answers) -> str:
     """How the answers of a row's two sides differ: `SAME`, ..., `TEXT`."""
     if student.turns == teacher.turns:

@@ -25,6 +25,7 @@ from dwakd_plugin.data.answer_places import (
     ToolCall,
     find_field,
 )
+from dwakd_plugin.data.answers import last_answer
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, teacher_recipe
 from dwakd_plugin.data.two_strategies import capture_strategy, templates
 from dwakd_plugin.errors import UserError, first_line
@@ -193,12 +194,7 @@ class Table:
         """A row's tokens, and where its last labelled run begins and ends; None without one."""
         tokens = self._strategy.tokenize_prompt(copy.deepcopy(row))
         ids, labels = list(tokens["input_ids"]), list(tokens["labels"])
-        end = len(labels)
-        while end and labels[end - 1] == -100:
-            end -= 1
-        begin = end
-        while begin and labels[begin - 1] != -100:
-            begin -= 1
+        begin, end = last_answer(labels)
         return (ids, begin, end) if 0 < begin < end else None
 
 

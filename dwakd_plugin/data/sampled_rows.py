@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dwakd_plugin.data.answers import last_answer
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.tokenizers.sampled import SampledText
 
@@ -66,13 +67,8 @@ def rows_of(batch: dict[str, Tensor]) -> list[Row]:
 
 def answer_begins(labels: Sequence[int]) -> int | None:
     """Where the last run of labels begins; None where there is none behind the first token."""
-    places = [place for place, label in enumerate(labels) if label != -100 and place > 0]
-    if not places:
-        return None
-    begin = places[-1]
-    while begin > 1 and labels[begin - 1] != -100:
-        begin -= 1
-    return begin
+    begin, end = last_answer(labels)
+    return max(begin, 1) if end > 1 else None
 
 
 def end_of(ids: Sequence[int], labels: Sequence[int], special: frozenset[int]) -> int | None:

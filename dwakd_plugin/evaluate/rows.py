@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dwakd_plugin.data.answers import last_answer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.model import Source, run_record
 from dwakd_plugin.io.files import user_path
@@ -367,12 +368,7 @@ def _opened(recipe: Recipe, second: Source | None, *, held_out: bool) -> list[An
 
 def _cut(ids: list[int], labels: list[int], tokenizer: Any, stop: Sequence[int]) -> Encoded:
     """Prompt and response: the last run of labels that count is the response, with its end."""
-    end = len(labels)
-    while end and labels[end - 1] == -100:
-        end -= 1
-    begin = end
-    while begin and labels[begin - 1] != -100:
-        begin -= 1
+    begin, end = last_answer(labels)
     if not 0 < begin < end:
         raise UserError("A row of the recipe has no prompt or no response.")
     ends = [*stop, *end_of_turn(tokenizer)]
