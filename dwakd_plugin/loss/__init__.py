@@ -9,12 +9,12 @@ from dwakd_plugin.loss.head_pass import tokens_per_chunk_of
 from dwakd_plugin.loss.matches import Figure
 from dwakd_plugin.loss.objective import Alignment, LossTerms, alignment_of, dwakd_loss
 from dwakd_plugin.loss.own_answers import own_answer_terms, own_loss_config
-from dwakd_plugin.loss.states import Continuations, Head, ResponseStates
+from dwakd_plugin.loss.states import ContinuationTable, Head, ResponseStates
 from dwakd_plugin.loss.variants import names_of, trained_projectors, variant_of
 
 __all__ = [
     "Alignment",
-    "Continuations",
+    "ContinuationTable",
     "Figure",
     "Head",
     "LossTerms",

@@ -66,7 +66,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Continuations:
+class ContinuationTable:
     """What the teacher's tokens go on with for the student, by what it has read of them.
 
     starts (G + 2,) long, teacher_tokens and student_tokens (E,) long: behind what has the number g,
@@ -120,7 +120,7 @@ class ResponseStates:
     pairs: Tensor | None = None
     token_map: Tensor | None = None
     read: Tensor | None = None
-    continuations: Continuations | None = None
+    continuations: ContinuationTable | None = None
 
     def detached(self) -> ResponseStates:
         """The same states as constants."""

@@ -17,7 +17,7 @@ from dwakd_plugin.data.packing import TEACHER_REMEDY, check_packing
 from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import Continuations, trained_projectors, variant_of
+from dwakd_plugin.loss import ContinuationTable, trained_projectors, variant_of
 from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_logits,
@@ -191,7 +191,7 @@ def _pair_tokens(
     cuts = student_cuts(*rows)
     inside = continuations(cuts) if loss.inside_tokens == "condition" else None
     aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=False, continuations=inside)
-    table = None if inside is None else Continuations(*map(tensor, inside.table()))
+    table = None if inside is None else ContinuationTable(*map(tensor, inside.table()))
     return replace(teacher, token_map=tensor(firsts(cuts)), continuations=table), aligner
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss import Continuations
+from dwakd_plugin.loss import ContinuationTable
 from dwakd_plugin.loss.terms.mapped import (
     StudentStatistics,
     compiled_gradients,
@@ -40,7 +40,7 @@ def some(
     return {
         "arguments": (*logits, labels, read),
         "grads": grads.unbind(),
-        "mapping": (token_map, Continuations(starts, *entries)),
+        "mapping": (token_map, ContinuationTable(starts, *entries)),
     }
 
 

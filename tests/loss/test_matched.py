@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwakd_plugin.loss import Continuations, LossTerms, alignment_of, dwakd_loss
+from dwakd_plugin.loss import ContinuationTable, LossTerms, alignment_of, dwakd_loss
 from dwakd_plugin.loss.terms.mapped import mapped_statistics
 from dwakd_plugin.loss.terms.sorted import sorted_distance
 from dwakd_plugin.loss.terms.student_space import StudentStatistics
@@ -117,7 +117,7 @@ def evaluate(
     table = None
     if entries is not None:
         columns = tokenizers.Continuations({}, {}, entries).table()
-        table = Continuations(*map(torch.tensor, columns))
+        table = ContinuationTable(*map(torch.tensor, columns))
     return dwakd_loss(
         replace(student, pairs=ours, read=None if inside is None else read),
         replace(teacher, pairs=theirs, token_map=mapped, continuations=table),
@@ -302,7 +302,7 @@ def test_gradient_where_the_teacher_is_given_what_was_read() -> None:
     student.requires_grad_()
     labels, read = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 1])
     entries = [[(0, 3), (1, 4)], [(3, 2), (4, 2), (5, 0)]]
-    table = Continuations(*map(torch.tensor, tokenizers.Continuations({}, {}, entries).table()))
+    table = ContinuationTable(*map(torch.tensor, tokenizers.Continuations({}, {}, entries).table()))
     token_map = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, -1, 1, 2])
 
     def columns(logits: Tensor, temperature: float) -> StudentStatistics:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwakd_plugin.loss import Continuations, Head, dwakd_loss
+from dwakd_plugin.loss import ContinuationTable, Head, dwakd_loss
 from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.divergence import DIVERGENCES
 from dwakd_plugin.loss.head_pass import (
@@ -143,7 +143,7 @@ def test_the_loss_does_not_wait_for_the_device(
             (collate(case.teacher, case.teacher_head), 7, pairs[1]),
         )
     )
-    behind = Continuations(*map(torch.tensor, ([0, 0, 2, 3], [1, 4, 9], [2, 0, 5])))
+    behind = ContinuationTable(*map(torch.tensor, ([0, 0, 2, 3], [1, 4, 9], [2, 0, 5])))
     student = replace(student, read=torch.tensor([0, 1, 2, 0]))
     token_map = torch.arange(17) % 14 - 1
     teacher = replace(teacher, token_map=token_map, continuations=behind)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.digits import taught_figures
 from dwakd_plugin.data.collator import DualCollator
-from dwakd_plugin.loss import Continuations
+from dwakd_plugin.loss import ContinuationTable
 from dwakd_plugin.loss.terms.mapped import mapped_statistics
 from dwakd_plugin.tokenizers.alignment import TokenAligner, firsts, student_cuts
 from dwakd_plugin.tokenizers.continuations import continuations
@@ -75,7 +75,7 @@ def test_the_teacher_says_which_digit_comes_next_given_those_read() -> None:
             torch.full((len(found),), token),
             torch.tensor([n for _, _, n in found]),
             torch.tensor(firsts(cuts)),
-            Continuations(*map(torch.tensor, inside.table())),
+            ContinuationTable(*map(torch.tensor, inside.table())),
             "forward_kl",
             1.0,
         ).t2s_ce

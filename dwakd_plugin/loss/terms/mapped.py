@@ -25,7 +25,7 @@ from dwakd_plugin.loss.divergence import DIVERGENCES, log_softmax, nll, softmax
 from dwakd_plugin.loss.head_pass import Kernel
 from dwakd_plugin.loss.matches import Match
 from dwakd_plugin.loss.record import HeadPasses, Term
-from dwakd_plugin.loss.states import Continuations
+from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
 from dwakd_plugin.loss.terms.teacher_space import TEACHER
 from dwakd_plugin.loss.token_weights import entropy, student_token_weights
@@ -41,7 +41,7 @@ def mapped_statistics(
     labels: Tensor,
     read: Tensor,
     token_map: Tensor,
-    continuations: Continuations | None,
+    continuations: ContinuationTable | None,
     divergence: Divergence,
     temperature: float,
 ) -> StudentStatistics:
@@ -75,7 +75,7 @@ def _mapped_log_probs(
     teacher_logits: Tensor,
     token_map: Tensor,
     read: Tensor,
-    continuations: Continuations | None,
+    continuations: ContinuationTable | None,
     like: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _mapped_log_probs(
 
 
 def _add_continuations(
-    summed: Tensor, probabilities: Tensor, read: Tensor, continuations: Continuations
+    summed: Tensor, probabilities: Tensor, read: Tensor, continuations: ContinuationTable
 ) -> None:
     """summed (Vs + 1, C) += probabilities (C, Vt), each by what it goes on with behind `read` (C,).
 
@@ -134,7 +134,7 @@ def compiled_statistics(
     labels: Tensor,
     read: Tensor,
     token_map: Tensor,
-    continuations: Continuations | None,
+    continuations: ContinuationTable | None,
 ) -> StudentStatistics:
     """`mapped_statistics` on the CPU, forward KL at temperature 1, without a graph."""
     zero = student_logits.new_zeros(len(labels))
@@ -153,7 +153,7 @@ def compiled_gradients(
     _: Tensor,
     divergence_grad: Tensor,
     token_map: Tensor,
-    continuations: Continuations | None,
+    continuations: ContinuationTable | None,
 ) -> tuple[StudentStatistics, Tensor]:
     """The same, and the gradient in student_logits (C, Vs) by gradients (C,) of the columns."""
     from dwakd_plugin.loss.terms import mapped_cpu  # numba, which a GPU has no need of
@@ -163,7 +163,7 @@ def compiled_gradients(
         theirs, token_map, read, continuations, student_logits.shape[1]
     )
     said = (read == 0) | (foreseen >= LEAST_READ)
-    found = mapped_cpu.forward_kl(
+    found = mapped_cpu.statistics_and_gradient(
         student_logits,
         target,
         labels,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dwakd_plugin.loss.soft_dtw.llvm import normal_power, power_of_fraction
-from dwakd_plugin.loss.states import Continuations
+from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.threads import in_threads
 
 BLOCK = 256  # exponentials at once: they stay in the cache until each has found its place
@@ -35,7 +35,7 @@ def mapped_probabilities(
     teacher_logits: Tensor,
     token_map: Tensor,
     read: Tensor,
-    continuations: Continuations | None,
+    continuations: ContinuationTable | None,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
     """p_map over `rows` tokens of the student (C, Vs), and the mass that it is a share of (C,).
@@ -58,7 +58,7 @@ def mapped_probabilities(
     return found, mass
 
 
-def forward_kl(
+def statistics_and_gradient(
     student_logits: Tensor,
     target: Tensor,
     labels: Tensor,
@@ -74,7 +74,10 @@ def forward_kl(
     columns = student_logits.new_empty(6, len(student_logits))
     inputs = student_logits, student_logits.amax(-1), labels, ce_grad, divergence_grad
     arrays = [_array(each) for each in inputs]
-    _by_rows(lambda a, b: _forward_kl(a, b, *arrays, target.numpy(), columns.numpy()), target)
+    _by_rows(
+        lambda a, b: _statistics_and_gradient(a, b, *arrays, target.numpy(), columns.numpy()),
+        target,
+    )
     return (*columns[:BEST].unbind(), columns[BEST] > 0)
 
 
@@ -147,7 +150,7 @@ def _map(
 
 
 @_jit
-def _forward_kl(
+def _statistics_and_gradient(
     first: int,
     last: int,
     logits: Array,
@@ -158,7 +161,7 @@ def _forward_kl(
     target: Array,
     columns: Array,
 ) -> None:
-    """Rows `first` to `last` of `forward_kl`."""
+    """Rows `first` to `last` of `statistics_and_gradient`."""
     real = logits.dtype.type
     log2e, zero, tiny = real(math.log2(math.e)), real(0), real(np.finfo(logits.dtype).tiny)
     rows = logits.shape[1]

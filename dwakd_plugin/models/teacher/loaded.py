@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, mode
 from transformers.integrations import deepspeed
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.loss import Continuations, Head, ResponseStates, valid_positions
+from dwakd_plugin.loss import ContinuationTable, Head, ResponseStates, valid_positions
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,
@@ -65,7 +65,7 @@ class Teacher:
     device: torch.device | None = None
     offload_folder: Any = None  # a temporary folder that goes when the teacher does
     token_map: Tensor | None = None  # (V,) where the loss matches by bytes: see ResponseStates
-    continuations: Continuations | None = None
+    continuations: ContinuationTable | None = None
 
     @property
     def hidden_size(self) -> int:
