@@ -209,7 +209,7 @@ class _StudentPass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kernel, *_, weights = ctx.settings
         *seeds, scale = (*grads[: kernel.differentiable], grads[-1])
-        ready, ctx.ready = ctx.ready, None  # scaled in place: a second backward has them not
+        ready, ctx.ready = ctx.ready, None  # scaled in place: a second backward finds none
         if scale is None or weights is None:
             ready = None
         elif ready is None:
