@@ -138,6 +138,7 @@ def test_the_plugins_line_may_be_left_out(recipe: Recipe, train: Train) -> None:
     assert any("t2s_ce" in line for line in train(config))
 
 
+@pytest.mark.slow
 def test_the_plugin_is_inert_without_the_switch(
     recipe: Recipe, train: Train, tmp_path: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     assert checkpoints and all((each / "trainer_state.json").is_file() for each in checkpoints)
 
 
+@pytest.mark.slow
 def test_warm_up_trains_the_projectors_and_not_the_student(
     recipe: Recipe, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
