@@ -80,6 +80,23 @@ def test_ctrl_c_in_a_stage_ends_the_command(
         quickstart.train(tmp_path, "sft", {}, lambda share, figures=(): None)
 
 
+def test_what_is_stopped_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "prepare", stopped)
+    monkeypatch.setattr(quickstart.os, "environ", dict(quickstart.os.environ))
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.run(tmp_path / "first", json_output=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Stopped. The same command goes on" in said
+        and not (tmp_path / "first/report.json").exists()
+    )
+
+
 def test_progress_is_written_where_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DWAKD_PROGRESS", raising=False)
     assert callbacks() == []
