@@ -21,12 +21,14 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
     student_read (P,)                                    what the student has read of the teacher's
                                                          token (`ResponseStates.read`)
     source_row (B,)                                      where each row comes from
-    teacher_hidden (B, T, D), float                      only where `teacher_states` are given
+    teacher_hidden (B, T, D), float                      only where `teacher_states` are given;
+    teacher_top (B, T, k, 2), int32                      the second where they are `TopTokens`
+                                                         (`models.teacher.top_tokens.to_bits`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -40,6 +42,7 @@ from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import LENGTH_COLUMN
 from dwakd_plugin.data.sampled_rows import OWN_ROWS
 from dwakd_plugin.models.batches import response_positions, teacher_batch
+from dwakd_plugin.models.teacher.top_tokens import RowStates, TopTokens, to_bits
 from dwakd_plugin.tokenizers.alignment import NumberedPairs, TokenAligner
 
 # What is added to axolotl's batch; the student's own forward takes none of it.
@@ -57,6 +60,7 @@ DISTILLATION_KEYS = (
     "teacher_pairs",
     "student_read",
     "teacher_hidden",
+    "teacher_top",
     "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
     OWN_ROWS,
@@ -73,13 +77,13 @@ def split_batch(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
 class DualCollator(DataCollatorForSeq2Seq):
     """axolotl's collator for the student's side, and the same for the teacher's.
 
-    teacher_states: the teacher's hidden states (response positions, D) of a row, by the row's
-    teacher token ids and labels (L,); None where the step computes them.
+    teacher_states: the teacher's hidden states (response positions, D) of a row, or its
+    `TopTokens`, by the row's teacher token ids and labels (L,); None where the step computes them.
     teacher_sequence_len: tokens of a packed sequence of the teacher's; None for as many as come.
     aligner: finds the positions of both sides that `student_pairs` and `teacher_pairs` hold.
     """
 
-    teacher_states: Callable[[Tensor, Tensor], Tensor] | None = None
+    teacher_states: RowStates | None = None
     teacher_sequence_len: int | None = None
     aligner: TokenAligner | None = None
 
@@ -104,8 +108,7 @@ class DualCollator(DataCollatorForSeq2Seq):
             return batch
         batch.update(teacher_batch(teacher_ids, teacher_labels, packed, self.teacher_sequence_len))
         if self.teacher_states is not None:
-            states = map(self.teacher_states, teacher_ids, teacher_labels)
-            batch["teacher_hidden"] = pad_sequence(list(states), batch_first=True)
+            batch.update(said_of_rows(map(self.teacher_states, teacher_ids, teacher_labels)))
         width = batch["input_ids"].shape[1]
         starts = []
         for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
@@ -126,6 +129,14 @@ class DualCollator(DataCollatorForSeq2Seq):
             batch.update(aligned_positions(pairs, batch))
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
         return batch
+
+
+def said_of_rows(rows: Iterable[Tensor | TopTokens]) -> dict[str, Tensor]:
+    """What the teacher says of each row, padded: the key of its states, or of its tokens."""
+    found = list(rows)
+    bits = [to_bits(row) for row in found if isinstance(row, TopTokens)]
+    name = "teacher_top" if bits else "teacher_hidden"
+    return {name: pad_sequence(bits or found, batch_first=True)}
 
 
 def _concatenated(

@@ -5,11 +5,11 @@ A variant is who learns from whom (`matches`) and sums of the objective (`terms`
 """
 
 from dwakd_plugin.loss.alignment import attention_entropy, valid_positions
-from dwakd_plugin.loss.head_pass import tokens_per_chunk_of
+from dwakd_plugin.loss.head_pass import tokens_per_chunk, tokens_per_chunk_of
 from dwakd_plugin.loss.matches import Figure
 from dwakd_plugin.loss.objective import Alignment, LossTerms, alignment_of, dwakd_loss
 from dwakd_plugin.loss.own_answers import own_answer_terms, own_loss_config
-from dwakd_plugin.loss.states import ContinuationTable, Head, ResponseStates
+from dwakd_plugin.loss.states import ContinuationTable, Head, ResponseStates, TopTokens
 from dwakd_plugin.loss.variants import names_of, trained_projectors, variant_of
 
 __all__ = [
@@ -19,12 +19,14 @@ __all__ = [
     "Head",
     "LossTerms",
     "ResponseStates",
+    "TopTokens",
     "alignment_of",
     "attention_entropy",
     "dwakd_loss",
     "names_of",
     "own_answer_terms",
     "own_loss_config",
+    "tokens_per_chunk",
     "tokens_per_chunk_of",
     "trained_projectors",
     "valid_positions",

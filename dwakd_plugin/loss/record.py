@@ -81,6 +81,7 @@ class Term:
     trains    the projectors that it trains
     figures   what else is logged of it
     ramps     whether `kd_warmup_steps` holds it back at first (D6)
+    needs_states  whether it reads the teacher's states; else the teacher's `top` will do
     """
 
     name: str
@@ -92,6 +93,7 @@ class Term:
     trains: frozenset[str] = frozenset()
     figures: tuple[Figure, ...] = ()
     ramps: bool = False
+    needs_states: bool = True
 
     def weight(self, loss: LossConfig, kd_ramp: float = 1.0) -> float:
         """Its λ."""
@@ -117,6 +119,11 @@ class Variant:
     always_trains: frozenset[str] = frozenset()
     follows_head: frozenset[str] = frozenset()
     unlogged: frozenset[str] = frozenset()
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether the teacher's states are needed; else its `top` will do (`ResponseStates`)."""
+        return any(term.needs_states for term in self.terms)
 
     def active(self, loss: LossConfig) -> tuple[Term, ...]:
         """The terms that have a weight; the others are not computed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,17 @@ class ContinuationTable:
         return int(self.starts.diff().max())
 
 
+class TopTokens(NamedTuple):
+    """What a teacher says without its states: the k likeliest next tokens of each position.
+
+    token_ids (..., k) integers, log_probs (..., k) at temperature 1, in order of falling
+    probability; where a position has fewer than k, the rest is -1 and -inf.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+
+
 @dataclass(frozen=True)
 class ResponseStates:
     """One model's view of a batch of responses: response positions only, gathered in order (D1).
@@ -106,6 +117,9 @@ class ResponseStates:
                     token the student has read before, as a number of the teacher's `continuations`,
                     0 where the two begin alike. None: all do
     continuations   of the teacher, where the student has `read`
+    top             (B, L, k) of a teacher, for a variant that needs no states (`Variant.
+                    needs_states`): it is read instead of the states and the head, which may then
+                    have a width of 0
 
     Padding may hold anything, NaN included.
     """
@@ -121,6 +135,7 @@ class ResponseStates:
     token_map: Tensor | None = None
     read: Tensor | None = None
     continuations: ContinuationTable | None = None
+    top: TopTokens | None = None
 
     def detached(self) -> ResponseStates:
         """The same states as constants."""
@@ -151,6 +166,7 @@ class ResponseStates:
             index=None,  # of the whole batch
             pairs=pairs,
             read=read,
+            top=self.top and TopTokens(*(each[places] for each in self.top)),
         )
 
     def sample(self, index: int) -> ResponseStates:

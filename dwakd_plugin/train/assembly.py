@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from dwakd_plugin.models.causal_lm import (
 )
 from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.models.teacher.top_tokens import RowStates
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner, firsts, student_cuts, token_map
@@ -48,8 +48,6 @@ from dwakd_plugin.train.sharding import (
 from dwakd_plugin.train.warmup import warm_up
 
 LOG = get_logger("axolotl.dwakd")
-
-StatesOfRow = Callable[[Tensor, Tensor], Tensor]  # see DualCollator.teacher_states
 
 
 def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distillation:
@@ -133,7 +131,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
 
 def _teacher(
     config: DWAKDConfig, trainer: Any, device: str, tokenizer: Any
-) -> tuple[Teacher | None, StatesOfRow | None]:
+) -> tuple[Teacher | None, RowStates | None]:
     """The teacher, where a term asks for one; and its states by row, where there is a cache."""
     if not config.loss.needs_teacher:
         return None, None
@@ -155,7 +153,7 @@ def _check_sizes(teacher: Teacher, student: Any, teacher_len: int) -> None:
     if teacher.model is not None:
         check_positions(teacher.model, teacher_len, "dwakd.teacher.sequence_len")
     own = parameter_count(causal_lm(student))
-    if teacher.parameters < own:
+    if teacher.parameters is not None and teacher.parameters < own:
         LOG.warning(
             "The teacher has fewer parameters (%s) than the student (%s). Were the two swapped?",
             f"{teacher.parameters:,}",

@@ -29,8 +29,9 @@ def describe_run(cfg: Any, trainer: Any) -> str:
     lines = {
         "teacher": f"{config.teacher.base_model}: not loaded, as no term asks for it"
         if teacher is None
-        else f"{config.teacher.base_model}: {_count(teacher.parameters)}, "
-        f"{teacher.precision}, attention {teacher.attention}",
+        else f"{config.teacher.base_model}: "
+        + (f"{_count(teacher.parameters)}, " if teacher.parameters else "")
+        + f"{teacher.precision}, attention {teacher.attention}",
         "student": f"{cfg.base_model}: {_count(own)}, "
         f"{_count(trained)} trained ({cfg.adapter or 'full fine-tuning'}), "
         f"{str(lm.dtype).removeprefix('torch.')}, attention "

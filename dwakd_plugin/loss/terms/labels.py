@@ -36,4 +36,4 @@ def _weights(passes: HeadPasses[Match]) -> tuple[Tensor]:
     return (torch.ones_like(labels, dtype=passes.batch.dtype),)
 
 
-LABELS = Term("ce", "labels", _ce, per="student_tokens", weights=_weights)
+LABELS = Term("ce", "labels", _ce, per="student_tokens", weights=_weights, needs_states=False)

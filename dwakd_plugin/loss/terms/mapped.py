@@ -206,4 +206,5 @@ MAPPED = Term(
     weights=_weights,
     figures=(*PAIRED, *TEACHER),
     ramps=True,
+    needs_states=False,
 )

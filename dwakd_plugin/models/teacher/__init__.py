@@ -3,4 +3,4 @@
 `loaded.Teacher` is what the others see.
 """
 
-__all__ = ["attention", "cache", "cached", "loaded", "quantisation"]
+__all__ = ["attention", "cache", "cached", "loaded", "quantisation", "top_tokens"]

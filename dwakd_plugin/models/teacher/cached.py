@@ -235,7 +235,7 @@ def _weights(teacher: Teacher) -> dict[str, Tensor]:
         "embed_scale": torch.tensor(teacher.embeddings.scale, dtype=torch.float64),
         "scale": torch.tensor(head.scale, dtype=torch.float64),
         "softcap": torch.tensor(head.softcap or 0.0, dtype=torch.float64),
-        "parameters": torch.tensor(teacher.parameters),
+        "parameters": torch.tensor(teacher.parameters or 0),
     }
     if head.weight.data_ptr() != teacher.embeddings.weight.data_ptr():
         weights["head"] = head.weight
@@ -255,7 +255,7 @@ def _from_weights(weights: dict[str, Tensor], precision: str) -> Teacher:
             float(weights["softcap"]) or None,
         ),
         model=None,
-        parameters=int(weights["parameters"]),
+        parameters=int(weights["parameters"]) or None,
         attention="not needed",
         precision=f"states ({precision}) from the cache, only head and embeddings loaded",
     )

@@ -46,6 +46,7 @@ from dwakd_plugin.models.teacher.quantisation import (
     own_quantisation,
     quantisation_config,
 )
+from dwakd_plugin.models.teacher.top_tokens import from_bits, top_of_states
 from dwakd_plugin.recipe.schema import TeacherConfig
 
 
@@ -59,13 +60,14 @@ class Teacher:
     embeddings: EmbeddingTable
     head: Head
     model: PreTrainedModel | None
-    parameters: int
+    parameters: int | None  # None: nobody says
     attention: str
     precision: str
     device: torch.device | None = None
     offload_folder: Any = None  # a temporary folder that goes when the teacher does
     token_map: Tensor | None = None  # (V,) where the loss matches by bytes: see ResponseStates
     continuations: ContinuationTable | None = None
+    top_k: int | None = None  # what the loss gets of the probabilities, instead of the states
 
     @property
     def hidden_size(self) -> int:
@@ -75,8 +77,11 @@ class Teacher:
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Final hidden states at response positions (B, T, D), for a collated batch.
 
-        In the head's dtype, from the body or the cache. Raises UserError where memory runs out.
+        In the head's dtype, from the body or the cache; D is 0 where it has but probabilities.
+        Raises UserError where memory runs out.
         """
+        if "teacher_top" in batch:
+            return self.head.weight.new_zeros(*batch["teacher_positions"].shape, 0)
         if "teacher_hidden" in batch:
             return batch["teacher_hidden"].to(self.head.weight.dtype)
         if self.model is None:
@@ -99,11 +104,16 @@ class Teacher:
         """What the loss needs of the teacher, for a collated batch on the teacher's device."""
         read = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"])
         predicted = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"] + 1)
-        lengths = batch["teacher_lengths"]
+        lengths, hidden = batch["teacher_lengths"], self.hidden(batch)
+        top = None
+        if "teacher_top" in batch:
+            top = from_bits(batch["teacher_top"])
+        elif self.top_k is not None:
+            top = top_of_states(hidden, self.head, self.top_k)
         return ResponseStates(
             input_embeds=self.embeddings(read),
             target_embeds=self.embeddings(predicted),
-            hidden=self.hidden(batch),
+            hidden=hidden,
             lengths=lengths,
             head=self.head,
             labels=predicted.where(valid_positions(lengths, predicted.shape[1]), -100),
@@ -111,7 +121,27 @@ class Teacher:
             pairs=batch.get("teacher_pairs"),
             token_map=self.token_map,
             continuations=self.continuations,
+            top=top,
         )
+
+
+def teacher_of_probabilities(
+    head_rows: int, device: str, precision: str, parameters: int | None
+) -> Teacher:
+    """A teacher of which nothing is loaded, whose rows come as `TopTokens` (DualCollator).
+
+    head_rows: how many tokens it has, at least one more than the largest id. Embeddings and head
+    have so many rows, of no numbers.
+    """
+    nothing = torch.zeros(head_rows, 0, device=device)
+    return Teacher(
+        embeddings=EmbeddingTable(nothing),
+        head=Head(nothing),
+        model=None,
+        parameters=parameters,
+        attention="not needed",
+        precision=precision,
+    )
 
 
 def load_teacher(config: TeacherConfig, device: str) -> Teacher:
