@@ -56,7 +56,8 @@ class Kernel:
     """What a pass makes of the logits of a chunk.
 
     statistics      (student_logits (C, Vs), other_logits (C, V), labels (C,), targets (C,), and
-                    the settings) → columns (C,), the first of them −log p_s(y)
+                    the settings) → columns (C,), the first of them −log p_s(y). Without another
+                    head, other_logits is what is given instead of states for one
     differentiable  how many of the columns, from the first, may carry a gradient
     gradients       the same arguments and a gradient (C,) for each of these columns → gradients in
                     student_logits and in other_logits, None where these are constants. None:
@@ -102,7 +103,7 @@ def through_student_head(
     labels: Tensor,
     targets: Tensor,
     head: Head,
-    other_head: Head,
+    other_head: Head | None,
     chunk_size: int,
     product: torch.dtype | None = None,
     weights: Sequence[Tensor] | None = None,
@@ -115,13 +116,15 @@ def through_student_head(
 
     Shapes: hidden (N, d) and the states that it is compared with, other (N, ·); labels and targets
     (N,); weights (N,), constants, for each differentiable column → columns (N,) each, the sum ().
-    `other_head` is a constant; the heads' products are in `product`, or where that is None in the
-    heads' own dtypes. Zero tokens pass as one empty chunk, with a graph.
+    `other_head` is a constant, None where `other` is compared as it is; the heads' products are in
+    `product`, or where that is None in the heads' own dtypes. Zero tokens pass as one empty chunk,
+    with a graph.
     """
     computed = product or head.weight.dtype
     if computed == torch.float16 or not torch.is_grad_enabled():
         weights = None  # what is small in half precision needs the scale that backward brings
-    settings = (kernel, head, other_head.detached(), chunk_size, product, weights)
+    other_head = other_head and other_head.detached()
+    settings = (kernel, head, other_head, chunk_size, product, weights)
     *columns, weighted = _StudentPass.apply(  # type: ignore[no-untyped-call]
         hidden, other, head.weight, head.bias, labels, targets, settings
     )
@@ -176,18 +179,20 @@ class _StudentPass(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         targets: Tensor,
-        settings: tuple[Kernel, Head, Head, int, torch.dtype | None, Sequence[Tensor] | None],
+        settings: tuple[
+            Kernel, Head, Head | None, int, torch.dtype | None, Sequence[Tensor] | None
+        ],
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden, other, weight, bias, labels, targets)
         ctx.settings, ctx.ready = settings, None
         ctx.set_materialize_grads(False)
         kernel, head, other_head, chunk_size, product, weights = settings
-        head, other_head = head.cast(product), other_head.cast(product)
+        head, other_head = head.cast(product), other_head and other_head.cast(product)
         tokens = (hidden, other, labels, targets, *(weights or ()))
         gradients = None if weights is None else _Gradients(ctx, weight, bias)
         rows = []
         for h, o, y, target, *grads in zip(*_chunks(tokens, chunk_size), strict=True):
-            logits, arguments = head.logits(h), (other_head.logits(o), y, target)
+            logits, arguments = head.logits(h), (_logits(other_head, o), y, target)
             if gradients is None:
                 rows.append(kernel.statistics(logits, *arguments, **kernel.settings))
             else:
@@ -228,20 +233,24 @@ class _StudentPass(torch.autograd.Function):
         hidden, other, weight, bias, labels, targets = ctx.saved_tensors
         kernel, head, other_head, chunk_size, product, _ = ctx.settings
         head = replace(head, weight=weight, bias=bias).cast(product)
-        other_head = other_head.cast(product)
+        other_head = other_head and other_head.cast(product)
         gradients = _Gradients(ctx, weight, bias)
         known = next(seed for seed in seeds if seed is not None)
         seeds = [torch.zeros_like(known) if seed is None else seed for seed in seeds]
         tokens = (hidden, other, labels, targets, *seeds)
         for h, o, y, target, *grads in zip(*_chunks(tokens, chunk_size), strict=True):
-            logits, other_logits = head.logits(h), other_head.logits(o)
+            logits, other_logits = head.logits(h), _logits(other_head, o)
             grad, other_grad = kernel.backward(logits, other_logits, y, target, grads=grads)
             gradients.add(grad, logits, h, head)
             del grad, logits  # before another of their size is made
-            if other_grad is not None:
+            if other_grad is not None and other_head is not None:
                 gradients.add_other(other_grad, other_logits, other_head)
             del other_grad, other_logits
         return gradients.of(hidden, other, weight, bias)
+
+
+def _logits(head: Head | None, states: Tensor) -> Tensor:
+    return states if head is None else head.logits(states)
 
 
 def _chunks(tokens: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:

@@ -131,6 +131,8 @@ def dwakd_loss(
         teacher, projectors = no_teacher(student), None
     batch = _batch(student, teacher, projectors, loss, soft_dtw, gamma)
     variant = variant_of(loss)
+    if teacher.top is not None and variant.needs_states:
+        raise ValueError(f"matching `{loss.matching}` needs the teacher's states; it gives `top`")
     terms = variant.active(loss)
     if min(*student.hidden.shape[:2], teacher.hidden.shape[1]) == 0:
         terms = tuple(term for term in terms if term.role == "labels")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.head_pass import Kernel, through_student_head
 from dwakd_plugin.loss.matches import Figure, Match
-from dwakd_plugin.loss.states import Head, gathered, padded, required_labels, response_index
+from dwakd_plugin.loss.states import gathered, padded, required_labels, response_index
 from dwakd_plugin.recipe.schema import LossConfig
 
 Role = Literal["labels", "teach", "projector", "warp"]
@@ -45,12 +45,11 @@ class HeadPasses(Generic[M]):
         student, match = self.batch.student, self.match
         index, labels = response_index(student), required_labels(student)
         hidden, targets, heads = gathered(student.hidden, index), labels, [student.head]
-        if self.kernel.alone:
-            other, other_head = hidden.new_zeros(len(index), 0), Head(hidden.new_zeros(0, 0))
-        else:
+        other, other_head = hidden.new_zeros(len(index), 0), None
+        if not self.kernel.alone:
             targets = match.targets
             other, other_head = match.other(index)
-            heads.append(other_head)
+            heads += [] if other_head is None else [other_head]
         columns, weighted = through_student_head(
             self.kernel,
             hidden,

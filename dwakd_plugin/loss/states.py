@@ -65,6 +65,9 @@ class Head:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
 
+_NUMBER = 2**32  # more than any token's id
+
+
 @dataclass(frozen=True)
 class ContinuationTable:
     """What the teacher's tokens go on with for the student, by what it has read of them.
@@ -81,6 +84,27 @@ class ContinuationTable:
     def longest(self) -> int:
         """The most entries that one number has: a GPU is waited for, once."""
         return int(self.starts.diff().max())
+
+    @cached_property
+    def _by_key(self) -> tuple[Tensor, Tensor]:
+        """Number and teacher's token of all entries as one integer, sorted; the student's token."""
+        starts, tokens = self.starts, self.teacher_tokens
+        numbers = torch.arange(len(starts) - 1, device=starts.device)
+        numbers = numbers.repeat_interleave(starts.diff(), output_size=len(tokens))
+        keys, order = (numbers * _NUMBER + tokens).sort()
+        return keys, self.student_tokens[order]
+
+    def after(self, read: Tensor, teacher_tokens: Tensor) -> Tensor:
+        """The student's token that each of the teacher's (C, k) goes on with behind `read` (C,).
+
+        −1 where it does not: (C, k) long.
+        """
+        keys, student_tokens = self._by_key
+        if len(keys) == 0:
+            return torch.full_like(teacher_tokens, -1)
+        wanted = read[:, None] * _NUMBER + teacher_tokens
+        place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        return torch.where(keys[place] == wanted, student_tokens[place], -1)
 
 
 class TopTokens(NamedTuple):

@@ -121,6 +121,63 @@ def reference_uld(
     return terms
 
 
+def reference_top(
+    student: Sample,
+    teacher: Sample,
+    partners: list[tuple[int, int, int]],
+    mapped: Tensor,
+    case: Case,
+    loss: LossConfig,
+    entries: list[list[tuple[int, int]]],
+    k: int,
+) -> dict[str, Tensor]:
+    """`mapped` of the k likeliest tokens; partners: positions of both, and what was read or 0."""
+    zero, smallest = torch.zeros((), dtype=torch.float64), torch.finfo(torch.float64).tiny
+    terms = dict.fromkeys((*ALL_TERMS, *COMPARED, "top_labels"), zero)
+    taught = []
+    compared = {i: (j, read) for i, j, read in partners}
+    for i in range(len(student.hidden)):
+        q = case.student_head.logits(student.hidden[i : i + 1])[0].softmax(-1)
+        label = int(student.labels[i])
+        terms["ce"] = terms["ce"] - q[label].log()
+        if i not in compared:
+            if len(teacher.hidden):
+                terms["student_kd"] = terms["student_kd"] - q[label].log()
+            continue
+        j, read = compared[i]
+        p = case.teacher_head.logits(teacher.hidden[j : j + 1])[0].softmax(-1).tolist()
+        likeliest = sorted(range(len(p)), key=lambda token: -p[token])[:k]
+        goes_on = dict(enumerate(mapped.tolist())) if read == 0 else dict(entries[read - 1])
+        found: dict[int, float] = {}
+        for token in likeliest:
+            if goes_on.get(token, -1) >= 0:
+                found[goes_on[token]] = found.get(goes_on[token], 0.0) + p[token]
+        known, mass = sum(p[token] for token in likeliest), sum(found.values())
+        theirs = {s: share / mass * known for s, share in found.items()}
+        outside = max(1 - known, 0.0)
+        value = -q[label].log()
+        if mass / known >= (LEAST_READ if read else smallest):
+            theirs_and_rest = torch.tensor([*theirs.values(), outside], dtype=torch.float64)
+            own = torch.stack([q[s] for s in theirs])
+            rest = 1 - own.sum() if len(theirs) < len(q) else zero
+            value = reference_divergence(
+                loss.divergence,
+                theirs_and_rest.clamp_min(smallest),
+                torch.cat([own, rest[None]]).clamp_min(smallest),
+            )
+        terms["paired_ce"] = terms["paired_ce"] - q[label].log()
+        of_label = max(theirs.get(label, outside), smallest)
+        terms["teacher_ce"] = terms["teacher_ce"] - math.log(of_label)
+        terms["top_labels"] = terms["top_labels"] + (label in theirs)
+        gate = max(theirs.values(), default=0.0)
+        weight = entropy_of(q) * gate if loss.student_weighting == "entropy_gate" else 1.0
+        taught.append((weight, value))
+    for weight, value in taught:
+        share = weight * len(taught) / sum(weight for weight, _ in taught)
+        terms["student_kd"] = terms["student_kd"] + share * value
+    return terms
+
+
 def reference_mapped(
     student: Sample,
     teacher: Sample,

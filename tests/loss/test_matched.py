@@ -13,10 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwakd_plugin.loss import ContinuationTable, LossTerms, alignment_of, dwakd_loss
+from dwakd_plugin.loss import (
+    ContinuationTable,
+    Head,
+    LossTerms,
+    ResponseStates,
+    alignment_of,
+    dwakd_loss,
+)
 from dwakd_plugin.loss.terms.mapped import mapped_statistics
 from dwakd_plugin.loss.terms.sorted import sorted_distance
 from dwakd_plugin.loss.terms.student_space import StudentStatistics
+from dwakd_plugin.models.teacher.top_tokens import top_of_states
 from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
 from dwakd_plugin.tokenizers import continuations as tokenizers
 from tests.loss.cases import FIGURES, Case, assert_same, collate, gradients, make_case, single
@@ -101,10 +109,14 @@ def evaluate(
     order: list[int] | None = None,
     pad: tuple[int, int] = (0, 0),
     fill: float = 0.0,
+    k: int | None = None,
 ) -> LossTerms:
+    """k: the teacher gives so many of its likeliest tokens, and no states."""
     order = list(range(len(case.student))) if order is None else order
     student = collate([case.student[i] for i in order], case.student_head, pad=pad[0], fill=fill)
     teacher = collate([case.teacher[i] for i in order], case.teacher_head, pad=pad[1], fill=fill)
+    if k is not None:
+        teacher = likeliest_alone(teacher, k)
     S, T = student.hidden.shape[1], teacher.hidden.shape[1]
     flat = [(k * S + i, k * T + j, 0) for k, own in enumerate(order) for i, j in pairs[own]]
     if inside is not None:
@@ -121,9 +133,17 @@ def evaluate(
     return dwakd_loss(
         replace(student, pairs=ours, read=None if inside is None else read),
         replace(teacher, pairs=theirs, token_map=mapped, continuations=table),
-        case.projectors,
+        case.projectors if k is None else None,
         loss=loss,
         soft_dtw=soft_dtw,
+    )
+
+
+def likeliest_alone(teacher: ResponseStates, k: int) -> ResponseStates:
+    top, nothing = top_of_states(teacher.hidden, teacher.head, k), teacher.hidden[..., :0]
+    head = Head(teacher.head.weight[:, :0])
+    return replace(
+        teacher, input_embeds=nothing, target_embeds=nothing, hidden=nothing, head=head, top=top
     )
 
 
@@ -204,6 +224,7 @@ def test_agrees_with_the_plain_reference(
     pad=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     fill=st.sampled_from([0.0, 1e30, math.nan]),
     chunk_size=st.sampled_from([1, 3, "auto"]),
+    likeliest=st.sampled_from([None, 1, 4]),
     seed=st.integers(0, 1000),
     data=st.data(),
 )
@@ -213,6 +234,7 @@ def test_padding_batching_order_and_chunks_change_nothing(
     pad: tuple[int, int],
     fill: float,
     chunk_size: int | str,
+    likeliest: int | None,
     seed: int,
     data: st.DataObject,
 ) -> None:
@@ -222,6 +244,7 @@ def test_padding_batching_order_and_chunks_change_nothing(
     chunked = loss.model_copy(update={"chunk_size": chunk_size})
     inside = some_inside(lengths, pairs, seed) if variant == "mapped" else None
     entries = None if inside is None else some_entries(case, seed)
+    k = None if inside is None else likeliest
     batch = evaluate(
         case,
         chunked,
@@ -233,6 +256,7 @@ def test_padding_batching_order_and_chunks_change_nothing(
         order=list(order),
         pad=pad,
         fill=fill,
+        k=k,
     )
     alone = [
         evaluate(
@@ -243,6 +267,7 @@ def test_padding_batching_order_and_chunks_change_nothing(
             BAND,
             inside=None if inside is None else [inside[i]],
             entries=entries,
+            k=k,
         )
         for i in range(len(lengths))
     ]

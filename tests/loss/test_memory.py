@@ -24,7 +24,7 @@ from dwakd_plugin.loss.terms import warp
 from dwakd_plugin.loss.terms.labels import LABELS_ALONE
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import NARROW, collate, evaluate, gradients, make_case
-from tests.loss.test_matched import loss_of
+from tests.loss.test_matched import likeliest_alone, loss_of
 
 
 class LargestTensor(TorchDispatchMode):
@@ -51,6 +51,18 @@ def test_no_logits_beyond_a_chunk(divergence: str) -> None:
         total = evaluate(case, loss).total(loss)
         gradients(case, total)
     assert largest.numel == chunk * vocab  # 58 tokens · 2000 rows would be 116000
+
+
+def test_no_logits_beyond_a_chunk_from_the_likeliest_tokens() -> None:
+    vocab, chunk = 2000, 4
+    case = make_case([(30, 32)], width=(3, 3), vocab=(vocab, vocab), dtype=torch.float32)
+    student = replace(collate(case.student, case.student_head), pairs=torch.arange(30))
+    teacher = likeliest_alone(collate(case.teacher, case.teacher_head), 8)
+    teacher = replace(teacher, pairs=torch.arange(30), token_map=torch.arange(vocab))
+    loss = loss_of("mapped", chunk_size=chunk)
+    with LargestTensor() as largest:
+        gradients(case, dwakd_loss(student, teacher, None, loss=loss).total(loss))
+    assert largest.numel == chunk * vocab
 
 
 def test_no_logits_are_kept_for_backward() -> None:
@@ -125,9 +137,12 @@ def test_what_waits_is_seen() -> None:
             waits()
 
 
-@pytest.mark.parametrize("variant", ["paper", "mapped", "uld", "dskdv2", "sft"])
+@pytest.mark.parametrize(
+    ("variant", "k"),
+    [("paper", 0), ("mapped", 0), ("mapped", 5), ("uld", 0), ("dskdv2", 0), ("sft", 0)],
+)
 def test_the_loss_does_not_wait_for_the_device(
-    variant: str, monkeypatch: pytest.MonkeyPatch
+    variant: str, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the collator's indices given. (numba's kernels are left out: they run on the host.)"""
     case = make_case([(5, 7), (3, 2), (4, 0)])
@@ -148,7 +163,10 @@ def test_the_loss_does_not_wait_for_the_device(
     token_map = torch.arange(17) % 14 - 1
     teacher = replace(teacher, token_map=token_map, continuations=behind)
     assert behind.longest == 2  # waited for once
-    expected = dwakd_loss(student, teacher, case.projectors, loss=loss, soft_dtw=NARROW).total(loss)
+    projectors = case.projectors
+    if k:
+        teacher, projectors = likeliest_alone(teacher, k), None
+    expected = dwakd_loss(student, teacher, projectors, loss=loss, soft_dtw=NARROW).total(loss)
     torch_only = partial(warp.soft_dtw_distance, backend="torch")
     monkeypatch.setattr(warp, "soft_dtw_distance", torch_only)
     monkeypatch.setattr("dwakd_plugin.loss.terms.mapped._compiles_for", lambda device: False)
@@ -156,7 +174,7 @@ def test_the_loss_does_not_wait_for_the_device(
     checks = "dwakd_plugin.loss.soft_dtw._checked_lengths"
     monkeypatch.setattr(checks, lambda name, lengths, cost, dim: lengths)
     with NoWaiting():
-        terms = dwakd_loss(student, teacher, case.projectors, loss=loss, soft_dtw=NARROW)
+        terms = dwakd_loss(student, teacher, projectors, loss=loss, soft_dtw=NARROW)
         total = terms.total(loss)
         total.backward()
     torch.testing.assert_close(total, expected)

@@ -59,8 +59,11 @@ class Match(ABC):
         return required_labels(self.batch.student)
 
     @abstractmethod
-    def other(self, index: Tensor) -> tuple[Tensor, Head]:
-        """States (N, ·) that the positions at `index` are compared with, and a head for them."""
+    def other(self, index: Tensor) -> tuple[Tensor, Head | None]:
+        """States (N, ·) that the positions at `index` are compared with, and a head for them.
+
+        Without a head, what a kernel takes as it is.
+        """
 
     def sums(self) -> Mapping[str, Tensor]:
         """The sums of `figures`, of what has been computed."""

@@ -19,9 +19,14 @@ class _Partners(Match):
     def partner(self) -> Tensor:
         """Of each position, by its place in the flattened (B · T): (B, S)."""
 
-    def other(self, index: Tensor) -> tuple[Tensor, Head]:
-        hidden = gathered(self.batch.teacher.hidden, gathered(self.partner, index))
-        return hidden.where(gathered(self.compared, index)[:, None], 0.0), self.batch.teacher.head
+    def other(self, index: Tensor) -> tuple[Tensor, Head | None]:
+        """The partners' states; or of `top` the ids and then the log-probabilities, (N, 2k)."""
+        teacher, place = self.batch.teacher, gathered(self.partner, index)
+        said, head = gathered(teacher.hidden, place), teacher.head
+        if teacher.top is not None:  # as one tensor; in float32 an id is exact below 2^24
+            both = (gathered(each, place).to(self.batch.dtype) for each in teacher.top)
+            said, head = torch.cat(list(both), -1), None
+        return said.where(gathered(self.compared, index)[:, None], 0.0), head
 
 
 class InOrder(_Partners):

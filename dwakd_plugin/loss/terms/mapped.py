@@ -23,16 +23,17 @@ from torch import Tensor
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.divergence import DIVERGENCES, log_softmax, nll, softmax
 from dwakd_plugin.loss.head_pass import Kernel
-from dwakd_plugin.loss.matches import Match
+from dwakd_plugin.loss.matches import Figure, Match
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.states import ContinuationTable
+from dwakd_plugin.loss.terms.mapped_top import LEAST_READ, top_statistics
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
 from dwakd_plugin.loss.terms.teacher_space import TEACHER
 from dwakd_plugin.loss.token_weights import entropy, student_token_weights
 from dwakd_plugin.recipe.schema import Divergence
 
-# The least probability of what the student has read at which the teacher says what follows it.
-LEAST_READ = 1e-4
+# Of a teacher that gives its likeliest tokens alone: how often the label is one of them.
+TOP = Figure("label_in_top_k", "top_labels", "top_tokens")
 
 
 def mapped_statistics(
@@ -117,6 +118,10 @@ def _add_continuations(
 def _kernel(batch: Batch) -> Kernel:
     loss, teacher = batch.loss, batch.teacher
     mapping = {"token_map": teacher.token_map, "continuations": teacher.continuations}
+    if teacher.top is not None:
+        if loss.temperature != 1:  # of the mass outside nobody knows what it would be at another
+            raise ValueError(f"temperature {loss.temperature:g}: the teacher's `top` is at 1")
+        return Kernel(top_statistics, 3, mapping | {"divergence": loss.divergence})
     plain = loss.divergence == "forward_kl" and loss.temperature == 1
     if plain and _compiles_for(batch.student.hidden.device):
         return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
@@ -184,18 +189,26 @@ def _weights(passes: HeadPasses[Match]) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _student_kd(passes: HeadPasses[Match]) -> dict[str, Tensor]:
-    tokens, compared = StudentStatistics(*passes.student), passes.match.compared
+    columns, compared = passes.student, passes.match.compared
+    tokens = StudentStatistics(*columns[: len(StudentStatistics._fields)])
     side, weighting = passes.batch.student_side, passes.batch.loss.student_weighting
     weights = student_token_weights(
         tokens.entropy, tokens.gate, compared, weighting, compared.sum(1)
     )
     taught = (weights * tokens.divergence.where(compared, 0.0)).sum()
     at_end = compared & side.last
-    return paired_sums(tokens, compared, at_end) | {
-        "student_kd": taught + tokens.ce.where(side.valid & ~compared, 0.0).sum(),
-        "teacher_ce": tokens.t2s_ce.where(compared, 0.0).sum(),
-        "teacher_end_ce": tokens.t2s_ce.where(at_end, 0.0).sum(),
-    }
+    top = {}
+    for kept in columns[len(tokens) :]:
+        top = {"top_labels": (kept & compared).sum(), "top_tokens": compared.sum()}
+    return (
+        paired_sums(tokens, compared, at_end)
+        | top
+        | {
+            "student_kd": taught + tokens.ce.where(side.valid & ~compared, 0.0).sum(),
+            "teacher_ce": tokens.t2s_ce.where(compared, 0.0).sum(),
+            "teacher_end_ce": tokens.t2s_ce.where(at_end, 0.0).sum(),
+        }
+    )
 
 
 MAPPED = Term(
@@ -204,7 +217,7 @@ MAPPED = Term(
     _student_kd,
     kernel=_kernel,
     weights=_weights,
-    figures=(*PAIRED, *TEACHER),
+    figures=(*PAIRED, *TEACHER, TOP),
     ramps=True,
     needs_states=False,
 )
