@@ -22,11 +22,12 @@ class _Partners(Match):
     def other(self, index: Tensor) -> tuple[Tensor, Head | None]:
         """The partners' states; or of `top` the ids and then the log-probabilities, (N, 2k)."""
         teacher, place = self.batch.teacher, gathered(self.partner, index)
-        said, head = gathered(teacher.hidden, place), teacher.head
-        if teacher.top is not None:  # as one tensor; in float32 an id is exact below 2^24
-            both = (gathered(each, place).to(self.batch.dtype) for each in teacher.top)
-            said, head = torch.cat(list(both), -1), None
-        return said.where(gathered(self.compared, index)[:, None], 0.0), head
+        compared = gathered(self.compared, index)[:, None]
+        if teacher.top is None:
+            return gathered(teacher.hidden, place).where(compared, 0.0), teacher.head
+        # As one tensor: in float32 an id is exact below 2^24.
+        both = [gathered(each, place).to(self.batch.dtype) for each in teacher.top]
+        return torch.cat(both, -1).where(compared, 0.0), None
 
 
 class InOrder(_Partners):
