@@ -24,16 +24,20 @@ from dwakd_plugin.data.answers import (
     tool_names,
 )
 from dwakd_plugin.data.row_report import (
+    CUT,
     DROPPED_DIFFERENT,
     KEPT,
+    LABELS_CUT,
     LABELS_DIFFERENT,
     LABELS_ONLY,
     NO_RESPONSE,
     STUDENT_TOO_LONG,
     STUDENT_TRUNCATED,
+    TAUGHT,
     TEACHER_TOO_LONG,
 )
 from dwakd_plugin.errors import UserError, first_line
+from dwakd_plugin.tokenizers.alignment import TokenAligner
 
 STATUS_COLUMN = "dwakd_status"
 ANSWERS_COLUMN = "dwakd_answers"  # JSON: how the two sides' answers differ, and an example
@@ -53,6 +57,7 @@ class DualStrategy:
         readers: tuple[AnswerReader, AnswerReader],
         lengths: tuple[int, int],
         excess_length: str,
+        aligner: TokenAligner | None,  # where rows are truncated
         different_answers: str,
         messages: str,
         tools: str,
@@ -64,6 +69,7 @@ class DualStrategy:
         self.readers = readers
         self.student_len, self.teacher_len = lengths
         self.excess_length = excess_length
+        self.aligner = aligner
         self.different_answers = different_answers
         self.messages = messages
         self.tools = tools
@@ -79,9 +85,11 @@ class DualStrategy:
         answers: dict[str, Any] = {}
         if status == KEPT:
             status, answers = self._compare(student, teacher, row)
-        if self.excess_length == "truncate":
-            teacher = {key: teacher[key][: self.teacher_len] for key in ("input_ids", "labels")}
-        learns = status == KEPT
+        if self.aligner is not None:
+            if status == KEPT and not self._fits(student, teacher):
+                status = self._cut_alike(student, teacher, self.aligner)
+            _cut(teacher, self.teacher_len)  # axolotl cuts the student's side
+        learns = status in TAUGHT
         return {
             **student,
             "teacher_input_ids": teacher["input_ids"],
@@ -116,7 +124,7 @@ class DualStrategy:
     def _status(self, student: dict[str, Any], teacher: dict[str, Any], row: Any) -> str:
         if not _has_response(student["labels"]):
             return NO_RESPONSE
-        truncate = self.excess_length == "truncate"
+        truncate = self.aligner is not None
         sides = {"student": (student, self.student_len), "teacher": (teacher, self.teacher_len)}
         for side, (tokens, length) in sides.items():
             if len(tokens["input_ids"]) > length and self.excess_length == "raise":
@@ -137,6 +145,25 @@ class DualStrategy:
                 return TEACHER_TOO_LONG
             teacher_labels = teacher_labels[: self.teacher_len]
         return KEPT if _has_response(teacher_labels) else LABELS_ONLY
+
+    def _fits(self, student: dict[str, Any], teacher: dict[str, Any]) -> bool:
+        fits_student = len(student["input_ids"]) <= self.student_len
+        return fits_student and len(teacher["input_ids"]) <= self.teacher_len
+
+    def _cut_alike(
+        self, student: dict[str, Any], teacher: dict[str, Any], aligner: TokenAligner
+    ) -> str:
+        """Cuts both sides behind the last byte of the answers where a token of each ends and fits:
+        soft-DTW and the pairs of tokens take it that both end with the same text."""
+        ends = aligner.common_ends(
+            student["input_ids"], student["labels"], teacher["input_ids"], teacher["labels"]
+        )
+        fitting = [(s, t) for s, t in ends if s <= self.student_len and t <= self.teacher_len]
+        if not fitting:
+            return LABELS_CUT
+        for side, end in zip((student, teacher), fitting[-1], strict=True):
+            _cut(side, end)
+        return CUT
 
     def _compare(
         self, student: dict[str, Any], teacher: dict[str, Any], row: Any
@@ -207,6 +234,12 @@ def _lacking(row: dict[str, Any], messages: str) -> str | None:
         if all(turn.get(key) is None for key in ("content", "value", "tool_calls")):
             return f"message {number} of `{messages}` ({turn.get('role')}) has no content"
     return None
+
+
+def _cut(side: dict[str, Any], length: int) -> None:
+    """Leaves a side's first tokens, with all that it has of each (labels, attention mask)."""
+    whole = len(side["input_ids"])
+    side.update({k: v[:length] for k, v in side.items() if isinstance(v, list) and len(v) == whole})
 
 
 def _has_response(labels: list[int]) -> bool:

@@ -16,14 +16,19 @@ from dwakd_plugin.io.files import replace_file
 LOG = get_logger("axolotl.dwakd")
 
 KEPT = "kept"
+CUT = "kept: cut to fit, both sides at the same byte of the answer"
 LABELS_ONLY = "kept for its labels only: no response left on the teacher's side"
+LABELS_CUT = (
+    "kept for its labels only: no byte of the answer where a token of each side ends and fits"
+)
 LABELS_DIFFERENT = "kept for its labels only: the teacher's side has another answer"
 NO_RESPONSE = "dropped: no response on the student's side"
 STUDENT_TRUNCATED = "dropped: the student's sequence_len cuts the whole response away"
 STUDENT_TOO_LONG = "dropped: longer than the student's sequence_len"
 TEACHER_TOO_LONG = "dropped: longer than the teacher's sequence_len"
 DROPPED_DIFFERENT = "dropped: the teacher's side has another answer"
-TRAINING = (KEPT, LABELS_ONLY, LABELS_DIFFERENT)
+TAUGHT = (KEPT, CUT)  # which learn from the teacher
+TRAINING = (*TAUGHT, LABELS_ONLY, LABELS_CUT, LABELS_DIFFERENT)
 
 # Fewer rows with a teacher than this share of all that train, and the run says so.
 FEW = 0.5
@@ -83,7 +88,7 @@ class RowReport:
         reasons = "\n".join(f"  {count} rows {status}" for status, count in self.counts.items())
         if not self.kept:
             raise UserError(f"No row of the data is left to train on:\n{reasons}{self.shown()}")
-        taught = self.counts.get(KEPT, 0)
+        taught = sum(self.counts.get(status, 0) for status in TAUGHT)
         if not needs_teacher:
             return
         if not taught:

@@ -159,6 +159,8 @@ def fingerprint(
         "thinking_key": config.teacher.thinking_key,
         "files": [_state(file) for file in local_files(cfg)],
     }
+    if (cfg.excess_length_strategy or "").lower() == "truncate":
+        content["cut"] = "both sides at the same byte"
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

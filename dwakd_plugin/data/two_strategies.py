@@ -21,7 +21,10 @@ from dwakd_plugin.data.dual_strategy import DualStrategy
 from dwakd_plugin.data.teacher_side import default_template
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.tokenizers.alignment import TokenAligner
 from dwakd_plugin.tokenizers.loading import follows_its_file
+
+WHOLE = 1 << 30  # tokens: longer than any row
 
 
 def dual_strategy(
@@ -61,6 +64,7 @@ def dual_strategy(
     teacher_strategy, _, _ = capture_strategy(
         original, name, teacher_dataset_config, teacher_tokenizer, teacher_cfg, kwargs
     )
+    excess_length = (cfg.excess_length_strategy or "drop").lower()
     strategy = DualStrategy(
         student_strategy,
         teacher_strategy,
@@ -70,13 +74,24 @@ def dual_strategy(
             AnswerReader(teacher_tokenizer, teacher_cfg.eot_tokens or ()),
         ),
         lengths=(cfg.sequence_len, teacher_cfg.sequence_len),
-        excess_length=(cfg.excess_length_strategy or "drop").lower(),
+        excess_length=excess_length,
+        aligner=_cutting_aligner(*tokenizers) if excess_length == "truncate" else None,
         different_answers=config.different_answers,
         messages=dataset_config.field_messages or "messages",
         tools=dataset_config.field_tools or "tools",
         teacher_name=config.teacher.tokenizer or config.teacher.base_model,
     )
     return strategy, prompter, process_kwargs
+
+
+def _cutting_aligner(student_tokenizer: Any, teacher_tokenizer: Any) -> TokenAligner:
+    try:
+        return TokenAligner(student_tokenizer, teacher_tokenizer)
+    except UserError as error:
+        raise UserError(
+            f"{error}\nexcess_length_strategy: truncate cuts both sides of a row at the same byte. "
+            "Have long rows dropped (`excess_length_strategy: drop`)."
+        ) from error
 
 
 def _check_template(
@@ -136,7 +151,11 @@ def capture_strategy(
     cfg: DictDefault,
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """The strategy that axolotl would have used, its prompter, and how many processes it wanted."""
+    """The strategy that axolotl would have used, its prompter, and how many processes it wanted.
+
+    It cuts no text: some of axolotl's cut an answer at `sequence_len` where they tokenise it, which
+    is another byte for each tokenizer, and `DualStrategy` has to see both sides whole.
+    """
     captured: list[tuple[Any, dict[str, Any]]] = []
 
     def capture(strategy: Any, dataset: Any, **process_kwargs: Any) -> Any:
@@ -147,7 +166,10 @@ def capture_strategy(
     axolotl_wrappers.wrap_dataset_for_tokenized_prompt = capture
     try:
         _, prompter = original(
-            dataset_config=dataset_config, tokenizer=tokenizer, cfg=cfg, **kwargs
+            dataset_config=dataset_config,
+            tokenizer=tokenizer,
+            cfg=DictDefault({**cfg, "sequence_len": WHOLE}),
+            **kwargs,
         )
     except ValueError as error:
         if "unhandled prompt tokenization strategy" in str(error):

@@ -13,10 +13,10 @@ variant trains on the very same ones, and on the same teacher cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from dwakd_plugin.tokenizers.continuations import Continuations, Read
 from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary
@@ -87,29 +87,112 @@ class TokenAligner:
             ]
         return pairs
 
-    def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> NumberedPairs:
-        """Special tokens (the end of the turn) pair with each other, in order, where the text
-        before them ends alike; that text is compared byte by byte."""
-        pairs: NumberedPairs = []
+    def common_ends(
+        self,
+        student_ids: Sequence[int],
+        student_labels: Sequence[int],
+        teacher_ids: Sequence[int],
+        teacher_labels: Sequence[int],
+    ) -> Pairs:
+        """(tokens of the student's side, tokens of the teacher's), in order: how many begin a row
+        on either side so that the last of them is predicted and both have said the same text."""
+        places = [
+            [place for place in range(1, len(labels)) if labels[place] != -100]
+            for labels in (student_labels, teacher_labels)
+        ]
+        turns = zip(
+            _turns(student_ids, student_labels), _turns(teacher_ids, teacher_labels), strict=False
+        )
+        return [
+            (places[0][student_start + i] + 1, places[1][teacher_start + j] + 1)
+            for (student_start, student_turn), (teacher_start, teacher_turn) in turns
+            for text in self._texts(student_turn, teacher_turn)
+            for i, j in text.common_ends()
+        ]
+
+    def _texts(self, student_turn: list[int], teacher_turn: list[int]) -> Iterator[_Text]:
+        """A turn's texts between its special tokens, as far as those before them end alike."""
         student_at = teacher_at = 0
         segments = zip(
             self._student.segments(student_turn), self._teacher.segments(teacher_turn), strict=False
         )
-        for (student_pieces, student_ended), (teacher_pieces, teacher_ended) in segments:
-            found, same = _pairs_of_a_text(student_pieces, teacher_pieces, self._whole)
-            for i, j in found:
-                i, j = student_at + i, teacher_at + j
+        for (student, student_ended), (teacher, teacher_ended) in segments:
+            student_text, teacher_text = b"".join(student), b"".join(teacher)
+            runs = _runs(student_text, teacher_text)
+            same = _end_alike(student_text, teacher_text, runs)
+            ended = same and student_ended and teacher_ended
+            yield _Text(student_at, student, teacher_at, teacher, runs, ended)
+            if not ended:
+                break
+            student_at += len(student) + 1
+            teacher_at += len(teacher) + 1
+
+    def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> NumberedPairs:
+        """Special tokens (the end of the turn) pair with each other, in order, where the text
+        before them ends alike; that text is compared byte by byte."""
+        pairs: NumberedPairs = []
+        for text in self._texts(student_turn, teacher_turn):
+            for i, j in text.pairs(self._whole):
                 pairs.append((i, j, 0))
                 if self._continuations is not None:
                     inside = self._continuations.inside(teacher_turn[j], student_turn, i)
                     pairs += [(i + depth, j, number) for depth, number in inside]
-            student_at += len(student_pieces)
-            teacher_at += len(teacher_pieces)
-            if not (same and student_ended and teacher_ended):
-                break
-            pairs.append((student_at, teacher_at, 0))
-            student_at, teacher_at = student_at + 1, teacher_at + 1
+            pairs += [(i, j, 0) for i, j in text.ends()]
         return pairs
+
+
+class _Text(NamedTuple):
+    """A text of a turn on both sides: where its tokens begin in the turn, their pieces, what is the
+    same of them, and whether a special token ends it on both."""
+
+    student_at: int
+    student: list[bytes]
+    teacher_at: int
+    teacher: list[bytes]
+    runs: list[Run]
+    ended: bool
+
+    def ends(self) -> Pairs:
+        """The two special tokens behind it, if they are there."""
+        places = self.student_at + len(self.student), self.teacher_at + len(self.teacher)
+        return [places] if self.ended else []
+
+    def pairs(self, whole: bool) -> Pairs:
+        """Tokens of the same bytes at the same place of the text (unless `whole`, of the same first
+        byte and the teacher's no shorter).
+
+        Places are the same within each run of bytes that both texts have; where they differ (see
+        `common_runs`) nothing pairs, and behind it pairing goes on.
+        """
+        teacher_spans = {
+            begin: (j, end)
+            for j, (begin, end) in enumerate(_spans(self.teacher), self.teacher_at)
+            if begin < end
+        }
+        pairs, at = [], 0
+        for i, (begin, end) in enumerate(_spans(self.student), self.student_at):
+            while at < len(self.runs) and self.runs[at][0] + self.runs[at][2] < end:
+                at += 1
+            if at == len(self.runs) or begin == end or begin < self.runs[at][0]:
+                continue
+            shift = self.runs[at][1] - self.runs[at][0]
+            j, other_end = teacher_spans.get(begin + shift, (0, -1))
+            if end + shift == other_end or (not whole and end + shift < other_end):
+                pairs.append((i, j))
+        return pairs
+
+    def common_ends(self) -> Pairs:
+        """Tokens that end at the same place of the text, whatever each of them begins with."""
+        teacher_ends = {end: j for j, (_, end) in enumerate(_spans(self.teacher), self.teacher_at)}
+        pairs, at = [], 0
+        for i, (_, end) in enumerate(_spans(self.student), self.student_at):
+            while at < len(self.runs) and self.runs[at][0] + self.runs[at][2] < end:
+                at += 1
+            if at < len(self.runs) and self.runs[at][0] <= end:
+                j = teacher_ends.get(end + self.runs[at][1] - self.runs[at][0])
+                if j is not None:
+                    pairs.append((i, j))
+        return pairs + self.ends()
 
 
 class _Spelling:
@@ -147,31 +230,6 @@ def _turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, list[in
         turns[-1][1].append(token)
         count, inside = count + 1, True
     return turns
-
-
-def _pairs_of_a_text(student: list[bytes], teacher: list[bytes], whole: bool) -> tuple[Pairs, bool]:
-    """Pairs of pieces of the same bytes at the same place of the text (unless `whole`, of the same
-    first byte and the teacher's no shorter), and whether both sides end alike.
-
-    Places are the same within each run of bytes that both texts have; where they differ (see
-    `common_runs`) nothing pairs, and behind it pairing goes on.
-    """
-    student_text, teacher_text = b"".join(student), b"".join(teacher)
-    runs = _runs(student_text, teacher_text)
-    teacher_spans = {
-        begin: (j, end) for j, (begin, end) in enumerate(_spans(teacher)) if begin < end
-    }
-    pairs, at = [], 0
-    for i, (begin, end) in enumerate(_spans(student)):
-        while at < len(runs) and runs[at][0] + runs[at][2] < end:
-            at += 1
-        if at == len(runs) or begin == end or begin < runs[at][0]:
-            continue
-        shift = runs[at][1] - runs[at][0]
-        j, other_end = teacher_spans.get(begin + shift, (0, -1))
-        if end + shift == other_end or (not whole and end + shift < other_end):
-            pairs.append((i, j))
-    return pairs, _end_alike(student_text, teacher_text, runs)
 
 
 def _runs(student: bytes, teacher: bytes) -> list[Run]:

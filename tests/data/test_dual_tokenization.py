@@ -19,6 +19,8 @@ from dwakd_plugin.data.dual_strategy import DualStrategy
 from dwakd_plugin.data.dual_tokenization import dual_tokenization
 from dwakd_plugin.data.first_rows import explain_bad_file
 from dwakd_plugin.data.row_report import (
+    CUT,
+    KEPT,
     LABELS_ONLY,
     NO_RESPONSE,
     STUDENT_TOO_LONG,
@@ -149,6 +151,7 @@ def test_a_strategy_that_edits_its_row_leaves_the_other_what_the_user_wrote() ->
         readers=(None, None),  # type: ignore[arg-type]  # no answer is read where there is none
         lengths=(8, 8),
         excess_length="drop",
+        aligner=None,
         different_answers="drop",
         messages="messages",
         tools="tools",
@@ -218,6 +221,29 @@ def test_truncation_may_take_a_response_from_one_side(
     settings |= {"sequence_len": 256, "dataset_prepared_path": str(tmp_path / "again")}
     _, report = prepare(settings)
     assert report.counts[STUDENT_TRUNCATED] == 1
+
+
+def test_truncation_cuts_both_sides_at_the_same_byte(
+    recipe: Recipe, prepare: Any, lab: Path, tmp_path: Path
+) -> None:
+    long = {"instruction": "Talk.", "input": "", "output": "It returns the größte of 数, " * 40}
+    path = str(write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], long]))
+    settings = recipe(
+        {}, datasets=[{"path": path, "type": "alpaca"}], excess_length_strategy="truncate"
+    )
+    for lengths in ((256, 2048), (2048, 256), (256, 251)):
+        settings |= {"sequence_len": lengths[0]}
+        settings["dwakd"]["teacher"]["sequence_len"] = lengths[1]
+        datasets, report = prepare(settings)
+        assert report.counts == {KEPT: 3, CUT: 1}
+        (row,) = [row for row in datasets.train_dataset if row["source_row"] == 3]
+        student, teacher = texts(lab, row)
+        assert student == teacher
+        assert len(student) > 100 and long["output"].startswith(student)
+        sides = len(row["input_ids"]), len(row["teacher_input_ids"])
+        assert all(size <= length for size, length in zip(sides, lengths, strict=True))
+        assert any(size > length - 12 for size, length in zip(sides, lengths, strict=True))
+        assert len(row["labels"]) == len(row["attention_mask"]) == len(row["input_ids"])
 
 
 def test_prepared_rows_of_another_teacher_are_not_reused(

@@ -117,6 +117,13 @@ def _check_pairs(
         for cutter, side, cut in zip((student, teacher), ids, cuts, strict=True)
     ]
     if "▁" not in text:
+        # Where a row may be cut on both sides: every byte at which a token of each ends.
+        ends = aligner.common_ends(*rows[0], *rows[1])
+        ours, theirs = (
+            {end: place for place, (_, end) in enumerate(side, 2) if end > 0} for side in spans
+        )
+        expected = [(place, theirs[end]) for end, place in ours.items() if end in theirs]
+        assert ends[len(ends) - len(expected) :] == expected
         both = {span: j for j, span in enumerate(spans[1])}
         assert pairs == [(i, both[span]) for i, span in enumerate(spans[0]) if span in both]
 

@@ -96,6 +96,16 @@ def test_pairs_are_the_tokens_with_the_same_place_in_the_text(
         assert found == expected, (one, other, text)
         for before, after in pairwise(found):
             assert before[0] < after[0] and before[1] < after[1]
+        if whole:
+            ours, theirs = (
+                {end: place for place, (_, end) in enumerate(spans, 2) if end > 0}
+                for spans in (student_spans, teacher_spans)
+            )
+            ends = aligner.common_ends(*row((student_ids, True)), *row((teacher_ids, True)))
+            expected = [(ours[end], theirs[end]) for end in ours if end in theirs]
+            # A space before the text that is a token on both sides holds no byte, and comes first.
+            assert ends[len(ends) - len(expected) :] == expected, (one, other, text)
+            assert len(ends) <= len(expected) + 1
 
 
 def test_turns_are_compared_each_with_its_own() -> None:
