@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from dwakd_plugin.loss.products import in_full_precision, product
 from dwakd_plugin.recipe.schema import SoftDTWConfig
 
 
@@ -57,7 +58,7 @@ def cross_model_attention(
     Shapes: query (B, S, 2D), key (B, T, 2D), student_valid (B, S), teacher_valid (B, T).
     Padded rows and columns are exactly 0.
     """
-    scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
+    scores = product(query, key.transpose(1, 2)) / math.sqrt(key.shape[-1])
     valid = student_valid[:, :, None] & teacher_valid[:, None, :]
     attention = _masked_softmax(scores, valid)
     reverse_attention = _masked_softmax(scores.transpose(1, 2), valid.transpose(1, 2))
@@ -99,7 +100,9 @@ def attention_band(
     columns = torch.arange(1, T + 1, device=attention.device, dtype=attention.dtype)
     slope = teacher_lengths.to(attention.dtype) / student_lengths.clamp_min(1)
     blend = config.band_center_blend
-    center = blend * (attention @ columns) + (1 - blend) * rows * slope[:, None]
+    with in_full_precision():
+        looked_at = attention @ columns
+    center = blend * looked_at + (1 - blend) * rows * slope[:, None]
     width = config.band_width + config.band_entropy_coef * attention_entropy(attention)
     return _cells_near(center, width, student_lengths, teacher_lengths, T)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.head_pass import tokens_per_chunk
+from dwakd_plugin.loss.products import in_full_precision
 from dwakd_plugin.loss.states import Head, ProjectorSet, ResponseStates
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 
@@ -95,10 +96,14 @@ class Batch:
         )
 
     def project(self, name: str, states: Tensor) -> Tensor:
-        """Apply a projector in its own dtype and come back to the dtype of the states."""
+        """Apply a projector in its own dtype and come back to the dtype of the states.
+
+        In full precision, as costs are formed of what it gives (backward is the process's choice).
+        """
         projector: Callable[[Tensor], Tensor] = getattr(self.projectors, name)
         parameter = next(_parameters(projector), states)
-        return projector(states.to(parameter.dtype)).to(states.dtype)
+        with in_full_precision():
+            return projector(states.to(parameter.dtype)).to(states.dtype)
 
     def zero(self) -> Tensor:
         """0 whose backward gives zeros to all that trains here and that no term may reach.

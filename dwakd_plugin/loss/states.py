@@ -81,9 +81,21 @@ class ContinuationTable:
     student_tokens: Tensor
 
     @cached_property
-    def longest(self) -> int:
-        """The most entries that one number has: a GPU is waited for, once."""
-        return int(self.starts.diff().max())
+    def in_order(self) -> tuple[int, int, Tensor, Tensor]:
+        """The most entries of one number and the most of these for one token of the student's; and
+        teacher_tokens and student_tokens with each number's sorted by the latter.
+
+        A GPU is waited for, once.
+        """
+        counts = self.starts.diff()
+        number = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        order = self.student_tokens.argsort(stable=True)
+        order = order[number[order].sort(stable=True).indices]
+        tokens = self.student_tokens[order]
+        pairs = torch.stack([number, tokens])
+        repeats = torch.unique_consecutive(pairs, dim=1, return_counts=True)[1]
+        most = int(repeats.max()) if len(repeats) else 0
+        return int(counts.max()), most, self.teacher_tokens[order], tokens
 
     @cached_property
     def _by_key(self) -> tuple[Tensor, Tensor]:

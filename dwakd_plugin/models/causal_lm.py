@@ -7,6 +7,7 @@ of the body's last hidden state is refused by name, before anything is trained.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +107,10 @@ def check_logits(
     name: str,
     head: Head | None = None,
     device: torch.device | None = None,
-) -> None:
+) -> bool:
     """Raises UserError where hidden states and head don't give the model's own logits.
 
-    `name` is the model's in the message. Of a model whose weights are elsewhere between forwards,
+    Gives whether these are finite. `name` is the model's in the message. Of a model whose weights are elsewhere between forwards,
     `head` is its head with values, and `device` takes the tokens. The mode is left as it was.
     """
     lm = causal_lm(model)
@@ -133,6 +134,7 @@ def check_logits(
             f"states and its head by {error:.1%}, so that the loss would teach another model. This "
             "architecture isn't supported."
         )
+    return math.isfinite(error)
 
 
 @dataclass(frozen=True)

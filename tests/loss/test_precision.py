@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwakd_plugin.loss import Head, ResponseStates, dwakd_loss
+from dwakd_plugin.loss.products import product
 from dwakd_plugin.recipe.schema import LossConfig
 from tests.loss.cases import (
     FIGURES,
@@ -63,6 +66,62 @@ def test_autocast_leaves_alignment_in_float32() -> None:
         assert torch.equal(getattr(terms, name), getattr(plain, name)), name
     assert terms.ce != plain.ce  # the head's product, as the model itself would compute it
     torch.testing.assert_close(terms.ce, plain.ce, rtol=2e-2, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """Collects how float32 products were to be computed, and the largest dimension of each."""
+
+    NAMES = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "linear")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[bool, str, str]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket.__name__ in self.NAMES:
+            largest = max(size for each in args if isinstance(each, Tensor) for size in each.shape)
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.seen.add((largest >= VOCABULARY, *(each.fp32_precision for each in backends)))
+        return func(*args, **(kwargs or {}))
+
+
+VOCABULARY = 1000
+
+
+@pytest.fixture
+def rounding_products() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")  # as `tf32: true` does, and on a CPU too
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="before torch 2.9")
+@pytest.mark.parametrize("matching", ["attention", "exact"])
+def test_rounded_products_are_the_models_own(rounding_products: None, matching: str) -> None:
+    """Scores, costs and alignments stay in float32 where the process rounds products (D3)."""
+    case = make_case([(6, 5), (2, 4)], vocab=(VOCABULARY, VOCABULARY), dtype=torch.float32)
+    student = collate(case.student, case.student_head)
+    teacher = collate(case.teacher, case.teacher_head)
+    if matching == "exact":
+        pairs = torch.tensor([0, 1, 6])
+        student = replace(student, pairs=pairs)
+        teacher = replace(teacher, pairs=pairs, token_map=torch.arange(VOCABULARY))
+    loss = LossConfig.model_validate({"matching": matching})
+    with Products() as forward:
+        total = dwakd_loss(student, teacher, case.projectors, loss=loss).total(loss)
+    assert forward.seen == {(True, "tf32", "bf16"), (False, "ieee", "ieee")}
+    with Products() as backward:
+        torch.autograd.grad(total, [*case.leaves().values()], allow_unused=True)
+    assert (False, "tf32", "bf16") in backward.seen  # the projectors, as the process has it
+    assert torch.get_float32_matmul_precision() == "medium"  # as it was
+
+
+def test_products_in_full_precision_have_the_gradients_of_products() -> None:
+    a, b = (torch.randn(2, *s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4, 5)))
+    assert torch.equal(product(a, b), a @ b)
+    assert torch.autograd.gradcheck(product, (a, b))
+    (alone,) = torch.autograd.grad(product(a, b.detach()).sum(), a)
+    assert torch.equal(alone, torch.autograd.grad((a @ b).sum(), a)[0])
 
 
 def test_head_applies_scale_then_softcap() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dwakd_plugin.errors import UserError
@@ -286,6 +287,19 @@ def test_an_8_bit_teacher_without_outliers_is_causal(lab: Path) -> None:
         for given in (ids, ids[:, :-6])
     )
     torch.testing.assert_close(whole[:, :-6], start, rtol=0, atol=1e-5)
+
+
+def test_an_8_bit_teacher_beyond_float16_is_refused(lab: Path, tmp_path: Path) -> None:
+    """bitsandbytes computes 8-bit layers in float16, whatever the teacher's dtype is."""
+    folder = tmp_path / "large"
+    shutil.copytree(lab / "teacher", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1e7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for fitting in ({}, {"load_in_4bit": True}):
+        assert load_teacher(config(folder, **fitting), "cpu").hidden(batch()).isfinite().all()
+    with pytest.raises(UserError, match="8-bit teacher .* not finite.*float16"):
+        load_teacher(config(folder, load_in_8bit=True), "cpu")
 
 
 def test_a_threshold_is_for_8_bit_alone(lab: Path) -> None:

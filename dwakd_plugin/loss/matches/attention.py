@@ -16,6 +16,7 @@ from dwakd_plugin.loss.alignment import (
     standardise_scale,
 )
 from dwakd_plugin.loss.matches import Figure, Projecting
+from dwakd_plugin.loss.products import product
 from dwakd_plugin.loss.states import response_index
 
 
@@ -62,11 +63,12 @@ class Attention(Projecting):
 
     @cached_property
     def t2s_hidden(self) -> Tensor:
-        return self.attention[0] @ self.value
+        return product(self.attention[0], self.value)
 
     @cached_property
     def s2t_hidden(self) -> Tensor:
-        return self.attention[1] @ self.batch.project("s2t", self.batch.student_side.hidden)
+        projected = self.batch.project("s2t", self.batch.student_side.hidden)
+        return product(self.attention[1], projected)
 
     @cached_property
     def compared(self) -> Tensor:

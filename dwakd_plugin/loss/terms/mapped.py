@@ -29,6 +29,7 @@ from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.terms.mapped_top import LEAST_READ, top_statistics
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
 from dwakd_plugin.loss.terms.teacher_space import TEACHER
+from dwakd_plugin.loss.token_order import token_order
 from dwakd_plugin.loss.token_weights import entropy, student_token_weights
 from dwakd_plugin.recipe.schema import Divergence
 
@@ -85,11 +86,10 @@ def _mapped_log_probs(
     A token that no teacher's token is mapped to has the smallest probability that there is.
     """
     probabilities = softmax(teacher_logits.to(like.dtype), temperature)
-    # Rows are tokens here, so that each of the teacher's is one addition of a whole row; the last
-    # has what is none of the student's. Nothing is picked by a mask, for which a GPU is waited.
+    # The last row has what is none of the student's. Nothing is picked by a mask, for which a GPU
+    # is waited.
     rows = like.shape[1]
-    summed = like.new_zeros(rows + 1, like.shape[0])
-    summed.index_add_(0, torch.where(token_map < 0, rows, token_map), probabilities.T)
+    summed = token_order(token_map).sums(probabilities, rows + 1)
     if continuations is not None:
         _add_continuations(summed.mul_(read == 0), probabilities, read, continuations)
     summed, smallest = summed[:rows].T, torch.finfo(like.dtype).tiny
@@ -105,14 +105,24 @@ def _add_continuations(
     Each row takes as many entries as the longest has, which is a small part of Vt.
     """
     starts, none = continuations.starts, len(summed) - 1
-    if continuations.longest == 0:
+    longest, most, teacher_tokens, student_tokens = continuations.in_order
+    if longest == 0:
         return
-    number = torch.arange(continuations.longest, device=read.device)
+    number = torch.arange(longest, device=read.device)
     inside = number < starts.diff()[read][:, None]
     entries = torch.where(inside, starts[read][:, None] + number, 0)
-    values = probabilities.gather(1, continuations.teacher_tokens[entries])
-    tokens = torch.where(inside, continuations.student_tokens[entries], none)
-    summed.scatter_add_(0, tokens.T, values.T)
+    values = probabilities.gather(1, teacher_tokens[entries])
+    tokens = torch.where(inside, student_tokens[entries], none)
+    # Equal tokens lie side by side: each takes on what those before it have, first of one, then of
+    # two, four and so on, so that the last has the sum, and no two are added to one place.
+    step = 1
+    while step < most:
+        same = tokens[:, step:] == tokens[:, :-step]
+        values[:, step:] += values[:, :-step].where(same, 0.0)
+        step *= 2
+    last = torch.ones_like(inside)
+    last[:, :-1] = tokens[:, 1:] != tokens[:, :-1]
+    summed.scatter_add_(0, tokens.where(last, none).T, values.T)
 
 
 def _kernel(batch: Batch) -> Kernel:

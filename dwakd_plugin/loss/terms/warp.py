@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.matches import Figure, Projecting
+from dwakd_plugin.loss.products import in_full_precision
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
 
@@ -30,7 +31,8 @@ def unit_vectors(states: Tensor) -> tuple[Tensor, Tensor]:
 
 def cost_between(x: Tensor, y: Tensor, penalty: Tensor | None) -> Tensor:
     """1 − cos(x_i, y_j) of unit vectors x (B, S, F), y (B, T, F), and the band's penalty."""
-    cost = torch.baddbmm(x.new_ones(()), x, y.transpose(1, 2), alpha=-1)
+    with in_full_precision():
+        cost = torch.baddbmm(x.new_ones(()), x, y.transpose(1, 2), alpha=-1)
     return cost if penalty is None else cost.add_(penalty)
 
 
@@ -71,6 +73,7 @@ class _NormalisedSoftDTW(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_full_precision()
     def forward(
         ctx: Any,
         x: Tensor,

@@ -42,6 +42,7 @@ from dwakd_plugin.models.teacher.quantisation import (
     check_device,
     check_head,
     check_packages,
+    check_range,
     describe,
     own_quantisation,
     quantisation_config,
@@ -192,7 +193,9 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     # What is offloaded has no values but in these two blocks.
     with align_module_device(reads), align_module_device(writes):
         table, head = embedding_table(model), output_head(model)
-    check_logits(model, f"The teacher {config.base_model}", head, _input_device(reads))
+    name = f"The teacher {config.base_model}"
+    if not check_logits(model, name, head, _input_device(reads)):
+        check_range(config, own_quantisation(model_config))
     check_head(config.base_model, head.weight, table.weight)
     if table.weight.device != torch.device(device):
         tied = head.weight is table.weight

@@ -119,6 +119,20 @@ def quantisation_config(config: TeacherConfig, compute_dtype: Any) -> Any | None
     return None
 
 
+def check_range(config: TeacherConfig, own: dict[str, Any] | None) -> None:
+    """Raises UserError for an 8-bit teacher whose states are not finite: bitsandbytes computes its
+    layers in float16, whatever the dtype of the rest is.
+
+    `own` is the checkpoint's own `quantization_config`, where it has one.
+    """
+    if (own or {}).get("load_in_8bit") or (own is None and config.load_in_8bit):
+        raise UserError(
+            f"The 8-bit teacher {config.base_model} gives states that are not finite. Its layers "
+            "compute in float16, whose range ends at 65,504; a teacher with larger values needs "
+            "load_in_4bit, which computes in dwakd.teacher.dtype, or no quantisation."
+        )
+
+
 def check_head(name: str, head: Any, embeddings: Any) -> None:
     """Raises UserError where head or embeddings (tensors) are quantised; the loss needs both."""
     for part, weight in (("output head", head), ("input embeddings", embeddings)):
