@@ -26,7 +26,8 @@ def in_full_precision() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(kept)
         return
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    every: Any = torch.backends  # whose types don't name them all
+    backends = every.cuda.matmul, every.mkldnn.matmul
     precisions = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

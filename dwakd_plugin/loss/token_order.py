@@ -1,7 +1,7 @@
 """Sums over groups of tokens that come out the same each time, on a GPU too.
 
-Adding columns where an index says so (`index_add_`, `scatter_add_`) takes them in the order in which
-a GPU's threads come by. Here a vocabulary is sorted once, and a sum is one thread's.
+Adding columns where an index says so (`index_add_`, `scatter_add_`) takes them in the order in
+which a GPU's threads come by. Here a vocabulary is sorted once, and a sum is one thread's.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def token_order(token_map: Tensor) -> TokenOrder:
 
     The map must not be changed afterwards.
     """
-    found: TokenOrder | None = _ORDERS.get(token_map)
-    if found is None:
-        found = _ORDERS[token_map] = _sorted(token_map)
+    if token_map not in _ORDERS:
+        _ORDERS[token_map] = _sorted(token_map)
+    found: TokenOrder = _ORDERS[token_map]
     return found
 
 

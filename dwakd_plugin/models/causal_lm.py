@@ -110,8 +110,9 @@ def check_logits(
 ) -> bool:
     """Raises UserError where hidden states and head don't give the model's own logits.
 
-    Gives whether these are finite. `name` is the model's in the message. Of a model whose weights are elsewhere between forwards,
-    `head` is its head with values, and `device` takes the tokens. The mode is left as it was.
+    Gives whether these are finite. `name` is the model's in the message. Of a model whose weights
+    are elsewhere between forwards, `head` is its head with values, and `device` takes the tokens.
+    The mode is left as it was.
     """
     lm = causal_lm(model)
     generator = torch.Generator().manual_seed(0)

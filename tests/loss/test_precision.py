@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwakd_plugin.loss import Head, ResponseStates, dwakd_loss
 from dwakd_plugin.loss.products import product
-from dwakd_plugin.recipe.schema import LossConfig
+from dwakd_plugin.recipe.schema import VARIANTS, LossConfig
 from tests.loss.cases import (
     FIGURES,
     TERMS,
@@ -85,7 +85,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-VOCABULARY = 1000
+VOCABULARY, SCALE = 1000, 1024.0
 
 
 @pytest.fixture
@@ -122,6 +122,38 @@ def test_products_in_full_precision_have_the_gradients_of_products() -> None:
     assert torch.autograd.gradcheck(product, (a, b))
     (alone,) = torch.autograd.grad(product(a, b.detach()).sum(), a)
     assert torch.equal(alone, torch.autograd.grad((a @ b).sum(), a)[0])
+
+
+def test_float16_with_a_scaled_loss_has_the_gradients_of_float32() -> None:
+    """Two steps as `fp16: true` takes them: autocast, and a loss of SCALE times its size."""
+    for name in ("paper", "mapped"):
+        loss = LossConfig.model_validate(VARIANTS[name].get("loss", {}))
+        case = make_case([(6, 5), (2, 4)], dtype=torch.float32)
+        pairs = torch.tensor([0, 1, 6])
+        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        optimizer = torch.optim.SGD([*case.leaves().values()], lr=1e-3)
+        for _ in range(2):
+            grads = []
+            for half in (False, True):
+                student = collate(case.student, case.student_head)
+                teacher = collate(case.teacher, case.teacher_head)
+                student = replace(student, pairs=pairs)
+                teacher = replace(teacher, pairs=pairs, token_map=torch.arange(17) % 13)
+                with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+                    terms = dwakd_loss(student, teacher, case.projectors, loss=loss)
+                optimizer.zero_grad()
+                total = terms.total(loss) / 8
+                if half:
+                    scaler.scale(total).backward()
+                    scaler.unscale_(optimizer)
+                else:
+                    total.backward()
+                grads.append([leaf.grad.clone() for leaf in optimizer.param_groups[0]["params"]])
+            for ours, theirs in zip(*reversed(grads), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.005)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == SCALE  # no step was skipped
 
 
 def test_head_applies_scale_then_softcap() -> None:

@@ -298,7 +298,7 @@ def test_an_8_bit_teacher_beyond_float16_is_refused(lab: Path, tmp_path: Path) -
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for fitting in ({}, {"load_in_4bit": True}):
         assert load_teacher(config(folder, **fitting), "cpu").hidden(batch()).isfinite().all()
-    with pytest.raises(UserError, match="8-bit teacher .* not finite.*float16"):
+    with pytest.raises(UserError, match=r"8-bit teacher .* not finite.*float16"):
         load_teacher(config(folder, load_in_8bit=True), "cpu")
 
 
