@@ -37,6 +37,7 @@ from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.train.preflight import check_all
 from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
 from dwakd_plugin.train.warmup_file import _alone
+from tests.loss.test_memory import NoWaiting
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -559,6 +560,32 @@ def test_nan_is_named_where_it_is(
     text = said(recipe(random, output_dir=str(tmp_path / "spoilt")))
     assert "The projectors' query.bias is not finite after step 2" in text
     assert not list((tmp_path / "spoilt").glob("checkpoint-*"))
+
+
+def test_a_loss_is_read_before_its_step_is_taken_and_not_sooner() -> None:
+    from dwakd_plugin.train.non_finite import LossWatch, NonFiniteLoss
+
+    def watch() -> LossWatch:
+        return LossWatch(lambda inputs: f"row {inputs['row']}", at_once=False)
+
+    good, bad = torch.tensor(1.0, requires_grad=True), torch.tensor(torch.inf)
+    step = watch()
+    with NoWaiting():
+        for row, loss in enumerate((good, good, bad, good, bad)):
+            step.hear(loss, {"row": row}, training=True)
+    with pytest.raises(NonFiniteLoss, match="row 2"):
+        step.on_pre_optimizer_step()
+    step.on_pre_optimizer_step()  # the next step has losses of its own
+
+    evaluation = watch()
+    evaluation.hear(bad, {"row": 0}, training=False)
+    with pytest.raises(NonFiniteLoss, match="row 0"):
+        evaluation.hear(good, {"row": 1}, training=False)
+    evaluation.hear(bad, {"row": 2}, training=False)
+    with pytest.raises(NonFiniteLoss, match="row 2"):
+        evaluation.on_evaluate()
+    with pytest.raises(NonFiniteLoss, match="row 3"):
+        LossWatch(lambda _: "row 3", at_once=True).hear(bad, {}, training=True)
 
 
 # Long runs ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from dwakd_plugin.data.collator import split_batch
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
@@ -19,6 +20,55 @@ from dwakd_plugin.train.distillation import PROJECTORS, Distillation
 
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the message names the term and the row."""
+
+
+class LossWatch(TrainerCallback):
+    """Ends a run whose loss is not finite, before the weights take a step by it.
+
+    Reading a loss at once would keep the device idle until it is told what comes next. Each is read
+    when the backward passes of its optimizer step have been asked for: they run while we wait for
+    the forward passes. The batches stay for as long, to say which row it was; in an evaluation,
+    until the next one's is read.
+
+    at_once: whether weights change within the backward pass (`steps_in_backward`).
+    """
+
+    def __init__(self, explain: Callable[[dict[str, Any]], str], *, at_once: bool) -> None:
+        self._explain, self._at_once = explain, at_once
+        self._unread: list[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = []
+
+    def hear(self, loss: Tensor, inputs: dict[str, Any], *, training: bool) -> None:
+        """Keeps the loss () of a micro-batch for `look`."""
+        if not training:
+            self.look()
+        finite, copied = loss.detach().isfinite(), None
+        if finite.is_cuda:
+            finite, copied = finite.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._unread.append((finite, copied, inputs))
+        if self._at_once:
+            self.look()
+
+    def look(self) -> None:
+        """Raises NonFiniteLoss for the first micro-batch whose loss is not finite."""
+        unread, self._unread = self._unread, []
+        for finite, copied, inputs in unread:
+            if copied is not None:
+                copied.synchronize()
+            if not finite:
+                raise NonFiniteLoss(self._explain(inputs))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.look()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.look()
+
+
+def steps_in_backward(trainer: Any) -> bool:
+    """Whether weights change within the backward pass, as DeepSpeed has it, and some optimizers."""
+    optimizer = str(trainer.args.optim)
+    return trainer.is_deepspeed_enabled or "lomo" in optimizer or "layerwise" in optimizer
 
 
 @torch.no_grad()

@@ -49,10 +49,12 @@ from dwakd_plugin.train.metrics import (
     perplexity,
 )
 from dwakd_plugin.train.non_finite import (
+    LossWatch,
     NonFiniteLoss,
     explain_non_finite,
     how_to_go_on,
     non_finite_parameter,
+    steps_in_backward,
 )
 from dwakd_plugin.train.progress import tell
 from dwakd_plugin.train.projector_optimizer import (
@@ -128,6 +130,9 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         vocabulary = causal_lm(self.model).config.get_text_config().vocab_size
         tokens = max(vocabulary, len(self.processing_class))
         self._label_counts = LabelCounts(tokens, self.args.device)
+        self.args.logging_nan_inf_filter = False  # it would wait for each loss, for what we watch
+        self._watch = LossWatch(self._explain_non_finite, at_once=steps_in_backward(self))
+        self.add_callback(self._watch)
         self.add_callback(StopWhenAsked)
         if distillation.teacher is not None:
             self.health = HealthReport(distillation.config)
@@ -200,8 +205,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         (terms,) = heard
         if not model.training:
             loss = mean_cross_entropy(terms)
-        if not torch.isfinite(loss):
-            raise NonFiniteLoss(self._explain_non_finite(inputs))
+        self._watch.hear(loss, inputs, training=model.training)
         self._sums["" if model.training else "eval_"].add(terms)
         if model.training:
             self._label_counts.add(given_labels(inputs))
@@ -272,14 +276,15 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
 
     def _explain_non_finite(self, inputs: dict[str, Any]) -> str:
         assert self.distillation is not None
-        found = explain_non_finite(
-            inputs,
-            self.model,
-            self.distillation,
-            self._terms,
-            self.processing_class.decode,
-            sharded=is_sharded(self),
-        )
+        with self.accelerator.autocast():
+            found = explain_non_finite(
+                inputs,
+                self.model,
+                self.distillation,
+                self._terms,
+                self.processing_class.decode,
+                sharded=is_sharded(self),
+            )
         return (
             f"The loss is not finite at step {self.state.global_step + 1}: {found}\n"
             f"{how_to_go_on(self.args.output_dir)}"

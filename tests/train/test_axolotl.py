@@ -199,6 +199,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
         {"teacher": {"base_model": str(teacher)}, "projectors": {"init": "random"}},
         max_steps=20,
         save_steps=1,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
     )
     with pytest.raises(SystemExit):
         train(settings)
@@ -206,6 +208,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_row(
     out = Path(settings["output_dir"])
     checkpoints = list(out.glob("checkpoint-*"))
     assert checkpoints and all((each / "trainer_state.json").is_file() for each in checkpoints)
+    steps = [int(each.name.split("-")[1]) for each in checkpoints]
+    assert f"not finite at step {max(steps) + 1}:" in caplog.text
 
 
 @pytest.mark.slow
