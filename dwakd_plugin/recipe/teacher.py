@@ -5,11 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from dwakd_plugin.recipe.adapters import base_of_adapter
 from dwakd_plugin.recipe.blocks import Block, Name
+
+SERVED_TOP_K = 64  # of a server, where the recipe doesn't say
+_OF_A_SERVER = ("model", "server_requests", "server_patience")
+_OF_A_LOADED_TEACHER = (
+    *("adapter", "load_in_8bit", "load_in_4bit", "int8_threshold", "dtype"),
+    *("attn_implementation", "device", "cache_dtype"),
+)
 
 
 def teacher_keys(teacher: Any) -> Any:
@@ -20,8 +28,42 @@ def teacher_keys(teacher: Any) -> Any:
 class TeacherConfig(Block):
     """Where the teacher comes from and how it is held."""
 
-    base_model: Name = Field(min_length=1, description="Hub id or folder of the teacher.")
+    base_model: Name = Field(
+        min_length=1,
+        description="Hub id or folder of the teacher; of a served one, `tokenizer` does.",
+    )
     tokenizer: Name | None = Field(None, description="Hub id or folder; default: `base_model`.")
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="How many of its likeliest tokens the teacher gives at each position, instead "
+        "of its states: for `mapped`, which needs no more, and a `cache` keeps 6 bytes of each. "
+        "Default: 64 of a server, else the states.",
+    )
+    server: str | None = Field(
+        None,
+        max_length=2000,
+        description="Address of an OpenAI-compatible server that holds the teacher, as "
+        "http://host:8000/v1; nothing of it is loaded here but its tokenizer. A key that it wants "
+        "is in the environment's DWAKD_SERVER_KEY, and nowhere else.",
+    )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=500,
+        description="What the server calls it; default: `base_model`.",
+    )
+    server_requests: int = Field(
+        16, ge=1, le=1024, description="Rows that each process asks a server for at once."
+    )
+    server_patience: float = Field(
+        600.0,
+        ge=1,
+        le=86400,
+        description="Seconds that a run waits for a server that does not answer, and tries again, "
+        "before it ends with a checkpoint.",
+    )
     adapter: Name | None = Field(
         None,
         description="A LoRA of the teacher: merged at load, or attached where it is quantised.",
@@ -90,6 +132,13 @@ class TeacherConfig(Block):
     def _accept_a_bare_name_and_a_lora(cls, values: Any) -> Any:
         """A text is `base_model`; a folder with nothing but a LoRA, that adapter on its base."""
         values = teacher_keys(values)
+        if isinstance(values, dict) and values.get("server"):
+            if not values.get("base_model") and not values.get("tokenizer"):
+                raise ValueError(
+                    "the served teacher's tokenizer is loaded here; give its folder or hub id as "
+                    "tokenizer"
+                )
+            return {"base_model": values.get("tokenizer"), "top_k": SERVED_TOP_K} | values
         folder = values.get("base_model") if isinstance(values, dict) else None
         base = base_of_adapter(folder) if isinstance(folder, str) else None
         if base is None or values.get("adapter"):
@@ -97,6 +146,41 @@ class TeacherConfig(Block):
         own = (Path(str(folder)) / "tokenizer_config.json").is_file()
         tokenizer = values.get("tokenizer") or (folder if own else None)
         return {**values, "base_model": base, "adapter": folder, "tokenizer": tokenizer}
+
+    @model_validator(mode="after")
+    def _served_or_loaded(self) -> TeacherConfig:
+        if self.server is None:
+            for key in filter(self._asks_for, _OF_A_SERVER):
+                raise ValueError(f"{key} is for a teacher on a server; give its address as server")
+            return self
+        # The value is not shown, as there may be a key in it.
+        try:
+            address = urlsplit(self.server)
+            has_host = bool(address.hostname) and (address.port or 1) > 0
+        except ValueError:
+            has_host = False
+        if not has_host or address.scheme not in ("http", "https"):
+            raise ValueError("server is no address; write http://host:8000/v1")
+        if address.username or address.password or address.query or address.fragment:
+            raise ValueError(
+                "server has more than an address (a user, a password, a `?` or a `#`). Keys are in "
+                "no recipe: set the environment's DWAKD_SERVER_KEY"
+            )
+        for key in filter(self._asks_for, _OF_A_LOADED_TEACHER):
+            raise ValueError(
+                f"{key} is for a teacher that is loaded here, and server names one that isn't; "
+                "remove one of the two"
+            )
+        return self
+
+    def _asks_for(self, key: str) -> bool:
+        """Whether a key has another value than where it isn't given."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
+    @property
+    def called(self) -> str:
+        """The model's name: on the server that holds it, or the hub id or folder."""
+        return self.model or self.base_model
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:

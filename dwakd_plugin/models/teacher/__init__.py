@@ -3,4 +3,13 @@
 `loaded.Teacher` is what the others see.
 """
 
-__all__ = ["attention", "cache", "cached", "loaded", "quantisation", "top_tokens"]
+__all__ = [
+    "attention",
+    "cache",
+    "cached",
+    "loaded",
+    "quantisation",
+    "served",
+    "server",
+    "top_tokens",
+]

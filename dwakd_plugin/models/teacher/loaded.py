@@ -151,6 +151,11 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     Raises UserError where the checkpoint, its quantisation, its attention or the memory for it
     cannot be had.
     """
+    if config.server is not None:
+        raise UserError(
+            f"The teacher {config.called} is on a server ({config.server}), and this needs its "
+            "states, or answers of its own: give dwakd.teacher.base_model without server."
+        )
     model_config = teacher_config(config)
     attention, why = check_teacher(config, device)
     own = teacher_device(config, device)

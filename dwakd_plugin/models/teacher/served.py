@@ -1,0 +1,89 @@
+"""A teacher that a server holds: what it says of rows, asked for ahead of need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss import TopTokens
+from dwakd_plugin.models.teacher.server import Refused, Server
+from dwakd_plugin.models.teacher.server_answers import Left, TokenTexts, Unreadable, top_tokens
+from dwakd_plugin.models.teacher.server_check import find_way
+from dwakd_plugin.recipe.schema import TeacherConfig
+
+WAIT = 0.5  # seconds between two looks at whether to stop waiting
+
+
+class Stopped(UserError):
+    """Whoever waited for the server was asked to stop."""
+
+
+class ServedTeacher:
+    """Rows' `TopTokens` from the recipe's server, which has been found to be the teacher.
+
+    `want` asks and does not wait; `taken` waits. Raises UserError (see `server_check`).
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        tokenizer: Any,
+        longest: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
+        self.server = Server(config, say)
+        self.way = find_way(self.server, config, tokenizer, self._texts, longest)
+        self.left = Left(self.way.top_k)
+        self.unasked = 0  # rows that no text stands for
+        self._numbers = count()
+        self._asked: dict[int, tuple[Tensor, Tensor, Future[dict[str, Any]] | None]] = {}
+
+    def want(self, teacher_ids: Tensor, teacher_labels: Tensor) -> int:
+        """Asks for a row, both (L,); the number to `take` it by."""
+        number, future = next(self._numbers), None
+        prompt = self.way.prompt(teacher_ids.tolist(), self._tokenizer)
+        if prompt is None:
+            self.unasked += 1
+        elif teacher_labels[1:].ne(-100).any():
+            future = self.server.submit("/completions", self.way.body(prompt))
+        self._asked[number] = teacher_ids, teacher_labels, future
+        return number
+
+    def take(self, number: int, stop: Callable[[], bool] = lambda: False) -> TopTokens:
+        """What the server says at the response positions (T, k) of a wanted row, once.
+
+        A row that no text stands for has no tokens there. Raises ServerGone where it has not
+        answered for as long as the recipe says; Stopped where `stop` says so before; UserError
+        where it refuses the row.
+        """
+        ids, labels, future = self._asked.pop(number)
+        places = [place + 1 for place in labels[1:].ne(-100).nonzero().flatten().tolist()]
+        if future is None:
+            return top_tokens([None] * len(places), self.way.top_k, self._texts.size)
+        while True:
+            try:
+                answer = future.result(timeout=WAIT)
+                break
+            except TimeoutError:
+                if stop():
+                    raise Stopped(f"Stopped while {self.server.name} did not answer.") from None
+            except Refused as refused:
+                raise UserError(f"{refused}\nThe row has {len(ids):,} tokens.") from refused
+        try:
+            rows = self.way.read(answer, ids.tolist(), self._texts, self.left)
+            return top_tokens([rows[place] for place in places], self.way.top_k, self._texts.size)
+        except Unreadable as error:
+            raise UserError(f"{self.server.name} answers a row, and {error}.") from error
+
+    def forget(self, number: int) -> None:
+        """A wanted row that nobody will take."""
+        *_, future = self._asked.pop(number)
+        if future is not None:
+            future.cancel()
