@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dwakd_plugin.tokenizers.alignment import TokenAligner, student_cuts
+from dwakd_plugin.tokenizers.alignment import TokenAligner, firsts, student_cuts
 from dwakd_plugin.tokenizers.continuations import Read, continuations
 from dwakd_plugin.tokenizers.pair import ByteCutter
 from dwakd_plugin.tokenizers.side import load_side
+from dwakd_plugin.tokenizers.spellings import spellings
 
 PROBLEMS = 300
 DIGIT = re.compile(rb"[0-9]")
@@ -53,15 +54,16 @@ def taught_figures(
 ) -> dict[str, int]:
     """Counts of the student's tokens in texts, `digit_…` of those with a digit among them.
 
-    tokens; taught_alike, where they begin as a token of the teacher's does that is no shorter; and
+    tokens; taught_alike, where they begin as a token of the teacher's does that is no shorter;
     taught_inside, where they begin inside one (`continuations`, of the student's `cuts` of the
-    teacher's tokens). The rest is left to the labels.
+    teacher's tokens); and taught_spelt, where the teacher spells them with several. The rest is
+    left to the labels.
     """
-    aligner = TokenAligner(
-        student_tokenizer, teacher_tokenizer, whole=False, continuations=continuations(cuts)
-    )
+    sides = student_tokenizer, teacher_tokenizer
+    spelt = spellings(student_cuts(*sides, rows_of(student_tokenizer)), firsts(cuts))
+    aligner = TokenAligner(*sides, whole=False, continuations=continuations(cuts), spellings=spelt)
     pieces = ByteCutter(student_tokenizer, "student").pieces
-    names = ("tokens", "taught_alike", "taught_inside")
+    names = ("tokens", "taught_alike", "taught_inside", "taught_spelt")
     counts = {kind + name: 0 for kind in ("", "digit_") for name in names}
     for text in texts:
         # Nothing predicts a row's first token.
@@ -69,8 +71,9 @@ def taught_figures(
             [0, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
             for tokenizer in (student_tokenizer, teacher_tokenizer)
         )
-        pairs = aligner.numbered_pairs(ours, ours, theirs, theirs)
+        pairs, longer = aligner.aligned(ours, ours, theirs, theirs)
         how = {i: "taught_inside" if number else "taught_alike" for i, _, number in pairs}
+        how |= {i: "taught_spelt" for i, _, _ in longer}
         for place, token in enumerate(ours[1:]):
             for kind in ("", "digit_") if DIGIT.search(pieces[token]) else ("",):
                 counts[f"{kind}tokens"] += 1
@@ -79,21 +82,28 @@ def taught_figures(
     return counts
 
 
+def rows_of(tokenizer: Any) -> int:
+    """What a head needs for all of its tokens."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def main(
     teacher: Annotated[str, typer.Argument(help="Folder or hub id.")],
     student: Annotated[str, typer.Argument(help="Folder or hub id.")],
 ) -> None:
     theirs, own = load_side("teacher", teacher, False), load_side("student", student, False)
     sides = theirs.tokenizer, own.tokenizer
-    cuts = student_cuts(*sides, max(sides[0].get_vocab().values()) + 1)
+    cuts = student_cuts(*sides, rows_of(sides[0]))
     figures = taught_figures(*sides, cuts, answers())
     for kind, name in (("digit_", "with a digit"), ("", "in all")):
-        count, alike, inside = (
-            figures[kind + each] for each in ("tokens", "taught_alike", "taught_inside")
+        count, alike, inside, spelt = (
+            figures[kind + each]
+            for each in ("tokens", "taught_alike", "taught_inside", "taught_spelt")
         )
         typer.echo(
             f"{count:,} of the student's tokens {name}; taught by the teacher: "
-            f"{alike / count:.1%}, and {(alike + inside) / count:.1%} with those inside its tokens"
+            f"{alike / count:.1%}, {(alike + inside) / count:.1%} with those inside its "
+            f"tokens, and {(alike + inside + spelt) / count:.1%} with those that it spells"
         )
     entries = [len(each) for each in continuations(cuts).entries]
     typer.echo(

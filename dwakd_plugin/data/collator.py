@@ -20,6 +20,9 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
                                                          matches by bytes
     student_read (P,)                                    what the student has read of the teacher's
                                                          token (`ResponseStates.read`)
+    student_spelt (Q,), teacher_spelt (Q,)               places of the student's that the teacher
+                                                         spells, and of the teacher's there
+    student_spelt_read (Q,)                              what of the spelling comes before
     source_row (B,)                                      where each row comes from
     teacher_hidden (B, T, D), float                      only where `teacher_states` are given;
     teacher_top (B, T, k, 2), int32                      the second where they are `TopTokens`
@@ -28,7 +31,7 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -59,6 +62,9 @@ DISTILLATION_KEYS = (
     "student_pairs",
     "teacher_pairs",
     "student_read",
+    "student_spelt",
+    "teacher_spelt",
+    "student_spelt_read",
     "teacher_hidden",
     "teacher_top",
     "student_hidden",  # from a warm-up that has computed them before
@@ -121,12 +127,16 @@ class DualCollator(DataCollatorForSeq2Seq):
         batch.update(response_positions("student", labels, starts))
         if self.aligner is not None:
             sides = (rows, labels, teacher_ids, teacher_labels)
-            find = self.aligner.numbered_pairs
-            pairs = [
+            find = self.aligner.aligned
+            found = [
                 find(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
                 for row, own, ids, theirs in zip(*sides, strict=True)
             ]
-            batch.update(aligned_positions(pairs, batch))
+            paired, spelt = zip(*found, strict=True)
+            names = ("student_pairs", "teacher_pairs", "student_read")
+            batch.update(aligned_positions(paired, batch, names))
+            names = ("student_spelt", "teacher_spelt", "student_spelt_read")
+            batch.update(aligned_positions(spelt, batch, names))
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
         return batch
 
@@ -157,8 +167,11 @@ def _concatenated(
     return result
 
 
-def aligned_positions(pairs: list[NumberedPairs], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each sample's pairs of response positions as places in the flattened (B · S), (B · T)."""
+def aligned_positions(
+    pairs: Sequence[NumberedPairs], batch: dict[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Each sample's pairs of response positions as places in the flattened (B · S), (B · T), and
+    their numbers, by the three names."""
     places = [
         (
             sample * batch["student_positions"].shape[1] + i,
@@ -168,5 +181,5 @@ def aligned_positions(pairs: list[NumberedPairs], batch: dict[str, Tensor]) -> d
         for sample, found in enumerate(pairs)
         for i, j, read in found
     ]
-    student, teacher, read = torch.tensor(places, dtype=torch.long).view(-1, 3).T.contiguous()
-    return {"student_pairs": student, "teacher_pairs": teacher, "student_read": read}
+    columns = torch.tensor(places, dtype=torch.long).view(-1, 3).T.contiguous()
+    return dict(zip(names, columns, strict=True))

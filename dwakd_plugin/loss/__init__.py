@@ -9,7 +9,13 @@ from dwakd_plugin.loss.head_pass import tokens_per_chunk, tokens_per_chunk_of
 from dwakd_plugin.loss.matches import Figure
 from dwakd_plugin.loss.objective import Alignment, LossTerms, alignment_of, dwakd_loss
 from dwakd_plugin.loss.own_answers import own_answer_terms, own_loss_config
-from dwakd_plugin.loss.states import ContinuationTable, Head, ResponseStates, TopTokens
+from dwakd_plugin.loss.states import (
+    ContinuationTable,
+    Head,
+    ResponseStates,
+    SpellingTable,
+    TopTokens,
+)
 from dwakd_plugin.loss.variants import names_of, trained_projectors, variant_of
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "Head",
     "LossTerms",
     "ResponseStates",
+    "SpellingTable",
     "TopTokens",
     "alignment_of",
     "attention_entropy",

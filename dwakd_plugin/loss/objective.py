@@ -162,8 +162,11 @@ def dwakd_loss(
         for name, value in named.items()
         if name not in weighted
     }
-    whole = passes.weighted
-    ready = None if whole is None else (LossTerms.weights(loss, kd_ramp), zero + whole)
+    ready = None
+    if passes.weighted is not None:
+        beside = [(term, sums[term.beside]) for term in terms if term.beside in sums]
+        whole = sum((term.weight(loss, kd_ramp) * value for term, value in beside), zero)
+        ready = LossTerms.weights(loss, kd_ramp), whole + passes.weighted
     return LossTerms(ready, **named | figures | counts)
 
 

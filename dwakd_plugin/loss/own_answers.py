@@ -49,7 +49,7 @@ def own_answer_terms(
     labels = required_labels(student)
     labels = labels.flatten().index_copy(0, ours, best).view_as(labels)
     return dwakd_loss(
-        replace(student, labels=labels, index=ours, pairs=ours, read=None),
+        replace(student, labels=labels, index=ours, pairs=ours, read=None, spelt=None),
         replace(teacher, index=theirs, pairs=theirs),
         None,
         loss=loss,

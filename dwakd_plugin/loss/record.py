@@ -77,6 +77,8 @@ class Term:
     kernel    what the pass through the student's head has to yield for it
     weights   passes → the weight of each column of that pass in its sum, (B, S), where these are
               known before the pass: then backward needs none of its own
+    beside    among the sums of `value` the part of it that has a pass of its own, and so isn't in
+              the columns
     trains    the projectors that it trains
     figures   what else is logged of it
     ramps     whether `kd_warmup_steps` holds it back at first (D6)
@@ -89,6 +91,7 @@ class Term:
     per: str = "distilled_tokens"
     kernel: Callable[[Batch], Kernel] | None = None
     weights: Callable[[HeadPasses[Any]], Sequence[Tensor] | None] | None = None
+    beside: str | None = None
     trains: frozenset[str] = frozenset()
     figures: tuple[Figure, ...] = ()
     ramps: bool = False

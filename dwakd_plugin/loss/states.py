@@ -119,6 +119,36 @@ class ContinuationTable:
         return torch.where(keys[place] == wanted, student_tokens[place], -1)
 
 
+@dataclass(frozen=True)
+class SpellingTable:
+    """How the teacher spells the student's tokens (`tokenizers.spellings`).
+
+    firsts (Vs,) and groups (Vt,) long: what each is spelt with first, of the teacher's tokens, and
+    which of those each of the teacher's stands for, −1 where none. Behind the beginning with the
+    number r, 1 to R, the student's tokens student_tokens[starts[r] : starts[r + 1]] go on with the
+    outcome of their `places`: 0 for nothing more, n for the n-th of the teacher's tokens
+    outcomes[outcome_starts[r] : outcome_starts[r + 1]]. Equal places lie side by side.
+    """
+
+    firsts: Tensor
+    groups: Tensor
+    starts: Tensor
+    student_tokens: Tensor
+    places: Tensor
+    outcome_starts: Tensor
+    outcomes: Tensor
+
+    @cached_property
+    def longest(self) -> tuple[int, int, int]:
+        """The most entries and outcomes that one number has, and the most entries of one outcome:
+        a GPU is waited for, once."""
+        entries, outcomes = (each.diff() for each in (self.starts, self.outcome_starts))
+        number = torch.arange(len(entries), device=entries.device).repeat_interleave(entries)
+        outcome = number * (len(self.outcomes) + 1) + self.places
+        runs = torch.unique_consecutive(outcome, return_counts=True)[1]
+        return int(entries.max()), int(outcomes.max()), int(max(runs, default=0))
+
+
 class TopTokens(NamedTuple):
     """What a teacher says without its states: the k likeliest next tokens of each position.
 
@@ -153,6 +183,12 @@ class ResponseStates:
                     token the student has read before, as a number of the teacher's `continuations`,
                     0 where the two begin alike. None: all do
     continuations   of the teacher, where the student has `read`
+    spelt           (Q,) long, as `pairs`, for mapped matching: the student's positions whose token
+                    the teacher spells with several, each as often as it has places of the
+                    teacher's. None: no such positions
+    spelt_read      (Q,) long, beside the student's: the number in the teacher's `spellings` of what
+                    comes before, 0 for nothing
+    spellings       of the teacher, where both have `spelt`
     top             (B, L, k) of a teacher, for a variant that needs no states (`Variant.
                     needs_states`): it is read instead of the states and the head, which may then
                     have a width of 0
@@ -171,6 +207,9 @@ class ResponseStates:
     token_map: Tensor | None = None
     read: Tensor | None = None
     continuations: ContinuationTable | None = None
+    spelt: Tensor | None = None
+    spelt_read: Tensor | None = None
+    spellings: SpellingTable | None = None
     top: TopTokens | None = None
 
     def detached(self) -> ResponseStates:
@@ -185,13 +224,10 @@ class ResponseStates:
 
     def samples(self, places: Tensor) -> ResponseStates:
         """Some samples of the batch (k,) long, in that order, as a batch of their own."""
-        pairs, read, size = self.pairs, self.read, self.hidden.shape[1]
-        if pairs is not None:
-            number = torch.full_like(self.lengths, -1)
-            number[places] = torch.arange(len(places), device=places.device)
-            found = number[pairs // size]
-            pairs = (found * size + pairs % size)[found >= 0]
-            read = None if read is None else read[found >= 0]
+        number = torch.full_like(self.lengths, -1)
+        number[places] = torch.arange(len(places), device=places.device)
+        pairs, read = self._of(self.pairs, self.read, number)
+        spelt, spelt_read = self._of(self.spelt, self.spelt_read, number)
         return replace(
             self,
             input_embeds=self.input_embeds[places],
@@ -202,8 +238,21 @@ class ResponseStates:
             index=None,  # of the whole batch
             pairs=pairs,
             read=read,
+            spelt=spelt,
+            spelt_read=spelt_read,
             top=self.top and TopTokens(*(each[places] for each in self.top)),
         )
+
+    def _of(
+        self, places: Tensor | None, read: Tensor | None, number: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Places in the batch, and what goes with them, of the samples that have a `number`."""
+        if places is None:
+            return None, None
+        size = self.hidden.shape[1]
+        found = number[places // size]
+        kept = found >= 0
+        return (found * size + places % size)[kept], None if read is None else read[kept]
 
     def sample(self, index: int) -> ResponseStates:
         """One sample of the batch, as a batch of one."""

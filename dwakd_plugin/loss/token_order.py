@@ -44,6 +44,23 @@ class TokenOrder:
         return values.new_zeros(rows, len(values)).index_copy_(0, self.student_tokens, summed)
 
 
+def summed_runs(values: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Each of values (C, L) with those before it in its run of equal groups (C, L), and whether it
+    is the last of that run: it has the sum then. `most`: how long a run is at most.
+
+    Each takes on what those before it have, first of one, then of two, four and so on.
+    """
+    step = 1
+    while step < most:
+        same = groups[:, step:] == groups[:, :-step]
+        rest = values[:, step:] + values[:, :-step].where(same, 0.0)
+        values = torch.cat([values[:, :step], rest], 1)
+        step *= 2
+    last = torch.ones_like(groups, dtype=torch.bool)
+    last[:, :-1] = groups[:, 1:] != groups[:, :-1]
+    return values, last
+
+
 _ORDERS = WeakTensorKeyDictionary()
 
 

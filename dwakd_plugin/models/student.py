@@ -56,4 +56,6 @@ def student_states(
         index=batch.get("student_index"),
         pairs=batch.get("student_pairs"),
         read=batch.get("student_read"),
+        spelt=batch.get("student_spelt"),
+        spelt_read=batch.get("student_spelt_read"),
     )

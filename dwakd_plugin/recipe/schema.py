@@ -111,8 +111,8 @@ class LossConfig(Block):
     inside_tokens: Literal["condition", "label"] = Field(
         "condition",
         description="What `mapped` makes of a student's token that begins inside one of the "
-        "teacher's, as digits do where the teacher groups them. condition: the teacher's "
-        "probabilities, given what the student has read of that token; label: its label.",
+        "teacher's, or is several of the teacher's, as digits are where one side groups them. "
+        "condition: the teacher's probabilities, given what is read of it; label: its label.",
     )
     temperature: float = Field(
         2.0,

@@ -13,6 +13,7 @@ __all__ = [
     "same_text",
     "sampled",
     "side",
+    "spellings",
     "template_date",
     "texts",
     "training",

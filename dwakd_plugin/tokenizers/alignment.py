@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 from dwakd_plugin.tokenizers.continuations import Continuations, Read
 from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary
 from dwakd_plugin.tokenizers.same_text import Run, common_runs, spelling
+from dwakd_plugin.tokenizers.spellings import Spellings
 
 Pairs = list[tuple[int, int]]
-# With the number of what the student has read of the teacher's token, 0 where they begin alike.
+# With the number of what the student has read of the teacher's token, 0 where they begin alike; or,
+# of one that the teacher spells, the number of the spelling's beginning.
 NumberedPairs = list[tuple[int, int, int]]
 
 # What a text may follow without being joined with it: words and spaced words, white space, marks.
@@ -35,7 +37,8 @@ class TokenAligner:
 
     whole: only tokens of the same bytes; otherwise also a student's with a longer one of the
     teacher's that begins with it.
-    continuations: what `numbered_pairs` finds inside the teacher's tokens; None for nothing.
+    continuations: what `aligned` finds inside the teacher's tokens; None for nothing.
+    spellings: what it finds of those that the teacher cuts in several; None for nothing.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class TokenAligner:
         *,
         whole: bool = True,
         continuations: Continuations | None = None,
+        spellings: Spellings | None = None,
     ) -> None:
         self._whole = whole
+        self._spellings = spellings
         self._continuations = continuations
         self._student = _Spelling(student_tokenizer, "student")
         self._teacher = _Spelling(teacher_tokenizer, "teacher")
@@ -64,28 +69,32 @@ class TokenAligner:
         without a gap; the k-th turns of both sides are compared, and each from its own beginning.
         A turn that one side cuts short is compared as far as it goes.
         """
-        numbered = self.numbered_pairs(student_ids, student_labels, teacher_ids, teacher_labels)
+        numbered, _ = self.aligned(student_ids, student_labels, teacher_ids, teacher_labels)
         return [(i, j) for i, j, number in numbered if number == 0]
 
-    def numbered_pairs(
+    def aligned(
         self,
         student_ids: Sequence[int],
         student_labels: Sequence[int],
         teacher_ids: Sequence[int],
         teacher_labels: Sequence[int],
-    ) -> NumberedPairs:
+    ) -> tuple[NumberedPairs, NumberedPairs]:
         """The same with 0 for each, and among them the student's tokens that begin inside a
-        teacher's, with that one's position and the number of what was read of it."""
+        teacher's, with that one's position and the number of what was read of it.
+
+        And (student, teacher) positions of the others that the teacher spells, with the number of
+        the beginning before each of its positions (`Spellings.nodes`).
+        """
         turns = zip(
             _turns(student_ids, student_labels), _turns(teacher_ids, teacher_labels), strict=False
         )
         pairs: NumberedPairs = []
+        spelt: NumberedPairs = []
         for (student_start, student_turn), (teacher_start, teacher_turn) in turns:
-            pairs += [
-                (student_start + i, teacher_start + j, number)
-                for i, j, number in self._pairs_of_a_turn(student_turn, teacher_turn)
-            ]
-        return pairs
+            both = self._of_a_turn(student_turn, teacher_turn)
+            for found, own in zip((pairs, spelt), both, strict=True):
+                found += [(student_start + i, teacher_start + j, number) for i, j, number in own]
+        return pairs, spelt
 
     def common_ends(
         self,
@@ -127,18 +136,26 @@ class TokenAligner:
             student_at += len(student) + 1
             teacher_at += len(teacher) + 1
 
-    def _pairs_of_a_turn(self, student_turn: list[int], teacher_turn: list[int]) -> NumberedPairs:
+    def _of_a_turn(
+        self, student_turn: list[int], teacher_turn: list[int]
+    ) -> tuple[NumberedPairs, NumberedPairs]:
         """Special tokens (the end of the turn) pair with each other, in order, where the text
         before them ends alike; that text is compared byte by byte."""
         pairs: NumberedPairs = []
+        spelt: NumberedPairs = []
         for text in self._texts(student_turn, teacher_turn):
-            for i, j in text.pairs(self._whole):
+            found, longer = text.pairs(self._whole)
+            for i, j in found:
                 pairs.append((i, j, 0))
                 if self._continuations is not None:
                     inside = self._continuations.inside(teacher_turn[j], student_turn, i)
                     pairs += [(i + depth, j, number) for depth, number in inside]
+            if self._spellings is not None:
+                for i, j in longer:
+                    nodes = self._spellings.nodes(student_turn[i], teacher_turn, j)
+                    spelt += [(i, j + depth, number) for depth, number in nodes]
             pairs += [(i, j, 0) for i, j in text.ends()]
-        return pairs
+        return pairs, spelt
 
 
 class _Text(NamedTuple):
@@ -157,9 +174,9 @@ class _Text(NamedTuple):
         places = self.student_at + len(self.student), self.teacher_at + len(self.teacher)
         return [places] if self.ended else []
 
-    def pairs(self, whole: bool) -> Pairs:
+    def pairs(self, whole: bool) -> tuple[Pairs, Pairs]:
         """Tokens of the same bytes at the same place of the text (unless `whole`, of the same first
-        byte and the teacher's no shorter).
+        byte and the teacher's no shorter); and those where the teacher's is shorter.
 
         Places are the same within each run of bytes that both texts have; where they differ (see
         `common_runs`) nothing pairs, and behind it pairing goes on.
@@ -169,7 +186,9 @@ class _Text(NamedTuple):
             for j, (begin, end) in enumerate(_spans(self.teacher), self.teacher_at)
             if begin < end
         }
-        pairs, at = [], 0
+        pairs: Pairs = []
+        longer: Pairs = []
+        at = 0
         for i, (begin, end) in enumerate(_spans(self.student), self.student_at):
             while at < len(self.runs) and self.runs[at][0] + self.runs[at][2] < end:
                 at += 1
@@ -179,7 +198,9 @@ class _Text(NamedTuple):
             j, other_end = teacher_spans.get(begin + shift, (0, -1))
             if end + shift == other_end or (not whole and end + shift < other_end):
                 pairs.append((i, j))
-        return pairs
+            elif 0 <= other_end < end + shift:
+                longer.append((i, j))
+        return pairs, longer
 
     def common_ends(self) -> Pairs:
         """Tokens that end at the same place of the text, whatever each of them begins with."""

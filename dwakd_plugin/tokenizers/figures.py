@@ -18,7 +18,6 @@ from dwakd_plugin.tokenizers.pair import (
     Cut,
     PairCut,
     cut_both,
-    vocabulary_bytes,
 )
 
 _WHITE_RUN = re.compile(r"\s{2,}|[\n\t]")
@@ -149,9 +148,8 @@ def vocabulary_figures(teacher: ByteCutter, student: ByteCutter) -> dict[str, An
     `shared_tokens_read` are those of the latter that the student's own cuts arrive at: the others
     are in its vocabulary, and it never reads them.
     """
-    tokenizers = teacher.tokenizer, student.tokenizer
-    strings = [set(each.get_vocab()) for each in tokenizers]
-    pieces, own = map(vocabulary_bytes, tokenizers)
+    strings = teacher.vocabulary.keys(), student.vocabulary.keys()
+    pieces, own = teacher.ids_by_bytes(), student.ids_by_bytes()
     shared_strings, shared_pieces = strings[0] & strings[1], pieces.keys() & own.keys()
     texts = {}
     for piece in shared_pieces - {b""}:
@@ -159,8 +157,8 @@ def vocabulary_figures(teacher: ByteCutter, student: ByteCutter) -> dict[str, An
             texts[own[piece]] = piece.decode()
     cuts = cuts_of(student, texts, range(1 + max(own.values())))
     return {
-        "teacher_vocab_size": len(tokenizers[0]),
-        "student_vocab_size": len(tokenizers[1]),
+        "teacher_vocab_size": len(strings[0]),
+        "student_vocab_size": len(strings[1]),
         "shared_tokens_exact": len(shared_strings),
         "shared_tokens_exact_share_of_teacher": _rounded(len(shared_strings) / len(strings[0])),
         "shared_tokens_exact_share_of_student": _rounded(len(shared_strings) / len(strings[1])),

@@ -11,7 +11,7 @@ puts before a text has the span of the text's first character.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -76,12 +76,20 @@ def vocabulary_bytes(tokenizer: Any) -> dict[bytes, int]:
 
     Where a byte fallback and an ordinary token stand for the same byte, the ordinary one counts.
     """
-    byte_level = is_byte_level(tokenizer)
-    added = set(tokenizer.get_added_vocab())
+    byte_level, vocabulary = is_byte_level(tokenizer), tokenizer.get_vocab()
+    pieces = {
+        index: token_bytes(token, byte_level=byte_level) for token, index in vocabulary.items()
+    }
+    return _ids_by_bytes(vocabulary, pieces, set(tokenizer.get_added_vocab()))
+
+
+def _ids_by_bytes(
+    vocabulary: Mapping[str, int], pieces: Mapping[int, bytes], added: Collection[str]
+) -> dict[bytes, int]:
     entries: dict[bytes, tuple[bool, int]] = {}
-    for token, index in tokenizer.get_vocab().items():
+    for token, index in vocabulary.items():
         if token not in added:
-            piece = token_bytes(token, byte_level=byte_level)
+            piece = pieces[index]
             entry = token.startswith("<0x") and bool(_BYTE_FALLBACK.fullmatch(token)), index
             if piece not in entries or entry < entries[piece]:
                 entries[piece] = entry
@@ -149,12 +157,18 @@ class ByteCutter:
         self._added = tokenizer.added_tokens_decoder
         self._unknown = tokenizer.unk_token_id
         # Token id to the bytes that it stands for.
+        self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # made anew at each call
         self.pieces = {
             index: token_bytes(token, byte_level=self.byte_level)
-            for token, index in tokenizer.get_vocab().items()
+            for token, index in self.vocabulary.items()
         }
         for index, token in self._added.items():  # these stand in the vocabulary as they are
             self.pieces[index] = self._fold(token.content)
+
+    def ids_by_bytes(self) -> dict[bytes, int]:
+        """What `vocabulary_bytes` makes of the tokenizer."""
+        added = {token.content for token in self._added.values()}
+        return _ids_by_bytes(self.vocabulary, self.pieces, added)
 
     def _fold(self, text: str) -> bytes:
         """The text's bytes as the tokens spell them: SentencePiece's own ▁ is a space to it."""

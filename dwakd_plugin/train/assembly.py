@@ -16,7 +16,7 @@ from dwakd_plugin.data.packing import TEACHER_REMEDY, check_packing
 from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import ContinuationTable, trained_projectors, variant_of
+from dwakd_plugin.loss import ContinuationTable, SpellingTable, trained_projectors, variant_of
 from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_logits,
@@ -33,6 +33,7 @@ from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner, firsts, student_cuts, token_map
 from dwakd_plugin.tokenizers.continuations import continuations
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
+from dwakd_plugin.tokenizers.spellings import spellings
 from dwakd_plugin.train.distillation import Distillation, Facts
 from dwakd_plugin.train.own_answers import check_own_answers, own_answers
 from dwakd_plugin.train.progress import tell
@@ -81,7 +82,12 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     aligner = None
     if teacher is not None and variant_of(config.loss).match.rows is not None:
         teacher, aligner = _pair_tokens(
-            teacher, teacher_tokenizer, student_tokenizer, shared, config.loss
+            teacher,
+            teacher_tokenizer,
+            student_tokenizer,
+            causal_lm(student).config.get_text_config().vocab_size,
+            shared,
+            config.loss,
         )
     packs = cfg.sample_packing and teacher is not None and teacher.model is not None
     for name in ("data_collator", "train_data_collator", "eval_data_collator"):
@@ -165,6 +171,7 @@ def _pair_tokens(
     teacher: Teacher,
     teacher_tokenizer: Any,
     student_tokenizer: Any,
+    student_rows: int,
     shared: list[tuple[int, int]],
     loss: LossConfig,
 ) -> tuple[Teacher, TokenAligner]:
@@ -187,10 +194,17 @@ def _pair_tokens(
         aligner = TokenAligner(student_tokenizer, teacher_tokenizer)
         return replace(teacher, token_map=tensor(token_map(*rows))), aligner
     cuts = student_cuts(*rows)
-    inside = continuations(cuts) if loss.inside_tokens == "condition" else None
-    aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=False, continuations=inside)
-    table = None if inside is None else ContinuationTable(*map(tensor, inside.table()))
-    return replace(teacher, token_map=tensor(firsts(cuts)), continuations=table), aligner
+    teacher = replace(teacher, token_map=tensor(firsts(cuts)))
+    if loss.inside_tokens == "label":
+        return teacher, TokenAligner(student_tokenizer, teacher_tokenizer, whole=False)
+    inside, spelt = continuations(cuts), None
+    teacher = replace(teacher, continuations=ContinuationTable(*map(tensor, inside.table())))
+    if teacher.top_k is None and teacher.hidden_size > 0:  # it says all of its probabilities
+        theirs = student_cuts(student_tokenizer, teacher_tokenizer, student_rows)
+        spelt = spellings(theirs, firsts(cuts))
+        teacher = replace(teacher, spellings=SpellingTable(*map(tensor, spelt.table())))
+    sides = student_tokenizer, teacher_tokenizer
+    return teacher, TokenAligner(*sides, whole=False, continuations=inside, spellings=spelt)
 
 
 def _is_flash(teacher: Teacher) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dwakd_plugin.loss.terms.mapped import LEAST_READ
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
+from dwakd_plugin.tokenizers.spellings import Spellings
 from tests.loss.cases import TERMS, Case, Sample
 from tests.loss.references import reference_divergence, reference_soft_dtw
 
@@ -187,6 +189,8 @@ def reference_mapped(
     loss: LossConfig,
     inside: Inside = [],  # noqa: B006
     entries: list[list[tuple[int, int]]] = [],  # noqa: B006
+    spelt: Inside = [],  # noqa: B006
+    spellings: Spellings | None = None,
 ) -> dict[str, Tensor]:
     """entries: by what was read, from 1, tokens of the teacher's and what they go on with."""
     zero = torch.zeros((), dtype=torch.float64)
@@ -204,6 +208,40 @@ def reference_mapped(
         smallest, mass = torch.finfo(torch.float64).tiny, sum(found)
         shares = [max(share / mass, smallest) for share in found]
         return torch.tensor(shares, dtype=torch.float64), mass
+
+    def node(i: int, j: int, number: int) -> Tensor:
+        """D of one of the positions that spell the student's token i, by loops over all tokens."""
+        assert spellings is not None
+        z = case.student_head.logits(student.hidden[i : i + 1])[0] / loss.temperature
+        p_s = z.softmax(-1)
+        z_t = case.teacher_head.logits(teacher.hidden[j : j + 1])[0].detach() / loss.temperature
+        p_t, read = z_t.softmax(-1), ()
+        if number:
+            read = next(r for r, n in spellings.numbers.items() if n == number)
+        own: dict[int, Tensor] = defaultdict(lambda: zero)  # by the next token, −1 for the end
+        for token, cut in enumerate(spellings.spelt):
+            if cut and cut[: len(read)] == read:
+                after = cut[len(read)] if len(cut) > len(read) else -1
+                own[after] = own[after] + p_s[token]
+        said: dict[int, Tensor] = defaultdict(lambda: zero)
+        for token, group in enumerate(spellings.groups):
+            if number and token in own:
+                said[token] = said[token] + p_t[token]
+            elif number and -1 in own:
+                said[-1] = said[-1] + p_t[token]
+            elif not number and group >= 0:
+                said[group] = said[group] + p_t[token]
+        mass = sum(said.values(), zero)
+        masses = torch.stack([*own.values()])
+        label = spellings.spelt[student.labels[i]]
+        actual = label[len(read)] if len(label) > len(read) else -1
+        if mass < LEAST_READ:
+            return -(own[actual] / masses.sum()).log()
+        target = torch.stack([said[token] for token in own]) / mass
+        smallest = torch.finfo(torch.float64).tiny
+        return reference_divergence(
+            loss.divergence, target.clamp_min(smallest), masses / masses.sum()
+        )
 
     partner = {i: (j, 0) for i, j in pairs} | {i: (j, read) for i, j, read in inside}
     taught = []
@@ -230,6 +268,9 @@ def reference_mapped(
             if loss.student_weighting == "entropy_then_gate":
                 value = value * float(p.max())
             taught.append((weight, value))
+        elif i in {own for own, _, _ in spelt}:
+            for j, number in [(j, number) for own, j, number in spelt if own == i]:
+                terms["student_kd"] = terms["student_kd"] + node(i, j, number)
         elif len(teacher.hidden):
             terms["student_kd"] = terms["student_kd"] + nll
     for weight, value in taught:

@@ -12,7 +12,14 @@ from torch import Tensor
 from dwakd_plugin.loss import Head, LossTerms, dwakd_loss, variant_of
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 from tests.loss.cases import assert_same, collate, gradients, make_case
-from tests.loss.test_matched import evaluate, loss_of, some_map, some_pairs
+from tests.loss.test_matched import (
+    evaluate,
+    loss_of,
+    some_map,
+    some_pairs,
+    some_spellings,
+    some_spelt,
+)
 
 LENGTHS = [(5, 4), (3, 6), (4, 0), (6, 7)]
 KNOWN = {
@@ -23,13 +30,22 @@ KNOWN = {
 }
 
 
-def terms_of(loss: LossConfig, products: list[int] | None = None) -> tuple[Any, LossTerms]:
+def terms_of(
+    loss: LossConfig, products: list[int] | None = None, *, longer: bool = True
+) -> tuple[Any, LossTerms]:
+    """`longer`: some of the student's tokens are spelt by the teacher, in a pass of their own."""
     case = make_case(LENGTHS, softcap=3.0)
     pairs = some_pairs(LENGTHS, 1)
     token_map = some_map(case, pairs, 2)
     if products is not None:
         products.clear()  # the map's own
-    return case, evaluate(case, loss, pairs, token_map, SoftDTWConfig())
+    found = some_spellings(case, 3)
+    spelt = None
+    if loss.matching == "mapped" and longer:
+        spelt = some_spelt(case, pairs, [[] for _ in pairs], found, 4)
+        assert sum(map(len, spelt)) > 3
+    how = {"spelt": spelt, "spellings": found}
+    return case, evaluate(case, loss, pairs, token_map, SoftDTWConfig(), **how)
 
 
 def term_by_term(terms: LossTerms, loss: LossConfig, ramp: float = 1.0) -> Tensor:
@@ -79,7 +95,7 @@ def test_with_a_term_of_its_own_in_one_backward() -> None:
 
 def test_a_ramp_that_the_loss_was_not_told_of(products: list[int]) -> None:
     loss = KNOWN["mapped"]
-    case, terms = terms_of(loss, products)
+    case, terms = terms_of(loss, products, longer=False)
     forward = len(products)
     assert_same(terms.total(loss, 0.25), term_by_term(terms, loss, 0.25), "total")
     gradients(case, terms.total(loss, 0.25))
@@ -88,7 +104,7 @@ def test_a_ramp_that_the_loss_was_not_told_of(products: list[int]) -> None:
 
 def test_weights_that_hang_on_the_pass_are_left_to_backward(products: list[int]) -> None:
     loss = loss_of("mapped", chunk_size=3, student_weighting="entropy")
-    case, terms = terms_of(loss, products)
+    case, terms = terms_of(loss, products, longer=False)
     forward = len(products)
     gradients(case, terms.total(loss))
     assert len(products) == 2 * forward

@@ -18,6 +18,7 @@ from dwakd_plugin.loss import (
     Head,
     LossTerms,
     ResponseStates,
+    SpellingTable,
     alignment_of,
     dwakd_loss,
 )
@@ -27,6 +28,7 @@ from dwakd_plugin.loss.terms.student_space import StudentStatistics
 from dwakd_plugin.models.teacher.top_tokens import top_of_states
 from dwakd_plugin.recipe.schema import VARIANTS, LossConfig, SoftDTWConfig
 from dwakd_plugin.tokenizers import continuations as tokenizers
+from dwakd_plugin.tokenizers.spellings import Spellings, spellings
 from tests.loss.cases import FIGURES, Case, assert_same, collate, gradients, make_case, single
 from tests.loss.matched_references import (
     ALL_TERMS,
@@ -97,6 +99,41 @@ def some_entries(case: Case, seed: int) -> list[list[tuple[int, int]]]:
     ]
 
 
+def some_spellings(case: Case, seed: int) -> Spellings:
+    """Of most of the student's tokens two to four of the teacher's."""
+    random = Random(seed)
+    theirs, own = (head.weight.shape[0] for head in (case.teacher_head, case.student_head))
+    few = random.sample(range(theirs), 4)  # so that many begin alike
+    spelt = [
+        tuple(random.choice(few) for _ in range(random.choice([0, 1, 2, 3, 4]))) for _ in range(own)
+    ]
+    return spellings(spelt, [random.randrange(-1, own) for _ in range(theirs)])
+
+
+def some_spelt(
+    case: Case, pairs: list[Pairs], inside: list[Inside], found: Spellings, seed: int
+) -> list[Inside]:
+    """The positions that are left and whose label has a spelling, with any place of the other
+    side's for each of its beginnings."""
+    random = Random(seed)
+    places: list[Inside] = []
+    for student, teacher, *taken in zip(case.student, case.teacher, pairs, inside, strict=True):
+        own: Inside = []
+        for i, label in enumerate(student.labels.tolist()):
+            cut = found.spelt[label]
+            known = any(i == first for one in taken for first, *_ in one)
+            if known or len(cut) < 2 or not len(teacher.hidden):
+                continue
+            numbers = [0, *(found.numbers.get(cut[:n], 0) for n in range(1, len(cut) + 1))]
+            own += [
+                (i, random.randrange(len(teacher.hidden)), number)
+                for depth, number in enumerate(numbers)
+                if number or depth == 0
+            ]
+        places.append(own)
+    return places
+
+
 def evaluate(
     case: Case,
     loss: LossConfig,
@@ -106,6 +143,8 @@ def evaluate(
     *,
     inside: list[Inside] | None = None,
     entries: list[list[tuple[int, int]]] | None = None,
+    spelt: list[Inside] | None = None,
+    spellings: Spellings | None = None,
     order: list[int] | None = None,
     pad: tuple[int, int] = (0, 0),
     fill: float = 0.0,
@@ -126,6 +165,16 @@ def evaluate(
             for i, j, read in inside[own]
         ]
     ours, theirs, read = torch.tensor(flat, dtype=torch.long).view(-1, 3).T
+    if spelt is not None and spellings is not None:
+        flat = [
+            (k * S + i, k * T + j, number)
+            for k, own in enumerate(order)
+            for i, j, number in spelt[own]
+        ]
+        places = torch.tensor(flat, dtype=torch.long).view(-1, 3).T
+        student = replace(student, spelt=places[0], spelt_read=places[2])
+        how = SpellingTable(*map(torch.tensor, spellings.table()))
+        teacher = replace(teacher, spelt=places[1], spellings=how)
     table = None
     if entries is not None:
         columns = tokenizers.Continuations({}, {}, entries).table()
@@ -182,6 +231,9 @@ def test_agrees_with_the_plain_reference(
     read: dict[str, Any] = {}
     if variant == "mapped":
         read = {"inside": some_inside(LENGTHS, pairs, seed), "entries": some_entries(case, seed)}
+        found = some_spellings(case, seed)
+        read |= {"spelt": some_spelt(case, pairs, read["inside"], found, seed), "spellings": found}
+        assert sum(map(len, read["spelt"])) > 3
     terms = evaluate(case, loss, pairs, mapped, band, **read, pad=(2, 1), fill=math.nan)
     expected = dict.fromkeys((*ALL_TERMS, *COMPARED), torch.zeros((), dtype=torch.float64))
     for index, (student, teacher) in enumerate(zip(case.student, case.teacher, strict=True)):
@@ -197,6 +249,8 @@ def test_agrees_with_the_plain_reference(
                 loss,
                 read["inside"][index],
                 read["entries"],
+                read["spelt"][index],
+                read["spellings"],
             )
             if variant == "mapped"
             else reference_exact(student, teacher, pairs[index], mapped, case, loss, band)
@@ -245,6 +299,8 @@ def test_padding_batching_order_and_chunks_change_nothing(
     inside = some_inside(lengths, pairs, seed) if variant == "mapped" else None
     entries = None if inside is None else some_entries(case, seed)
     k = None if inside is None else likeliest
+    found = None if inside is None or k is not None else some_spellings(case, seed)
+    spelt = None if found is None else some_spelt(case, pairs, inside, found, seed)
     batch = evaluate(
         case,
         chunked,
@@ -253,6 +309,8 @@ def test_padding_batching_order_and_chunks_change_nothing(
         BAND,
         inside=inside,
         entries=entries,
+        spelt=spelt,
+        spellings=found,
         order=list(order),
         pad=pad,
         fill=fill,
@@ -268,6 +326,8 @@ def test_padding_batching_order_and_chunks_change_nothing(
             inside=None if inside is None else [inside[i]],
             entries=entries,
             k=k,
+            spelt=None if spelt is None else [spelt[i]],
+            spellings=found,
         )
         for i in range(len(lengths))
     ]

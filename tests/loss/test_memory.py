@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwakd_plugin.loss import ContinuationTable, Head, dwakd_loss
+from dwakd_plugin.loss import ContinuationTable, Head, SpellingTable, dwakd_loss
 from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.divergence import DIVERGENCES
 from dwakd_plugin.loss.head_pass import (
@@ -24,6 +24,7 @@ from dwakd_plugin.loss.terms import warp
 from dwakd_plugin.loss.terms.labels import LABELS_ALONE
 from dwakd_plugin.loss.token_order import token_order
 from dwakd_plugin.recipe.schema import LossConfig
+from dwakd_plugin.tokenizers.spellings import spellings
 from tests.loss.cases import NARROW, collate, evaluate, gradients, make_case
 from tests.loss.test_matched import likeliest_alone, loss_of
 
@@ -164,6 +165,12 @@ def test_the_loss_does_not_wait_for_the_device(
     token_map = torch.arange(17) % 14 - 1
     teacher = replace(teacher, token_map=token_map, continuations=behind)
     assert behind.in_order[0] == 2 and token_order(token_map)  # waited for once
+    if variant == "mapped" and not k:
+        spelt = [(), *[(n % 3, n % 4)[: 1 + n % 2] for n in range(12)]]
+        how = SpellingTable(*map(torch.tensor, spellings(spelt, [0] * 17).table()))
+        assert how.longest > (1, 1)
+        student = replace(student, spelt=torch.tensor([2, 2]), spelt_read=torch.tensor([0, 1]))
+        teacher = replace(teacher, spelt=torch.tensor([3, 4]), spellings=how)
     projectors = case.projectors
     if k:
         teacher, projectors = likeliest_alone(teacher, k), None

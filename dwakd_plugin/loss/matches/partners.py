@@ -67,6 +67,15 @@ class SamePrefix(_Partners):
         return none.flatten().index_fill(0, self._pairs[0], True).view_as(none)
 
     @cached_property
+    def spelt(self) -> Tensor:
+        """The student's positions whose token the teacher spells with several: (B, S) bool."""
+        none = torch.zeros_like(self.batch.student_side.valid)
+        places = self.batch.student.spelt
+        if places is None or self.batch.teacher.spellings is None:
+            return none
+        return none.flatten().index_fill(0, places, True).view_as(none)
+
+    @cached_property
     def partner(self) -> Tensor:
         first = torch.zeros_like(self.compared, dtype=torch.long)
         return first.flatten().index_copy(0, *self._pairs).view_as(first)

@@ -1,7 +1,8 @@
 """The teacher's own probabilities, summed by the student's tokens.
 
     p_map,i(s) = Σ_{v: token_map(v) = s} p_t,j(v) / Σ_{v: token_map(v) ≥ 0} p_t,j(v)
-    student_kd = Σ w_i D(p_map,i ‖ p_s,i) over pairs (i, j) + Σ −log p_s,i(y_i) over the rest
+    student_kd = Σ w_i D(p_map,i ‖ p_s,i) over pairs (i, j) + spelt_kd, of tokens that the teacher
+                 cuts in several (`terms.spelt`) + Σ −log p_s,i(y_i) over the rest
 
 Where i lies inside the token that the teacher predicts at j, r being the tokens that the student
 has read of it, and cut(v) the student's cut of a token v (`ResponseStates.continuations`):
@@ -23,13 +24,15 @@ from torch import Tensor
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.divergence import DIVERGENCES, log_softmax, nll, softmax
 from dwakd_plugin.loss.head_pass import Kernel
-from dwakd_plugin.loss.matches import Figure, Match
+from dwakd_plugin.loss.matches import Figure
+from dwakd_plugin.loss.matches.partners import SamePrefix
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.terms.mapped_top import LEAST_READ, top_statistics
+from dwakd_plugin.loss.terms.spelt import spelt_sum
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
 from dwakd_plugin.loss.terms.teacher_space import TEACHER
-from dwakd_plugin.loss.token_order import token_order
+from dwakd_plugin.loss.token_order import summed_runs, token_order
 from dwakd_plugin.loss.token_weights import entropy, student_token_weights
 from dwakd_plugin.recipe.schema import Divergence
 
@@ -113,15 +116,8 @@ def _add_continuations(
     entries = torch.where(inside, starts[read][:, None] + number, 0)
     values = probabilities.gather(1, teacher_tokens[entries])
     tokens = torch.where(inside, student_tokens[entries], none)
-    # Equal tokens lie side by side: each takes on what those before it have, first of one, then of
-    # two, four and so on, so that the last has the sum, and no two are added to one place.
-    step = 1
-    while step < most:
-        same = tokens[:, step:] == tokens[:, :-step]
-        values[:, step:] += values[:, :-step].where(same, 0.0)
-        step *= 2
-    last = torch.ones_like(inside)
-    last[:, :-1] = tokens[:, 1:] != tokens[:, :-1]
+    # Equal tokens lie side by side, so that no two are added to one place.
+    values, last = summed_runs(values, tokens, most)
     summed.scatter_add_(0, tokens.where(last, none).T, values.T)
 
 
@@ -189,16 +185,21 @@ def compiled_gradients(
     return tokens._replace(divergence=torch.where(said, tokens.divergence, tokens.ce)), target
 
 
-def _weights(passes: HeadPasses[Match]) -> tuple[Tensor, Tensor, Tensor] | None:
+def _weights(passes: HeadPasses[SamePrefix]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Even ones are known before the pass; others hang on what it finds."""
     if passes.batch.loss.student_weighting != "none":
         return None
     compared, dtype = passes.match.compared, passes.batch.dtype
-    rest = (passes.batch.student_side.valid & ~compared).to(dtype)
+    rest = _left_to_labels(passes).to(dtype)
     return rest, torch.zeros_like(rest), compared.to(dtype)
 
 
-def _student_kd(passes: HeadPasses[Match]) -> dict[str, Tensor]:
+def _left_to_labels(passes: HeadPasses[SamePrefix]) -> Tensor:
+    """(B, S) bool."""
+    return passes.batch.student_side.valid & ~passes.match.compared & ~passes.match.spelt
+
+
+def _student_kd(passes: HeadPasses[SamePrefix]) -> dict[str, Tensor]:
     columns, compared = passes.student, passes.match.compared
     tokens = StudentStatistics(*columns[: len(StudentStatistics._fields)])
     side, weighting = passes.batch.student_side, passes.batch.loss.student_weighting
@@ -207,14 +208,15 @@ def _student_kd(passes: HeadPasses[Match]) -> dict[str, Tensor]:
     )
     taught = (weights * tokens.divergence.where(compared, 0.0)).sum()
     at_end = compared & side.last
-    top = {}
+    left, spelt = tokens.ce.where(_left_to_labels(passes), 0.0).sum(), spelt_sum(passes.batch)
+    further = {} if spelt is None else {"spelt_kd": spelt}
     for kept in columns[len(tokens) :]:
-        top = {"top_labels": (kept & compared).sum(), "top_tokens": compared.sum()}
+        further |= {"top_labels": (kept & compared).sum(), "top_tokens": compared.sum()}
     return (
         paired_sums(tokens, compared, at_end)
-        | top
+        | further
         | {
-            "student_kd": taught + tokens.ce.where(side.valid & ~compared, 0.0).sum(),
+            "student_kd": taught + left + (0.0 if spelt is None else spelt),
             "teacher_ce": tokens.t2s_ce.where(compared, 0.0).sum(),
             "teacher_end_ce": tokens.t2s_ce.where(at_end, 0.0).sum(),
         }
@@ -227,6 +229,7 @@ MAPPED = Term(
     _student_kd,
     kernel=_kernel,
     weights=_weights,
+    beside="spelt_kd",
     figures=(*PAIRED, *TEACHER, TOP),
     ramps=True,
     needs_states=False,

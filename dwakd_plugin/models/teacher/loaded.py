@@ -22,7 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, mode
 from transformers.integrations import deepspeed
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.loss import ContinuationTable, Head, ResponseStates, valid_positions
+from dwakd_plugin.loss import (
+    ContinuationTable,
+    Head,
+    ResponseStates,
+    SpellingTable,
+    valid_positions,
+)
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,
@@ -68,6 +74,7 @@ class Teacher:
     offload_folder: Any = None  # a temporary folder that goes when the teacher does
     token_map: Tensor | None = None  # (V,) where the loss matches by bytes: see ResponseStates
     continuations: ContinuationTable | None = None
+    spellings: SpellingTable | None = None
     top_k: int | None = None  # what the loss gets of the probabilities, instead of the states
 
     @property
@@ -122,6 +129,8 @@ class Teacher:
             pairs=batch.get("teacher_pairs"),
             token_map=self.token_map,
             continuations=self.continuations,
+            spelt=batch.get("teacher_spelt"),
+            spellings=self.spellings,
             top=top,
         )
 
