@@ -1,4 +1,4 @@
-"""`dwakd cache`: the teacher reads each row once, and its hidden states are kept for training."""
+"""`dwakd cache`: the teacher reads each row once, and what it says is kept for training."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def cache(
         Literal["auto", "float16", "bfloat16", "float8_e4m3"] | None,
         typer.Option(help="How to keep the states; auto: as computed.", show_default="auto"),
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep so many of the likeliest tokens of each position, 6 bytes each, instead of "
+            "states: for variant `mapped`.",
+        ),
+    ] = None,
     batch_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens that the teacher reads at once.", show_default="2048"),
@@ -47,8 +55,9 @@ def cache(
 ) -> None:
     """Let the teacher read every row once, and keep its hidden states for training.
 
-    Training from the cache loads the teacher's head and embeddings and never its body. Says what
-    it takes on disk before it begins. Ctrl-C exits with 130; the same command goes on from there,
+    Training from the cache loads the teacher's head and embeddings and never its body; with
+    --top-k, which keeps probabilities, nothing but its tokenizer. Says what it takes on disk before
+    it begins. Ctrl-C exits with 130; the same command goes on from there,
     and adds the rows that the recipe has got since.
     """
     from dwakd_plugin.recipe import Recipe
@@ -56,6 +65,8 @@ def cache(
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
     if dtype:
         given["cache_dtype"] = dtype
+    if top_k:
+        given["top_k"] = top_k
     console = PlainConsole(stderr=json_output, soft_wrap=True)
     read = Recipe.read(recipe, given)
     for change in read.changes:
@@ -95,6 +106,7 @@ def _cache(
         open_cache,
         readable_size,
         teacher_rows,
+        token_bytes,
     )
 
     started = time.monotonic()
@@ -121,12 +133,13 @@ def _cache(
         free = check_disk(cache, need)
         console.print(
             f"{len(missing):,} of {len(rows):,} rows to compute. They take {readable_size(need)} "
-            f"on disk; {readable_size(free)} are free."
+            f"on disk, {token_bytes(config, device, cache):,} bytes a response token; "
+            f"{readable_size(free)} are free."
         )
         with (
             cache.writing(wait=False),
             _words_when_stopped(cache, console),
-            _progress(console, "Teacher states (tokens)") as on_progress,
+            _progress(console, "What the teacher says (tokens)") as on_progress,
         ):
             # Another may have written some since.
             missing = missing_rows(cache, rows)
@@ -135,7 +148,8 @@ def _cache(
             report |= {"precision": loaded.precision, "attention": loaded.attention}
     tokens = sum(int(labels[1:].ne(-100).sum()) for _, labels in rows)
     return report | {
-        "dtype": cache.dtype,
+        "dtype": None if cache.top_k else cache.dtype,
+        "top_k": cache.top_k,
         "rows": len(rows),
         "rows_computed": 0 if verify else len(missing),
         "rows_missing": len(missing) if verify else 0,
@@ -192,6 +206,7 @@ def _show(report: dict[str, Any], teacher: dict[str, Any], console: PlainConsole
     )
     # What the command line said of the teacher, the run has to know too.
     lines = {"cache": report["folder"]} | teacher
-    console.print("Put this into the recipe, and the teacher's body is not loaded in training:")
+    part = "nothing of the teacher is" if report["top_k"] else "the teacher's body is not"
+    console.print(f"Put this into the recipe, and {part} loaded in training:")
     block = "".join(f"    {key}: {json.dumps(value)}\n" for key, value in lines.items())
     console.print(f"dwakd:\n  teacher:\n{block}", end="")

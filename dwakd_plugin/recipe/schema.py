@@ -227,6 +227,11 @@ class DWAKDConfig(Block):
                 "own_answers are new in every step, and teacher.cache holds the given ones only; "
                 "remove teacher.cache, so that the teacher is loaded whole"
             )
+        if self.teacher.top_k is not None:
+            raise ValueError(
+                "own_answers are judged by all of the teacher's probabilities, and teacher.top_k "
+                "keeps some; remove one of the two"
+            )
         return self
 
 

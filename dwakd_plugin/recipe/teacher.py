@@ -119,7 +119,7 @@ class TeacherConfig(Block):
         None,
         description="Folder for the teacher's hidden states, filled by `dwakd cache`. Rows that it "
         "lacks are computed before training; when it holds every row, only the teacher's head and "
-        "embeddings are loaded.",
+        "embeddings are loaded. With `top_k`, for its likeliest tokens, and nothing is loaded.",
     )
     cache_dtype: Literal["auto", "float16", "bfloat16", "float8_e4m3"] = Field(
         "auto",
@@ -188,6 +188,14 @@ class TeacherConfig(Block):
             raise ValueError("load_in_8bit and load_in_4bit are both set; choose one")
         if self.int8_threshold is not None and not self.load_in_8bit:
             raise ValueError("int8_threshold is for load_in_8bit, which is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _states_or_likeliest_tokens(self) -> TeacherConfig:
+        if self.top_k is not None and self.cache_dtype != "auto":
+            raise ValueError(
+                "cache_dtype is of hidden states, and top_k keeps the likeliest tokens; remove one"
+            )
         return self
 
     @field_validator("device")

@@ -52,20 +52,36 @@ def check_all(recipe: Recipe) -> None:
 
 
 def check_variant(recipe: Recipe) -> None:
-    """Raises UserError where the variant does not go with what runs the student."""
+    """Raises UserError where the variant does not go with what runs the student, or with what the
+    teacher gives."""
     try:
-        if not is_sharded(recipe):
-            return
+        sharded = is_sharded(recipe)
     except (OSError, ValueError):  # `check_recipe` has told of it
+        sharded = False
+    loss, teacher = recipe.config.loss, recipe.config.teacher
+    if not sharded and teacher.top_k is None:
         return
     from dwakd_plugin.loss import variant_of
 
-    loss = recipe.config.loss
-    if variant_of(loss).follows_head:
+    variant, clash = variant_of(loss), "These settings do not work with `distillation: dwakd`:\n  "
+    if teacher.top_k is not None and loss.needs_teacher:
+        if variant.needs_states:
+            raise UserError(
+                f"{clash}dwakd.teacher.top_k: {teacher.top_k} — variant `{recipe.config.variant}` "
+                f"(loss.matching: {loss.matching}) learns from the teacher's hidden states, and "
+                "with top_k it gives its likeliest tokens alone; use variant `mapped`, or remove "
+                "top_k"
+            )
+        if loss.temperature != 1:
+            raise UserError(
+                f"{clash}dwakd.loss.temperature: {loss.temperature:g} — of the tokens outside "
+                "teacher.top_k nobody knows what they would be at another temperature than 1; set "
+                "it to 1, or remove top_k"
+            )
+    if sharded and variant.follows_head:
         raise UserError(
-            "These settings do not work with `distillation: dwakd`:\n"
-            f"  dwakd.loss.matching: {loss.matching} — its map between the heads follows the whole "
-            "student, which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
+            f"{clash}dwakd.loss.matching: {loss.matching} — its map between the heads follows the "
+            "whole student, which no process holds under FSDP and ZeRO-3; use DDP, ZeRO-1 or ZeRO-2"
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from dwakd_plugin.data.collator import DISTILLATION_KEYS, said_of_rows
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.teacher.loaded import teacher_of_probabilities
@@ -18,8 +21,41 @@ from dwakd_plugin.models.teacher.top_tokens import (
     top_of_states,
     unpack,
 )
+from dwakd_plugin.recipe import Recipe
+from dwakd_plugin.train.preflight import check_variant
 
 VOCABULARY = 300
+
+
+@pytest.mark.parametrize(
+    ("block", "teacher", "says"),
+    [
+        *(
+            (
+                {"variant": name},
+                {"top_k": 64},
+                rf"top_k: 64 — variant `{name}` .* use variant `mapped`",
+            )
+            for name in ("paper", "uld", "dskdv2")
+        ),
+        ({"loss": {"temperature": 2}}, {"top_k": 64}, "temperature: 2 — .* set it to 1, or remove"),
+        ({}, {"top_k": 64, "cache_dtype": "float16"}, "cache_dtype is of hidden states"),
+        ({}, {"top_k": 0}, "top_k.*greater than or equal to 1"),
+        ({"own_answers": {}}, {"top_k": 64}, "own_answers are judged by all"),
+        ({}, {"top_k": 64}, None),
+        ({"variant": "sft"}, {"top_k": 64}, None),
+    ],
+)
+def test_what_does_not_go_with_likeliest_tokens(
+    block: dict[str, Any], teacher: dict[str, Any], says: str | None
+) -> None:
+    keys = {"base_model": "small", "distillation": "dwakd"}
+    recipe = Recipe(keys | {"dwakd": {"teacher": {"base_model": "big"} | teacher} | block})
+    if says is None:
+        check_variant(recipe)
+        return
+    with pytest.raises(UserError, match=says):
+        check_variant(recipe)
 
 
 def some(positions: int, k: int) -> TopTokens:

@@ -1,14 +1,17 @@
-"""The teacher's hidden states on disk: computed once, read in every epoch after.
+"""What the teacher says of each row on disk: computed once, read in every epoch after.
 
 The loss needs of the teacher its final hidden states at response positions, its embeddings and its
 head, and none of them changes. A cache folder holds all three, so that training from a full cache
-needs no teacher at all:
+needs no teacher at all. `mapped` can do with the teacher's likeliest tokens, which are kept instead
+where the form (`kept_states`) says so:
 
     index.jsonl             one JSON object a line: first the format, the identity of the teacher
-                            and the dtype of the states; then, per file, its size and the CRC-32 of
+                            and the form of what is kept; then, per file, its size and the CRC-32 of
                             each tensor in it
-    teacher.safetensors     embeddings and head
-    states-*.safetensors    one tensor (T, D) per row, named by the row's key
+    teacher.safetensors     embeddings and head, or of likeliest tokens how many there are to choose
+                            from
+    states-*.safetensors    one tensor (T, D), or (T, k, 6) of likeliest tokens, per row, named by
+                            the row's key
     lock                    locked while somebody writes
 
 A row's key is a hash of its teacher token ids and response positions, so that shuffling, splitting
@@ -29,7 +32,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,14 @@ from torch import Tensor
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import append_lines, explaining_writes, save_tensors, whole_lines
 from dwakd_plugin.io.locks import release, take
-from dwakd_plugin.models.teacher.kept_states import KEPT_DTYPES, decode, encode, row_key
+from dwakd_plugin.loss import TopTokens
+from dwakd_plugin.models.teacher.kept_states import (
+    decode,
+    encode,
+    nothing_kept,
+    row_key,
+    top_of_form,
+)
 
 FORMAT = 2
 INDEX = "index.jsonl"
@@ -63,7 +73,7 @@ _DTYPES = {
 
 
 class TeacherCache:
-    """A folder of teacher states, opened for one teacher.
+    """A folder of teacher states, or likeliest tokens, opened for one teacher.
 
     Pickles small: data-loader workers read the shards' headers again.
     """
@@ -71,10 +81,10 @@ class TeacherCache:
     def __init__(self, folder: Path, identity: dict[str, Any], dtype: str = "auto") -> None:
         """Opens the folder, or starts an empty cache there.
 
-        `identity` says which teacher, in which precision, the states come from, and has its
-        `hidden_size`. `dtype` is how a new cache keeps them; of one that is there, `auto` takes its
-        own. Raises UserError where the folder holds something else, another teacher's states,
-        another dtype, or damaged files.
+        `identity` says which teacher, in which precision, the states come from, and has their
+        `hidden_size`. `dtype` is the form in which a new cache keeps them; of one of states that is
+        there, `auto` takes its own. Raises UserError where the folder holds something else, what
+        another teacher says, another form, or damaged files.
         """
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
@@ -83,6 +93,7 @@ class TeacherCache:
         self._files: dict[str, dict[str, Any]] = {}  # name: bytes, crc32
         self._shard_of: dict[str, str] = {}
         self._headers: dict[str, dict[str, Any]] = {}
+        self._width = int(self.identity.get("hidden_size", 0))
         self._read_index()
 
     def __len__(self) -> int:
@@ -100,15 +111,21 @@ class TeacherCache:
         return sum(entry["bytes"] for entry in self._files.values())
 
     @property
+    def top_k(self) -> int | None:
+        """How many likeliest tokens it keeps of each position; None where it keeps states."""
+        return top_of_form(self.dtype)
+
+    @property
     def has_weights(self) -> bool:
         """Whether embeddings and head were kept."""
         return WEIGHTS in self._files
 
-    def read(self, teacher_ids: Tensor, teacher_labels: Tensor) -> Tensor:
-        """The hidden states (T, D) of one row, from its teacher ids and labels (L,)."""
+    def read(self, teacher_ids: Tensor, teacher_labels: Tensor) -> Tensor | TopTokens:
+        """The hidden states (T, D) of one row, or its likeliest tokens (T, k), from its teacher ids
+        and labels (L,)."""
         count = int(teacher_labels[1:].ne(-100).sum())
         if count == 0:
-            return torch.zeros(0, self.identity["hidden_size"])
+            return nothing_kept(self.dtype, self._width)
         key = row_key(teacher_ids, teacher_labels)
         if key not in self._shard_of:
             raise UserError(
@@ -116,13 +133,14 @@ class TeacherCache:
                 "`dwakd cache RECIPE`, which adds missing rows."
             )
         file = self._shard_of[key]
-        states = decode(self._tensor(file, key))
-        if states.shape != (count, self.identity["hidden_size"]):
-            raise UserError(_damaged(self.folder / file, f"row {key} has shape {states.shape}"))
-        return states
+        kept = self._tensor(file, key)
+        try:
+            return decode(kept, self.dtype, count, self._width)
+        except ValueError as error:
+            raise UserError(_damaged(self.folder / file, f"row {key}: {error}")) from error
 
-    def append(self, states: dict[str, Tensor]) -> None:
-        """Adds rows, key to (T, D), as one shard. Raises DiskFull."""
+    def append(self, states: Mapping[str, Tensor | TopTokens]) -> None:
+        """Adds rows, key to (T, D) or (T, k), as one shard. Raises DiskFull."""
         number = len(self._files)
         name = f"states-{number:05d}-{os.getpid()}.safetensors"
         self._add(name, {key: encode(tensor, self.dtype) for key, tensor in states.items()})
@@ -217,9 +235,7 @@ class TeacherCache:
             entries = {str(entry["file"]): entry for entry in map(json.loads, lines)}
             for entry in entries.values():
                 entry["bytes"] + 0, dict(entry["crc32"])
-            found.get, len(dtype)
-            if dtype not in KEPT_DTYPES:
-                raise ValueError(f"{dtype!r} isn't a dtype of states")
+            found.get, top_of_form(dtype)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(_damaged(index, f"{type(error).__name__}: {error}")) from error
         if version != FORMAT:
@@ -238,13 +254,7 @@ class TeacherCache:
                 + "\n".join(differing)
                 + "\nGive another folder as dwakd.teacher.cache, or remove this one."
             )
-        if self._asked_dtype not in ("auto", dtype):
-            raise UserError(
-                f"The teacher cache {self.folder} keeps its states in "
-                f"{'the dtype they were computed in' if dtype == 'auto' else dtype}, and "
-                f"dwakd.teacher.cache_dtype asks for {self._asked_dtype}. Remove that line, or "
-                "give another folder."
-            )
+        self._check_form(dtype)
         for name, entry in entries.items():
             if Path(name).name != name or not _is_ours(name) or (self.folder / name).is_symlink():
                 raise UserError(_damaged(index, f"it names {name}, which isn't part of the cache"))
@@ -262,6 +272,25 @@ class TeacherCache:
             if name != WEIGHTS
             for key in entry["crc32"]
         }
+
+    def _check_form(self, form: str) -> None:
+        """Raises UserError where what is kept isn't what is asked for."""
+        asked_k, top_k = map(top_of_form, (self._asked_dtype, form))
+        if asked_k != top_k:
+            keeps = "hidden states" if top_k is None else f"the {top_k} likeliest tokens"
+            wants = "states" if asked_k is None else f"{asked_k} tokens (dwakd.teacher.top_k)"
+            line = "remove top_k" if top_k is None else f"set dwakd.teacher.top_k: {top_k}"
+            raise UserError(
+                f"The teacher cache {self.folder} keeps {keeps} of each position, and the recipe "
+                f"asks for {wants}. Give another folder as dwakd.teacher.cache, or {line}."
+            )
+        if self._asked_dtype not in ("auto", form):
+            raise UserError(
+                f"The teacher cache {self.folder} keeps its states in "
+                f"{'the dtype they were computed in' if form == 'auto' else form}, and "
+                f"dwakd.teacher.cache_dtype asks for {self._asked_dtype}. Remove that line, or "
+                "give another folder."
+            )
 
     def _add(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Writes a file, and then the index's line that names it."""

@@ -1,10 +1,11 @@
-"""A teacher whose states come from a cache, and the filling of that cache."""
+"""A teacher whose states, or likeliest tokens, come from a cache, and the filling of that cache."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import DiskFull
-from dwakd_plugin.loss import Head
+from dwakd_plugin.loss import Head, TopTokens
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.causal_lm import EmbeddingTable
 from dwakd_plugin.models.folder import fingerprint_of_folder
 from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache
-from dwakd_plugin.models.teacher.kept_states import bytes_per_token, row_key
+from dwakd_plugin.models.teacher.kept_states import bytes_per_token, kept_form, row_key
 from dwakd_plugin.models.teacher.loaded import (
     Teacher,
     load_teacher,
@@ -27,14 +28,17 @@ from dwakd_plugin.models.teacher.loaded import (
     teacher_config,
     teacher_device,
     teacher_dtype,
+    teacher_of_probabilities,
 )
+from dwakd_plugin.models.teacher.top_tokens import top_of_states
 from dwakd_plugin.recipe.schema import TeacherConfig
 
 Row = tuple[Tensor, Tensor]  # teacher token ids and labels, both (L,)
 Progress = Callable[[int, int], None]  # hears how many response tokens of how many are done
 
 BATCH_TOKENS = 2048
-DISK_MARGIN = 1.02  # names, checksums and shapes
+DISK_MARGIN = 1.02
+ROW_BYTES = 200  # of a row's name, checksum and shape
 
 
 def open_cache(config: TeacherConfig, device: str, tokenizer: Any) -> TeacherCache:
@@ -44,7 +48,7 @@ def open_cache(config: TeacherConfig, device: str, tokenizer: Any) -> TeacherCac
     """
     assert config.cache is not None
     return TeacherCache(
-        Path(config.cache), teacher_identity(config, device, tokenizer), config.cache_dtype
+        Path(config.cache), teacher_identity(config, device, tokenizer), kept_form(config)
     )
 
 
@@ -70,7 +74,7 @@ def cached_teacher(
     progress: Progress = lambda done, total: None,
     on_wait: Callable[[str], None] = print,
 ) -> tuple[Teacher, TeacherCache]:
-    """A teacher without a body, and a cache that holds the states of every row.
+    """A teacher without a body, and a cache that holds what it says of every row.
 
     rows: those that training or evaluation will ask for. Missing ones are computed first. Of
     several processes the first to come computes, and the others wait for it.
@@ -81,7 +85,18 @@ def cached_teacher(
             fill(config, device, cache, missing_rows(cache, rows), progress)
     weights = cache.load_weights(device)
     assert weights is not None  # they are written before the first state
-    return _from_weights(weights, cache.identity["precision"]), cache
+    precision = cache.identity["precision"]
+    if cache.top_k is None:
+        return _from_weights(weights, precision), cache
+    return (
+        teacher_of_probabilities(
+            int(weights["head_rows"]),
+            device,
+            f"the {cache.top_k} likeliest tokens ({precision}) from the cache, nothing loaded",
+            int(weights["parameters"]) or None,
+        ),
+        cache,
+    )
 
 
 def teacher_rows(*datasets: Any) -> list[Row]:
@@ -110,6 +125,13 @@ def response_tokens(rows: dict[str, Row]) -> int:
     return sum(int(labels[1:].ne(-100).sum()) for _, labels in rows.values())
 
 
+def token_bytes(config: TeacherConfig, device: str, cache: TeacherCache) -> int:
+    """Bytes that a response token takes on disk."""
+    model_config = teacher_config(config)
+    dtype = teacher_dtype(config, model_config, teacher_device(config, device))
+    return bytes_per_token(model_config.get_text_config().hidden_size, cache.dtype, dtype)
+
+
 def disk_need(
     config: TeacherConfig, device: str, cache: TeacherCache, missing: dict[str, Row]
 ) -> int:
@@ -117,11 +139,11 @@ def disk_need(
     model_config = teacher_config(config)
     text = model_config.get_text_config()
     dtype = teacher_dtype(config, model_config, teacher_device(config, device))
-    states = response_tokens(missing) * bytes_per_token(text.hidden_size, cache.dtype, dtype)
-    tables = 0
-    if not cache.has_weights:
+    states = response_tokens(missing) * token_bytes(config, device, cache)
+    tables = ROW_BYTES * len(missing)
+    if not cache.has_weights and cache.top_k is None:  # which has neither
         tied = getattr(model_config, "tie_word_embeddings", False)
-        tables = text.vocab_size * text.hidden_size * dtype.itemsize * (1 if tied else 2)
+        tables += text.vocab_size * text.hidden_size * dtype.itemsize * (1 if tied else 2)
     return int(DISK_MARGIN * (states + tables))
 
 
@@ -137,8 +159,12 @@ def check_disk(cache: TeacherCache, need: int) -> int:
         raise UserError(
             f"The teacher cache {cache.folder} will take {readable_size(need)} more, and "
             f"{readable_size(free)} are free there: {readable_size(need - free)} are missing. Free "
-            "them, give a folder on another disk, or keep the states in fewer bytes "
-            "(dwakd.teacher.cache_dtype: float8_e4m3)."
+            "them, give a folder on another disk, or keep "
+            + (
+                "the states in fewer bytes (dwakd.teacher.cache_dtype: float8_e4m3)."
+                if cache.top_k is None
+                else f"fewer tokens (dwakd.teacher.top_k, {cache.top_k} now)."
+            )
         )
     return free
 
@@ -151,62 +177,105 @@ def fill(
     progress: Progress = lambda done, total: None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Teacher | None:
-    """Computes the states of `missing` rows, shortest to longest, and writes them to the cache.
+    """Loads the teacher and lets it say of `missing` rows what the cache keeps; see `fill_by`.
 
-    Batches have about `batch_tokens` padded tokens; they hold the same rows however often the
-    filling was interrupted. Returns the teacher, or None where there was nothing to do. Raises
-    UserError; what was written until then stays.
+    Returns the teacher, or None where there was nothing to do.
     """
     if not missing and cache.has_weights:
         return None
-    check_disk(cache, disk_need(config, device, cache, missing))
+    need = partial(disk_need, config, device, cache)
+    check_disk(cache, need(missing))
     teacher = load_teacher(config, device)
+
+    def said(rows: Sequence[Row]) -> list[Tensor | TopTokens]:
+        batch = teacher_batch(*map(list, zip(*rows, strict=True)))
+        hidden = teacher.hidden(batch)
+        found: list[Tensor | TopTokens] = []
+        for states, count in zip(hidden, batch["teacher_lengths"].tolist(), strict=True):
+            if not states[:count].isfinite().all():
+                raise UserError(
+                    "The teacher's hidden states are not finite (NaN or infinity), so "
+                    f"{config.base_model} cannot teach. Check its weights, or try another "
+                    "dwakd.teacher.dtype."
+                )
+            own = states[:count].clone()
+            found.append(
+                own if cache.top_k is None else top_of_states(own, teacher.head, cache.top_k)
+            )
+        return found
+
+    weights = (
+        _weights(teacher)
+        if cache.top_k is None
+        else weights_of_probabilities(teacher.head.weight.shape[0], teacher.parameters)
+    )
+    fill_by(said, cache, missing, weights, need, progress, batch_tokens)
+    return teacher
+
+
+def weights_of_probabilities(head_rows: int, parameters: int | None) -> dict[str, Tensor]:
+    """What a cache of likeliest tokens keeps of the teacher, for `teacher_of_probabilities`."""
+    return {"head_rows": torch.tensor(head_rows), "parameters": torch.tensor(parameters or 0)}
+
+
+def fill_by(
+    said: Callable[[Sequence[Row]], Sequence[Tensor | TopTokens]],
+    cache: TeacherCache,
+    missing: dict[str, Row],
+    weights: dict[str, Tensor],
+    need: Callable[[dict[str, Row]], int],
+    progress: Progress = lambda done, total: None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> None:
+    """Writes to the cache what the teacher says of `missing` rows, shortest to longest.
+
+    said: of some rows, of each what the cache keeps of it. weights: what it keeps beside the rows.
+    need: the bytes that rows take on disk. Batches have about `batch_tokens` padded tokens; they
+    hold the same rows however often the filling was interrupted. Raises UserError; what was written
+    until then stays.
+    """
     keys = sorted(missing, key=lambda key: (len(missing[key][0]), key))
     total = response_tokens(missing)
-    pending: dict[str, Tensor] = {}
+    pending: dict[str, Tensor | TopTokens] = {}
     written = begun = 0
     try:
         if not cache.has_weights:
-            cache.save_weights(_weights(teacher))
+            cache.save_weights(weights)
         progress(0, total)
         while begun < len(keys):
             length = len(missing[keys[begun]][0])
             names = keys[begun : begun + max(1, batch_tokens // length)]
-            batch = teacher_batch(*map(list, zip(*(missing[key] for key in names), strict=True)))
-            hidden = teacher.hidden(batch)
-            for key, states, count in zip(
-                names, hidden, batch["teacher_lengths"].tolist(), strict=True
-            ):
-                if not states[:count].isfinite().all():
-                    raise UserError(
-                        "The teacher's hidden states are not finite (NaN or infinity), so "
-                        f"{config.base_model} cannot teach. Check its weights, or try another "
-                        "dwakd.teacher.dtype."
-                    )
-                pending[key] = states[:count].clone()
+            pending |= zip(names, said([missing[key] for key in names]), strict=True)
             begun += len(names)
-            if sum(states.nbytes for states in pending.values()) >= SHARD_BYTES:
+            if sum(map(_bytes, pending.values())) >= SHARD_BYTES:
                 written += _flush(cache, pending)
-            progress(written + sum(map(len, pending.values())), total)
+            progress(written + sum(map(_positions, pending.values())), total)
         _flush(cache, pending)
     except KeyboardInterrupt:
         _flush(cache, pending)
         raise
     except DiskFull as error:
         left = {key: row for key, row in missing.items() if key not in cache}
-        need = disk_need(config, device, cache, left)
-        lacking = need - shutil.disk_usage(cache.folder).free
+        rest = need(left)
+        lacking = rest - shutil.disk_usage(cache.folder).free
         raise UserError(
             f"{error} {len(missing) - len(left):,} of {len(missing):,} rows were written and are "
-            f"kept; the rest needs {readable_size(need)}, {readable_size(max(0, lacking))} more "
+            f"kept; the rest needs {readable_size(rest)}, {readable_size(max(0, lacking))} more "
             "than is free. Free them, and the same command goes on from here."
         ) from error
-    return teacher
 
 
-def _flush(cache: TeacherCache, pending: dict[str, Tensor]) -> int:
-    """Writes and forgets the pending states; returns how many tokens they were."""
-    tokens = sum(map(len, pending.values()))
+def _positions(said: Tensor | TopTokens) -> int:
+    return len(said.log_probs if isinstance(said, TopTokens) else said)
+
+
+def _bytes(said: Tensor | TopTokens) -> int:
+    return sum(each.nbytes for each in said) if isinstance(said, TopTokens) else said.nbytes
+
+
+def _flush(cache: TeacherCache, pending: dict[str, Tensor | TopTokens]) -> int:
+    """Writes and forgets the pending rows; returns how many tokens they were."""
+    tokens = sum(map(_positions, pending.values()))
     if pending:
         cache.append(pending)
     pending.clear()

@@ -224,6 +224,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
         precision=_description(config, model_config, own, lm, head),
         device=_input_device(reads),
         offload_folder=folder,
+        top_k=config.top_k,
     )
 
 
