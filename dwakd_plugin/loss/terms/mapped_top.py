@@ -99,14 +99,17 @@ def _outcomes(
         tokens = torch.where(read[:, None] == 0, tokens, continuations.after(read, ids))
     tokens = torch.where((ids < 0) | (tokens < 0), rows, tokens)
     inside = probs.sum(-1)
-    # Several of the teacher's tokens may be one of the student's: summed in the first's place.
-    tokens, order = tokens.sort(-1)
-    first = torch.ones_like(tokens, dtype=torch.bool)
-    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    place = torch.arange(tokens.shape[1], device=tokens.device) * first
-    summed = torch.zeros_like(probs)
-    summed.scatter_add_(-1, place.cummax(-1).values, probs.gather(-1, order))
-    kept = first & (tokens < rows)
+    # Several of the teacher's tokens may be one of the student's. Side by side, each takes on what
+    # those before it have, first of one, then of two, four and so on: the last has the sum, in a
+    # fixed order.
+    tokens, order = tokens.sort(-1, stable=True)
+    summed, step = probs.gather(-1, order), 1
+    while step < tokens.shape[1]:
+        same = tokens[:, step:] == tokens[:, :-step]
+        summed[:, step:] += summed[:, :-step].where(same, 0.0)
+        step *= 2
+    kept = tokens < rows
+    kept[:, :-1] &= tokens[:, 1:] != tokens[:, :-1]
     summed = summed.where(kept, 0.0)
     mass, rest = summed.sum(-1), (1 - inside).clamp(0, 1)
     smallest = torch.finfo(probs.dtype).tiny
