@@ -102,7 +102,7 @@ def _outcomes(
     # Several of the teacher's tokens may be one of the student's. Side by side, each takes on what
     # those before it have, first of one, then of two, four and so on: the last has the sum, in a
     # fixed order.
-    tokens, order = tokens.sort(-1, stable=True)
+    tokens, order = tokens.sort(dim=-1, stable=True)
     summed, step = probs.gather(-1, order), 1
     while step < tokens.shape[1]:
         same = tokens[:, step:] == tokens[:, :-step]
