@@ -9,7 +9,8 @@ so that both sides are distributions over the same O and rest, and every diverge
 lies outside of K is taken to have as much that the student has no token for, or that goes on with
 what it has read, as what lies inside. Merging outcomes lowers every f-divergence (all of ours but
 the adaptive mixture): where no token outside K has its student's token in O, the divergence is a
-lower bound of that of `mapped`. With the whole vocabulary in K it is that one.
+lower bound of that of `mapped`. With the whole vocabulary in K it is that one. Tokens that the
+teacher spells with several of its own (`terms.spelt`) are left to their labels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dwakd_plugin.loss.divergence import DIVERGENCES, nll
 from dwakd_plugin.loss.states import ContinuationTable
+from dwakd_plugin.loss.token_order import summed_runs
 from dwakd_plugin.loss.token_weights import entropy
 from dwakd_plugin.recipe.schema import Divergence
 
@@ -99,17 +101,10 @@ def _outcomes(
         tokens = torch.where(read[:, None] == 0, tokens, continuations.after(read, ids))
     tokens = torch.where((ids < 0) | (tokens < 0), rows, tokens)
     inside = probs.sum(-1)
-    # Several of the teacher's tokens may be one of the student's. Side by side, each takes on what
-    # those before it have, first of one, then of two, four and so on: the last has the sum, in a
-    # fixed order.
+    # Several of the teacher's tokens may be one of the student's.
     tokens, order = tokens.sort(dim=-1, stable=True)
-    summed, step = probs.gather(-1, order), 1
-    while step < tokens.shape[1]:
-        same = tokens[:, step:] == tokens[:, :-step]
-        summed[:, step:] += summed[:, :-step].where(same, 0.0)
-        step *= 2
-    kept = tokens < rows
-    kept[:, :-1] &= tokens[:, 1:] != tokens[:, :-1]
+    summed, last = summed_runs(probs.gather(-1, order), tokens, tokens.shape[1])
+    kept = last & (tokens < rows)
     summed = summed.where(kept, 0.0)
     mass, rest = summed.sum(-1), (1 - inside).clamp(0, 1)
     smallest = torch.finfo(probs.dtype).tiny
