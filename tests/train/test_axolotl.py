@@ -133,7 +133,7 @@ def test_without_distillation_weights_it_is_plain_sft(
     reason="axolotl 0.21 finds plugins",
 )
 def test_the_plugins_line_may_be_left_out(recipe: Recipe, train: Train) -> None:
-    config = recipe()
+    config = recipe({})
     del config["plugins"]
     assert any("t2s_ce" in line for line in train(config))
 
