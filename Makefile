@@ -4,7 +4,10 @@ export PYTHON
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo test test-slow fuzz lint bench bench-plan bench-teacher constraints check-constraints
+# What `make gpu` runs with: it needs torch, triton, transformers, numba and pydantic, not a set-up.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: setup demo test test-slow fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -25,6 +28,11 @@ test-slow: setup
 # What no one would write, tens of thousands of times: recipes, rows, texts, logits.
 fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz
+
+# On a machine with a GPU: its tests, kernels, teachers, attention, memory against the plan and a
+# short run, in 8 minutes, to benchmarks/results/gpu/CARD. Nothing is installed or downloaded.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ class Batch:
         }
 
 
-def make_batch(sizes: Sizes) -> Batch:
+def make_batch(sizes: Sizes, device: str = "cpu") -> Batch:
     """Random states without padding, and heads that give logits a spread of 2, as models have."""
     generator = torch.Generator().manual_seed(0)
 
@@ -86,13 +86,14 @@ def make_batch(sizes: Sizes) -> Batch:
         embeds = [torch.randn(sizes.B, length, width, generator=generator) for _ in range(3)]
         head = torch.randn(vocab, width, generator=generator).mul_(2 * width**-0.5)
         labels = torch.randint(vocab, (sizes.B, length), generator=generator)
-        return ResponseStates(*embeds, torch.full((sizes.B,), length), Head(head), labels)
+        tensors = [each.to(device) for each in (*embeds, torch.full((sizes.B,), length))]
+        return ResponseStates(*tensors, Head(head.to(device)), labels.to(device))
 
     torch.manual_seed(0)
     batch = Batch(
         side(sizes.S, sizes.d, sizes.Vs),
         side(sizes.T, sizes.D, sizes.Vt),
-        Projectors(sizes.d, sizes.D),
+        Projectors(sizes.d, sizes.D).to(device),
     )
     for leaf in batch.leaves().values():
         leaf.requires_grad_()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -16,6 +19,9 @@ import torch
 pytest.importorskip("matplotlib")
 
 from benchmarks import measure, research
+from benchmarks.gpu import parts
+from benchmarks.gpu.__main__ import PARTS, Part, run_part
+from benchmarks.gpu.parts import Place
 from benchmarks.performance import section
 from dwakd_plugin.loss.soft_dtw import soft_dtw
 
@@ -67,6 +73,45 @@ def test_quick_form(name: str, quick_runs: dict[str, Popen[str]]) -> None:
     assert out.strip() in section(report)
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_asked_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Every part with tiny shapes, so that on a card none fails for a silly reason."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny"]
+    with Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=PIPE, text=True) as run:
+        _, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors
+    report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert report["card"] is None and report["quick"]
+    left_out = {name for name, one in report["parts"].items() if "left_out" in one}
+    assert left_out <= {"soft-DTW", "SmolLM2"}  # without triton, gguf and the embedded teacher
+    done = {name: one["result"] for name, one in report["parts"].items() if "result" in one}
+    assert done.keys() | left_out == PARTS.keys()
+    assert all(done[name] for name in done)
+    assert done["tests"]["files"] and not done["tests"]["passed"]
+    assert done["training run"]["weights apart by"] == 0
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "no figure is a GPU's" in page and all(f"## {name}" in page for name in PARTS)
+
+
+def failing(_: Place) -> None:
+    raise ValueError("as it was told to")
+
+
+def test_a_part_that_fails_or_takes_too_long_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(parts), "failing", failing)
+    monkeypatch.setitem(vars(parts), "sleeping", lambda _: time.sleep(60))
+    monkeypatch.setitem(vars(parts), "ending", lambda _: os._exit(7))
+    place, context = Place("cpu", True, tmp_path), get_context("fork")
+    found = run_part(Part("failing", 9, ()), place, 9, context)
+    assert found["error"] == "ValueError: as it was told to" and "in failing" in found["where"]
+    assert run_part(Part("sleeping", 1, ()), place, 1, context)["error"] == "not done after 1 s"
+    assert run_part(Part("ending", 9, ()), place, 9, context)["error"].endswith("exit code 7")
+    missing = run_part(Part("failing", 9, ("no_such_package",)), place, 9, context)
+    assert missing == {"left_out": "no_such_package isn't installed"}
 
 
 def numbers(value: object) -> list[float]:

@@ -1,0 +1,1 @@
+"""What a GPU makes of dwakd, in one command: `make gpu`."""
