@@ -16,7 +16,7 @@ from dwakd_plugin.loss.states import (
     SpellingTable,
     TopTokens,
 )
-from dwakd_plugin.loss.variants import names_of, trained_projectors, variant_of
+from dwakd_plugin.loss.variants import every_sum, names_of, trained_projectors, variant_of
 
 __all__ = [
     "Alignment",
@@ -30,6 +30,7 @@ __all__ = [
     "alignment_of",
     "attention_entropy",
     "dwakd_loss",
+    "every_sum",
     "names_of",
     "own_answer_terms",
     "own_loss_config",

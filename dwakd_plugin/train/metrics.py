@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss import Figure, LossTerms, variant_of
+from dwakd_plugin.loss import Figure, LossTerms, every_sum, variant_of
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.health import shares
 
@@ -25,12 +25,17 @@ class Sums:
             self._sums[name] = self._sums.get(name, 0) + value.detach().double()
 
     def over_ranks(self, accelerator: Any) -> dict[str, float]:
-        """The sums of all ranks; empty where nothing was added. All ranks must take part."""
-        if not self._sums:
-            return {}
-        values = torch.stack([value.float() for value in self._sums.values()])
-        totals = accelerator.reduce(values, reduction="sum").tolist()
-        return dict(zip(self._sums, totals, strict=True))
+        """The sums of all ranks; empty where none added anything. All ranks must take part.
+
+        A rank without a batch takes part with zeros: the others would wait for it.
+        """
+        zero = torch.zeros((), device=accelerator.device)
+        names = every_sum()
+        values = torch.stack(
+            [zero + bool(self._sums), *(self._sums.get(name, zero).float() for name in names)]
+        )
+        added, *totals = accelerator.reduce(values, reduction="sum").tolist()
+        return dict(zip(names, totals, strict=True)) if added else {}
 
 
 class LabelCounts:

@@ -54,6 +54,28 @@ def main(jobs: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def sums_of_one_rank(rank: int, port: int, folder: str) -> None:
+    """As a log line adds up: the second of two ranks has no batch, and then neither has."""
+    from datetime import timedelta
+
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from dwakd_plugin.loss import LossTerms, every_sum
+    from dwakd_plugin.train.metrics import Sums
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
+    sums = Sums()
+    if rank == 0:
+        for _ in range(2):
+            sums.add(LossTerms(**{name: torch.tensor(1.5) for name in every_sum()}))
+    found = [sums.over_ranks(accelerator), Sums().over_ranks(accelerator)]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
 def train(recipe: dict[str, Any]) -> None:
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg

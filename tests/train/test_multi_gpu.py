@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss import every_sum
 from dwakd_plugin.loss.variants import VARIANTS
 from dwakd_plugin.models.teacher.loaded import load_teacher
 from dwakd_plugin.recipe import Recipe as ReadRecipe
@@ -29,7 +31,7 @@ from dwakd_plugin.train.preflight import check_variant
 from dwakd_plugin.train.trainer import DWAKDTrainer
 from tests.conftest import ROOT, ROWS
 from tests.runs import wait_for
-from tests.train.ranks import Job, watched, without_labels
+from tests.train.ranks import Job, sums_of_one_rank, watched, without_labels
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -140,6 +142,18 @@ def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path
     index = [json.loads(line) for line in (tmp_path / "states" / "index.jsonl").open()]
     keys = [key for line in index[1:] for key in line["crc32"] if line["file"].startswith("states")]
     assert len(keys) == len(set(keys)) == len(ROWS)
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_batch_of_an_evaluation_holds_nobody_up(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(sums_of_one_rank, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        sums, nothing = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert sums == dict.fromkeys(every_sum(), 3.0)
+        assert nothing == {}
 
 
 @pytest.mark.parametrize(
