@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist
 # What `make gpu` runs with: it needs torch, triton, transformers, numba and pydantic, not a set-up.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup demo test test-slow fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
+.PHONY: setup demo test test-slow test-deepspeed fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -24,6 +24,12 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+# ZeRO-1, 2 and 3 on CPU processes, with a package that is no dependency.
+test-deepspeed: setup
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps \
+		--no-build-isolation deepspeed==0.19.8 hjson msgpack ninja py-cpuinfo
+	$(PYTEST) -m slow -k deepspeed tests/train/test_multi_gpu.py
 
 # What no one would write, tens of thousands of times: recipes, rows, texts, logits.
 fuzz: setup

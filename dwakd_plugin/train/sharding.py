@@ -62,9 +62,9 @@ def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 
@@ -88,10 +88,10 @@ def prepare_for_engine(trainer: Any, projectors: Projectors | None) -> None:
         if projectors is not None:
             projectors.to(plugin.hf_ds_config.dtype())
         if plugin.zero_stage == 3:
-            from deepspeed.zero import register_external_parameter
+            import deepspeed
 
             for parameter in tables(student):
-                register_external_parameter(student, parameter)
+                deepspeed.zero.register_external_parameter(student, parameter)
 
 
 def check_gathered(student: Any) -> None:

@@ -87,7 +87,9 @@ def train(recipe: dict[str, Any]) -> None:
     file.write_text(yaml.safe_dump(recipe))
     PluginManager.get_instance().plugins.clear()
     try:
-        with cpus_as_accelerators(bool(recipe.get("fsdp_config"))):
+        engines = {"fsdp_config": "MULTI_GPU", "deepspeed": "DEEPSPEED"}
+        engine = next((engines[key] for key in engines if recipe.get(key)), "")
+        with cpus_as_accelerators(engine):
             do_train(load_cfg(str(file)), TrainerCliArgs())
     finally:
         os.environ.clear()
@@ -95,20 +97,30 @@ def train(recipe: dict[str, Any]) -> None:
 
 
 @contextmanager
-def cpus_as_accelerators(on: bool) -> Iterator[None]:
-    """While open, accelerate takes CPUs for GPUs: it offers FSDP there alone, without a need to."""
+def cpus_as_accelerators(engine: str) -> Iterator[None]:
+    """While open, accelerate takes CPUs for GPUs, if an engine is named: it offers FSDP and
+    DeepSpeed there alone, without a need to."""
     import axolotl.utils.distributed
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     initialise, build_mesh = PartialState.__init__, ParallelismConfig.build_device_mesh
+    backend = PartialState._prepare_backend
 
     def initialise_as_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
-        if on and self.distributed_type == DistributedType.MULTI_CPU:
+        if engine == "MULTI_GPU" and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_GPU
 
+    if engine == "DEEPSPEED":
+        import deepspeed.ops
+
+        # Its own sums in shared memory would be compiled first, for minutes; gloo adds up as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     AcceleratorState._reset_state(reset_partial_state=True)
     axolotl.utils.distributed.distributed_state = None
     PartialState.__init__ = initialise_as_gpu
@@ -117,6 +129,7 @@ def cpus_as_accelerators(on: bool) -> Iterator[None]:
         yield
     finally:
         PartialState.__init__, ParallelismConfig.build_device_mesh = initialise, build_mesh
+        PartialState._prepare_backend = backend
 
 
 @contextmanager

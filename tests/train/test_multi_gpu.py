@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,21 @@ FSDP = {
 }
 
 
-def run_ranks(folder: Path, jobs: list[Job], ranks: int = 2) -> None:
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+ZERO3 = {"stage3_gather_16bit_weights_on_model_save": True}
+
+
+def run_ranks(folder: Path, jobs: list[Job], ranks: int = 2, **environment: str) -> None:
     file = folder / "jobs.json"
     file.write_text(json.dumps([asdict(job) for job in jobs]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
         [*launcher, f"--nproc_per_node={ranks}", "-m", "tests.train.ranks", str(file)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
         cwd=ROOT,
         check=True,
         timeout=280,
@@ -142,6 +151,35 @@ def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path
     index = [json.loads(line) for line in (tmp_path / "states" / "index.jsonl").open()]
     keys = [key for line in index[1:] for key in line["crc32"] if line["file"].startswith("states")]
     assert len(keys) == len(set(keys)) == len(ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_deepspeed_trains_as_one_process_does(
+    ranks: int, recipe: Recipe, train: Train, tmp_path: Path
+) -> None:
+    """ZeRO-1, 2 and 3: the same student and projectors after five steps, also when resumed."""
+
+    def settings(name: str, **others: Any) -> dict[str, Any]:
+        own = {"output_dir": str(tmp_path / name), "max_steps": 5, "save_steps": 3}
+        return recipe(
+            {}, **own, micro_batch_size=4 // ranks, gradient_accumulation_steps=2, **others
+        )
+
+    train(settings("one") | {"micro_batch_size": 8, "gradient_accumulation_steps": 1})
+    jobs = []
+    for stage in (1, 2, 3):
+        file = tmp_path / f"zero{stage}.json"
+        file.write_text(json.dumps(ZERO | {"zero_optimization": {"stage": stage, **ZERO3}}))
+        name, engine = f"zero{stage}", {"deepspeed": str(file)}
+        jobs.append(Job(settings(name, **engine)))
+        again = settings(f"{name}-resumed", **engine, auto_resume_from_checkpoints=True)
+        jobs.append(Job(again, checkpoint=str(tmp_path / name / "checkpoint-3")))
+    run_ranks(tmp_path, jobs, ranks, DS_ACCELERATOR="cpu")
+    for stage in (1, 2, 3):
+        assert_close(tmp_path / f"zero{stage}", tmp_path / "one")
+        assert_close(tmp_path / f"zero{stage}-resumed", tmp_path / f"zero{stage}", atol=0)
 
 
 @pytest.mark.slow
