@@ -277,7 +277,7 @@ def _facts(launch: Launch) -> dict[str, Any]:
     return {
         "student": recipe.base_model,
         "adapter": recipe.adapter,
-        "teacher": teacher.base_model,
+        "teacher": teacher.called,
         "teacher_precision": "8 bit"
         if teacher.load_in_8bit
         else "4 bit"

@@ -85,7 +85,7 @@ class DWAKDPlugin(BasePlugin):
 
             check_variant(recipe)
             if recipe.config.loss.needs_teacher:
-                teacher = recipe.config.teacher.base_model
+                teacher = recipe.config.teacher.called
                 LOG.info("Distillation is on: %s teaches %s", teacher, recipe.base_model)
 
     @_without_traceback
@@ -100,8 +100,12 @@ class DWAKDPlugin(BasePlugin):
         from dwakd_plugin.data.dual_tokenization import dual_tokenization
         from dwakd_plugin.models.teacher.loaded import check_teacher, teacher_config
         from dwakd_plugin.tokenizers.template_date import template_date
+        from dwakd_plugin.train.served_rows import check_served_teacher
 
-        teacher_config(config.teacher)
+        if config.teacher.server is None:
+            teacher_config(config.teacher)
+        else:
+            check_served_teacher(config)
         if config.loss.needs_teacher and loads_body(config.teacher):
             check_teacher(config.teacher, _student_device())
             if cfg.sample_packing:

@@ -67,6 +67,7 @@ DISTILLATION_KEYS = (
     "student_spelt_read",
     "teacher_hidden",
     "teacher_top",
+    "teacher_asked",
     "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
     OWN_ROWS,
@@ -141,9 +142,12 @@ class DualCollator(DataCollatorForSeq2Seq):
         return batch
 
 
-def said_of_rows(rows: Iterable[Tensor | TopTokens]) -> dict[str, Tensor]:
-    """What the teacher says of each row, padded: the key of its states, or of its tokens."""
+def said_of_rows(rows: Iterable[Tensor | TopTokens | int]) -> dict[str, Tensor]:
+    """What the teacher says of each row, padded: the key of its states, or of its tokens; or the
+    numbers that a served one was asked by."""
     found = list(rows)
+    if isinstance(found[0], int):
+        return {"teacher_asked": torch.tensor(found)}
     bits = [to_bits(row) for row in found if isinstance(row, TopTokens)]
     name = "teacher_top" if bits else "teacher_hidden"
     return {name: pad_sequence(bits or found, batch_first=True)}

@@ -106,6 +106,7 @@ class Order:
 
 def check_order(order: Order) -> None:
     """Raises UserError where the options don't fit each other, the teacher or the machine."""
+    order.teacher.must_be_loaded("`dwakd answers`")
     sampling, n = order.sampling, order.samples
     for option, value in (("samples", n), ("max-new-tokens", sampling.max_new_tokens)):
         if value < 1:

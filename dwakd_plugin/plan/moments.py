@@ -59,7 +59,7 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     filled = run.cached and (Path(str(run.config.teacher.cache)) / INDEX).is_file()
     if filled:
         run.assume("the teacher cache that is there has every row")
-    elif run.cached and not run.elsewhere:
+    elif run.cached and not run.elsewhere and not run.served:
         run.assume("the teacher cache is filled by the run itself, before the first step")
         filling = Parts(
             run.recipe,

@@ -79,7 +79,15 @@ class Parts:
         teacher = config.teacher
         self.teacher_key = (teacher.base_model, teacher.revision, teacher.trust_remote_code)
         self.student = model_of("base_model", *self.student_key, self.lora)
-        self.teacher = model_of("dwakd.teacher.base_model", *self.teacher_key, None)
+        self.served = teacher.server is not None
+        if self.served:  # an id and a log-probability, four bytes each, of each token that it says
+            width = 2 * (teacher.top_k or 0)
+            self.teacher = replace(
+                self.student, name=teacher.called, weights=(), hidden_size=width, head_rows=width
+            )
+            self.assume("the teacher is on its server, and takes nothing here but what it says")
+        else:
+            self.teacher = model_of("dwakd.teacher.base_model", *self.teacher_key, None)
         length = int(recipe.get("sequence_len") or 512)  # axolotl's default
         teacher_length = int(teacher.sequence_len or length)
         if lengths is None:
@@ -96,16 +104,18 @@ class Parts:
             min(lengths.teacher_response, teacher_length),
         )
         self.student_dtype, self.autocast = _student_precision(recipe, on.kind)
-        teacher_config = config_of("dwakd.teacher.base_model", *self.teacher_key)
-        self.teacher_dtype = teacher_dtype(
-            teacher, teacher_config, teacher_device(teacher, on.kind)
-        )
-        self.teacher_bits = self._teacher_bits(own_quantisation(teacher_config))
+        self.teacher_dtype, self.teacher_bits = torch.float32, 0
+        if not self.served:
+            teacher_config = config_of("dwakd.teacher.base_model", *self.teacher_key)
+            self.teacher_dtype = teacher_dtype(
+                teacher, teacher_config, teacher_device(teacher, on.kind)
+            )
+            self.teacher_bits = self._teacher_bits(own_quantisation(teacher_config))
         # A body that is elsewhere leaves embeddings and head with the student.
         self.elsewhere = on.kind == "cuda" and teacher.device not in (None, "cuda", "cuda:0")
         if self.elsewhere:
             self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
-        self.cached = teacher.cache is not None
+        self.cached = teacher.cache is not None or self.served
 
     # -- what is held throughout ------------------------------------------------------------------
 
@@ -204,6 +214,8 @@ class Parts:
     def body(self, side: str) -> tuple[float, float, float]:
         """Held after forward, forward's peak, and backward's need beside what is held."""
         training = side == "student"
+        if self.served and not training:
+            return 0, 0, 0
         model = self.student if training else self.teacher
         length = self.lengths.student if training else self.lengths.teacher
         dtype = self.student_dtype if training else self.teacher_dtype

@@ -13,7 +13,10 @@ from dwakd_plugin.recipe.schema import teacher_keys
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 
 # What belongs to the teacher that a recipe names, and not to the one on the command line.
-TEACHERS_OWN = ("tokenizer", "adapter", "revision", "chat_template")
+TEACHERS_OWN = (
+    *("tokenizer", "adapter", "revision", "chat_template"),
+    *("server", "model", "server_requests", "server_patience"),
+)
 
 
 def read_recipe(file: Path) -> dict[str, Any]:

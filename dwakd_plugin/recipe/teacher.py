@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.adapters import base_of_adapter
 from dwakd_plugin.recipe.blocks import Block, Name
 
@@ -176,6 +177,15 @@ class TeacherConfig(Block):
     def _asks_for(self, key: str) -> bool:
         """Whether a key has another value than where it isn't given."""
         return bool(getattr(self, key) != type(self).model_fields[key].default)
+
+    def must_be_loaded(self, what: str) -> None:
+        """Raises UserError where the teacher is on a server; `what` needs it here."""
+        if self.server is not None:
+            raise UserError(
+                f"{what} needs the teacher loaded here, and dwakd.teacher.server says that it is "
+                f"on {self.server}. Give dwakd.teacher.base_model, a folder or hub id, without "
+                "server."
+            )
 
     @property
     def called(self) -> str:

@@ -88,6 +88,7 @@ def adaptation(
     there is an adapter already, or no tokenizer to read the rows with.
     """
     teacher = recipe.config.teacher
+    teacher.must_be_loaded("A LoRA of the teacher (`dwakd adapt`)")
     if teacher.adapter is not None:
         raise UserError(
             f"dwakd.teacher.adapter is {teacher.adapter}: this teacher has learnt something "

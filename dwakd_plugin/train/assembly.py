@@ -26,7 +26,8 @@ from dwakd_plugin.models.causal_lm import (
     parameter_count,
 )
 from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
-from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
+from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher, teacher_of_probabilities
+from dwakd_plugin.models.teacher.served import ServedTeacher
 from dwakd_plugin.models.teacher.top_tokens import RowStates
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
@@ -141,6 +142,17 @@ def _teacher(
     """The teacher, where a term asks for one; and its states by row, where there is a cache."""
     if not config.loss.needs_teacher:
         return None, None
+    if config.teacher.cache is None and config.teacher.server is not None:
+        rows = teacher_rows(trainer.train_dataset, trainer.eval_dataset)
+        longest = max(len(ids) for ids, _ in rows)
+        served = ServedTeacher(config.teacher, tokenizer, longest, _warn)
+        # Rows are asked for in the process that waits for them, when they are laid out: one batch
+        # ahead of the step.
+        trainer.args.dataloader_num_workers = 0
+        trainer.args.dataloader_prefetch_factor = None
+        trainer.args.dataloader_persistent_workers = False
+        size = served.vocabulary
+        return teacher_of_probabilities(size, device, str(served), None, served), served.want
     if config.teacher.cache is None:
         return load_teacher(config.teacher, device), None
     teacher, cache = cached_teacher(
@@ -152,6 +164,11 @@ def _teacher(
         lambda text: LOG.info(text, main_process_only=False),
     )
     return teacher, cache.read
+
+
+def _warn(text: str) -> None:
+    LOG.warning(text, main_process_only=False)
+    tell(warning=text)
 
 
 def _check_sizes(teacher: Teacher, student: Any, teacher_len: int) -> None:

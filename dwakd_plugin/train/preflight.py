@@ -113,8 +113,13 @@ def check_teacher_recipe(config: DWAKDConfig) -> None:
 
 def loads_body(teacher: TeacherConfig) -> bool:
     """Whether a run loads more of the teacher than head and embeddings, as far as can be seen."""
+    return teacher.server is None and not has_index(teacher)
+
+
+def has_index(teacher: TeacherConfig) -> bool:
+    """Whether the recipe names a cache that is there, filled or not."""
     if teacher.cache is None or not Path(teacher.cache).is_dir():
-        return True
+        return False
     from dwakd_plugin.models.teacher.cache import INDEX
 
-    return not (Path(teacher.cache) / INDEX).is_file()
+    return (Path(teacher.cache) / INDEX).is_file()

@@ -27,9 +27,9 @@ def describe_run(cfg: Any, trainer: Any) -> str:
     loss, dtw = config.loss, config.soft_dtw
     evaluated = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
-        "teacher": f"{config.teacher.base_model}: not loaded, as no term asks for it"
+        "teacher": f"{config.teacher.called}: not loaded, as no term asks for it"
         if teacher is None
-        else f"{config.teacher.base_model}: "
+        else f"{config.teacher.called}: "
         + (f"{_count(teacher.parameters)}, " if teacher.parameters else "")
         + f"{teacher.precision}, attention {teacher.attention}",
         "student": f"{cfg.base_model}: {_count(own)}, "
@@ -51,7 +51,9 @@ def describe_run(cfg: Any, trainer: Any) -> str:
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
         + f"; variant {config.variant}",
         "processes": facts.processes,
-        "cache": config.teacher.cache or "none: the teacher runs in every step",
+        "cache": config.teacher.cache
+        or f"none: the {'teacher runs' if config.teacher.server is None else 'server is asked'} in "
+        "every step",
     }
     own = config.own_answers
     if own is not None and distillation.own_answers is not None:

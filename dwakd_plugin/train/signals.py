@@ -77,6 +77,12 @@ def is_last_step(step: int, *, first_rank: bool) -> bool:
     return chosen.exists() and step >= int(chosen.read_text(encoding="ascii"))
 
 
+def stop_asked() -> bool:
+    """Whether this process has heard that the run is to end."""
+    folder = os.environ.get(FOLDER)
+    return _terminated.is_set() if folder is None else (Path(folder) / STOP).exists()
+
+
 def _write_first(file: Path, text: str) -> None:
     """Writes a file, whole at once, where it is not there yet."""
     partial = file.with_name(f"{file.name}-{os.getpid()}")

@@ -65,6 +65,7 @@ from dwakd_plugin.train.projector_optimizer import (
     left_out,
     schedule_their_rate,
 )
+from dwakd_plugin.train.served_rows import ServedRows
 from dwakd_plugin.train.sharding import check_gathered, is_sharded, prepare_for_engine
 from dwakd_plugin.train.signals import end_run, stopping_on_sigterm
 
@@ -101,7 +102,7 @@ class _DistillationLog(Trainer):
             self.health.hear(seen, self.args, self.state)
 
 
-class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
+class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
     distillation: Distillation | None = None
@@ -226,8 +227,7 @@ class DWAKDTrainer(AxolotlTrainer, _DistillationLog):
         own_loss: Tensor | float = 0.0
         if OWN_ROWS in inputs:
             own = self.distillation.own_answers
-            assert own is not None
-            assert teacher is not None
+            assert own is not None and teacher is not None
             student, teacher, own_loss = own.set_apart(student, teacher, inputs[OWN_ROWS])
         terms = self._terms(student, teacher)
         if hear is not None:

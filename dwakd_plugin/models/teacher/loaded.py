@@ -53,6 +53,7 @@ from dwakd_plugin.models.teacher.quantisation import (
     own_quantisation,
     quantisation_config,
 )
+from dwakd_plugin.models.teacher.served import ServedTeacher
 from dwakd_plugin.models.teacher.top_tokens import from_bits, top_of_states
 from dwakd_plugin.recipe.schema import TeacherConfig
 
@@ -76,6 +77,7 @@ class Teacher:
     continuations: ContinuationTable | None = None
     spellings: SpellingTable | None = None
     top_k: int | None = None  # what the loss gets of the probabilities, instead of the states
+    served: ServedTeacher | None = None  # whose rows come as numbers that it was asked by
 
     @property
     def hidden_size(self) -> int:
@@ -110,6 +112,8 @@ class Teacher:
     @torch.no_grad()
     def states(self, batch: dict[str, Tensor]) -> ResponseStates:
         """What the loss needs of the teacher, for a collated batch on the teacher's device."""
+        if self.served is not None:
+            self.served.complete(batch)
         read = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"])
         predicted = gather_positions(batch["teacher_input_ids"], batch["teacher_positions"] + 1)
         lengths, hidden = batch["teacher_lengths"], self.hidden(batch)
@@ -136,7 +140,11 @@ class Teacher:
 
 
 def teacher_of_probabilities(
-    head_rows: int, device: str, precision: str, parameters: int | None
+    head_rows: int,
+    device: str,
+    precision: str,
+    parameters: int | None,
+    served: ServedTeacher | None = None,
 ) -> Teacher:
     """A teacher of which nothing is loaded, whose rows come as `TopTokens` (DualCollator).
 
@@ -151,6 +159,7 @@ def teacher_of_probabilities(
         parameters=parameters,
         attention="not needed",
         precision=precision,
+        served=served,
     )
 
 
@@ -160,11 +169,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     Raises UserError where the checkpoint, its quantisation, its attention or the memory for it
     cannot be had.
     """
-    if config.server is not None:
-        raise UserError(
-            f"The teacher {config.called} is on a server ({config.server}), and this needs its "
-            "states, or answers of its own: give dwakd.teacher.base_model without server."
-        )
+    config.must_be_loaded("This")
     model_config = teacher_config(config)
     attention, why = check_teacher(config, device)
     own = teacher_device(config, device)

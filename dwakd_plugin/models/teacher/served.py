@@ -8,12 +8,14 @@ from itertools import count
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import TopTokens
 from dwakd_plugin.models.teacher.server import Refused, Server
 from dwakd_plugin.models.teacher.server_answers import Left, TokenTexts, Unreadable, top_tokens
 from dwakd_plugin.models.teacher.server_check import find_way
+from dwakd_plugin.models.teacher.top_tokens import to_bits
 from dwakd_plugin.recipe.schema import TeacherConfig
 
 WAIT = 0.5  # seconds between two looks at whether to stop waiting
@@ -44,6 +46,17 @@ class ServedTeacher:
         self.unasked = 0  # rows that no text stands for
         self._numbers = count()
         self._asked: dict[int, tuple[Tensor, Tensor, Future[dict[str, Any]] | None]] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest token id."""
+        return self._texts.size
+
+    def __str__(self) -> str:
+        return (
+            f"its {self.way.top_k} likeliest tokens from {self.server.address}, asked for by "
+            f"{self.way}; nothing loaded"
+        )
 
     def want(self, teacher_ids: Tensor, teacher_labels: Tensor) -> int:
         """Asks for a row, both (L,); the number to `take` it by."""
@@ -82,8 +95,12 @@ class ServedTeacher:
         except Unreadable as error:
             raise UserError(f"{self.server.name} answers a row, and {error}.") from error
 
-    def forget(self, number: int) -> None:
-        """A wanted row that nobody will take."""
-        *_, future = self._asked.pop(number)
-        if future is not None:
-            future.cancel()
+    def complete(self, batch: dict[str, Tensor], stop: Callable[[], bool] = lambda: False) -> None:
+        """Puts `teacher_top` in place of a batch's `teacher_asked`, the numbers of its rows.
+
+        Raises as `take` does.
+        """
+        asked = batch.pop("teacher_asked", None)
+        if asked is not None:
+            rows = [to_bits(self.take(number, stop)) for number in asked.tolist()]
+            batch["teacher_top"] = pad_sequence(rows, batch_first=True).to(asked.device)

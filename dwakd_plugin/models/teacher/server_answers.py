@@ -37,7 +37,7 @@ class TokenTexts:
         added = set(tokenizer.get_added_vocab())
         self.special = set(tokenizer.all_special_ids)
         self.bos = tokenizer.bos_token_id
-        self.size = len(tokenizer)
+        self.size = max(tokenizer.get_vocab().values()) + 1
         self.texts: dict[int, str | None] = {}  # None where they are no whole characters
         claims: dict[str, set[int]] = defaultdict(set)
         for token, index in tokenizer.get_vocab().items():

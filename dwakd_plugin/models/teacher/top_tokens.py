@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dwakd_plugin.loss import Head, TopTokens, tokens_per_chunk
 
-# Of a row, by its teacher token ids and labels (L,): its states (T, D), or `TopTokens` (T, k).
-RowStates = Callable[[Tensor, Tensor], Tensor | TopTokens]
+# Of a row, by its teacher token ids and labels (L,): its states (T, D), or `TopTokens` (T, k); or
+# the number by which a served teacher will have them.
+RowStates = Callable[[Tensor, Tensor], Tensor | TopTokens | int]
 
 BYTES_A_TOKEN = 6  # of those that are kept: three for the id, three for the log-probability
 _STEP = 2.0**-18  # between log-probabilities on disk: a probability is off by 2e-6 of itself

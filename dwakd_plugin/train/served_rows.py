@@ -1,0 +1,87 @@
+"""What a served teacher says of a step's rows, waited for before the step.
+
+So that a run whose server has died ends between two steps, all ranks alike, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
+from dwakd_plugin.errors import UserError
+from dwakd_plugin.models.teacher.served import ServedTeacher
+from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.train.preflight import has_index
+from dwakd_plugin.train.signals import stop_asked
+
+
+class RowsMissing(UserError):
+    """The teacher's server does not say what a step needs."""
+
+
+def check_served_teacher(config: DWAKDConfig) -> None:
+    """Raises UserError where a run will ask the recipe's server, and it is not the teacher.
+
+    Before anything is loaded; see `ServedTeacher`, which asks once more with the rows at hand.
+    """
+    teacher = config.teacher
+    if teacher.server is None or not config.loss.needs_teacher or has_index(teacher):
+        return
+    ServedTeacher(teacher, load_teacher_tokenizer(teacher), longest=0)
+
+
+class ServedRows(Trainer):
+    """Sits below AxolotlTrainer; `distillation` is DWAKDTrainer's."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except RowsMissing as error:
+            raise UserError(f"{error}\n{self._keep_what_there_is()}") from error
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._complete(batches)
+        return batches, count
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._complete([inputs])
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _complete(self, batches: list[dict[str, Any]]) -> None:
+        """Puts into batches what the server says of their rows. Raises RowsMissing on all ranks."""
+        distillation = getattr(self, "distillation", None)
+        teacher = None if distillation is None else distillation.teacher
+        if teacher is None or teacher.served is None:
+            return
+        error = None
+        try:
+            for batch in batches:
+                teacher.served.complete(batch, stop_asked)
+        except UserError as found:
+            error = found
+        missing = torch.tensor(int(error is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            missing = self.accelerator.reduce(missing, "sum")
+        if error is not None:
+            raise RowsMissing(str(error)) from error
+        if missing.item():
+            raise RowsMissing("Another process of this run lacks what the server says of its rows.")
+
+    def _keep_what_there_is(self) -> str:
+        """Writes a checkpoint of the last step, where there is none; says where."""
+        step = self.state.global_step
+        if step == 0:
+            return "No step has been made. Start the run again when the server is there."
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if not folder.exists():
+            self._save_checkpoint(self.model_wrapped, None)
+        return (
+            f"Step {step} is kept in {folder}; with `auto_resume_from_checkpoints: true` (`dwakd "
+            "train --resume`) the run goes on from there when the server is back."
+        )
