@@ -111,12 +111,13 @@ def _cache(
 
     started = time.monotonic()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    cache = open_cache(config, device, load_teacher_tokenizer(config))
+    tokenizer = load_teacher_tokenizer(config)
+    cache = open_cache(config, device, tokenizer)
     rows = teacher_rows(*datasets)
     missing = missing_rows(cache, rows)
     report: dict[str, Any] = {
         "folder": str(cache.folder),
-        "teacher": config.base_model,
+        "teacher": config.called,
         "precision": cache.identity["precision"],
         "attention": None,
     }
@@ -143,7 +144,16 @@ def _cache(
         ):
             # Another may have written some since.
             missing = missing_rows(cache, rows)
-            loaded = fill(config, device, cache, missing, on_progress, batch_tokens or BATCH_TOKENS)
+            loaded = fill(
+                config,
+                device,
+                cache,
+                missing,
+                on_progress,
+                batch_tokens or BATCH_TOKENS,
+                tokenizer=tokenizer,
+                say=console.print,
+            )
         if loaded is not None:
             report |= {"precision": loaded.precision, "attention": loaded.attention}
     tokens = sum(int(labels[1:].ne(-100).sum()) for _, labels in rows)

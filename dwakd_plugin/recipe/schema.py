@@ -230,7 +230,7 @@ class DWAKDConfig(Block):
         if self.teacher.top_k is not None:
             raise ValueError(
                 "own_answers are judged by all of the teacher's probabilities, and teacher.top_k "
-                "keeps some; remove one of the two"
+                "(64 of a server) keeps some; remove one of the two"
             )
         return self
 

@@ -25,8 +25,12 @@ from dwakd_plugin.models.causal_lm import (
     output_head,
     parameter_count,
 )
-from dwakd_plugin.models.teacher.cached import cached_teacher, teacher_rows
-from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher, teacher_of_probabilities
+from dwakd_plugin.models.teacher.cached import (
+    cached_teacher,
+    teacher_of_probabilities,
+    teacher_rows,
+)
+from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.models.teacher.served import ServedTeacher
 from dwakd_plugin.models.teacher.top_tokens import RowStates
 from dwakd_plugin.recipe import Recipe

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,7 +18,10 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.served import ServedTeacher
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.preflight import has_index
+from dwakd_plugin.train.progress import tell
 from dwakd_plugin.train.signals import stop_asked
+
+LOG = get_logger("axolotl.dwakd")
 
 
 class RowsMissing(UserError):
@@ -40,9 +44,19 @@ class ServedRows(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         except RowsMissing as error:
             raise UserError(f"{error}\n{self._keep_what_there_is()}") from error
+        served = self._served()
+        if served is not None and (lost := served.lost()) is not None:
+            LOG.warning("%s", lost, main_process_only=False)
+            tell(warning=lost)
+        return result
+
+    def _served(self) -> ServedTeacher | None:
+        distillation = getattr(self, "distillation", None)
+        teacher = None if distillation is None else distillation.teacher
+        return None if teacher is None else teacher.served
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -55,14 +69,12 @@ class ServedRows(Trainer):
 
     def _complete(self, batches: list[dict[str, Any]]) -> None:
         """Puts into batches what the server says of their rows. Raises RowsMissing on all ranks."""
-        distillation = getattr(self, "distillation", None)
-        teacher = None if distillation is None else distillation.teacher
-        if teacher is None or teacher.served is None:
+        served, error = self._served(), None
+        if served is None:
             return
-        error = None
         try:
             for batch in batches:
-                teacher.served.complete(batch, stop_asked)
+                served.complete(batch, stop_asked)
         except UserError as found:
             error = found
         missing = torch.tensor(int(error is not None), device=self.args.device)

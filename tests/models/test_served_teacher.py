@@ -294,6 +294,47 @@ def test_a_row_that_it_refuses_ends_with_its_words(
         served.take(served.want(torch.arange(20), torch.arange(20)))
 
 
+def test_a_cache_is_filled_by_it_once_and_then_needs_it_no_more(
+    server: Behaviour, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dwakd_plugin.models.teacher.cached import cached_teacher
+
+    monkeypatch.setattr(server_module, "PROMPTLY", 0.3)
+    monkeypatch.setenv(KEY, SECRET)
+    keys = {"server": server.address, "model": MODEL, "tokenizer": str(lab / "teacher")}
+    config = TeacherConfig(**keys, top_k=8, cache=str(tmp_path / "cache"), server_patience=1)
+    rows = [row(server.tokenizer, f"The {word} of {n}: {TEXT}") for n, word in enumerate("abcde")]
+    steps: list[tuple[int, int]] = []
+    heard = lambda done, total: steps.append((done, total))  # noqa: E731
+    said: list[str] = []
+
+    # It dies when it has said of some rows; what it said is kept.
+    first = cached_teacher(config, "cpu", rows[:2], server.tokenizer, heard, said.append)[1]
+    assert len(first) == 2 and steps[-1][0] == steps[-1][1]
+    asked = len(server.bodies)
+    server.always = (502, {})
+    with pytest.raises(ServerGone):
+        cached_teacher(config, "cpu", rows, server.tokenizer, heard, said.append)
+    server.always = None
+    teacher, cache = cached_teacher(config, "cpu", rows, server.tokenizer, heard, said.append)
+    prompts = [body["prompt"] for body in server.bodies[asked:] if body["max_tokens"] == 1]
+    assert rows[0][0].tolist() not in prompts and rows[4][0].tolist() in prompts
+    assert teacher.model is None and teacher.served is None
+    for ids, labels in rows:
+        top, expected = cache.read(ids, labels), oracle(server.model, ids, labels, 8)
+        assert top.token_ids.tolist() == expected.token_ids.tolist()
+        torch.testing.assert_close(top.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+
+    # From here on there is no server, at another address.
+    moved = TeacherConfig(**(config.model_dump() | {"server": "http://127.0.0.1:9/v1"}))
+    cached_teacher(moved, "cpu", rows, server.tokenizer)
+    files = b"".join(file.read_bytes() for file in (tmp_path / "cache").iterdir())
+    assert SECRET.encode() not in files and MODEL.encode() in files
+    other = TeacherConfig(**(config.model_dump() | {"model": "another"}))
+    with pytest.raises(UserError, match="another"):
+        cached_teacher(other, "cpu", rows, server.tokenizer)
+
+
 # As https://docs.vllm.ai/en/v0.28.0/serving/online_serving/openai_compatible_server/ and the
 # protocol of the completions API there have it: `prompt_logprobs` of a choice, a list with null
 # first, then objects by token id with logprob, rank and decoded_token, the prompt's own token among

@@ -28,8 +28,9 @@ from dwakd_plugin.models.teacher.loaded import (
     teacher_config,
     teacher_device,
     teacher_dtype,
-    teacher_of_probabilities,
 )
+from dwakd_plugin.models.teacher.served import ServedTeacher
+from dwakd_plugin.models.teacher.server import ServerGone
 from dwakd_plugin.models.teacher.top_tokens import top_of_states
 from dwakd_plugin.recipe.schema import TeacherConfig
 
@@ -54,6 +55,13 @@ def open_cache(config: TeacherConfig, device: str, tokenizer: Any) -> TeacherCac
 
 def teacher_identity(config: TeacherConfig, device: str, tokenizer: Any) -> dict[str, Any]:
     """What a teacher's states and answers depend on beside the rows: folders by their contents."""
+    if config.server is not None:
+        return {
+            "teacher": config.called,
+            "precision": "a server's",
+            "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
+            "chat_template": _digest(config.chat_template or tokenizer.chat_template),
+        }
     model_config = teacher_config(config)
     return {
         "teacher": _content(config.base_model),
@@ -82,7 +90,8 @@ def cached_teacher(
     cache = open_cache(config, device, tokenizer)
     if missing_rows(cache, rows) or not cache.has_weights:
         with cache.writing(wait=True, on_wait=on_wait):
-            fill(config, device, cache, missing_rows(cache, rows), progress)
+            missing = missing_rows(cache, rows)
+            fill(config, device, cache, missing, progress, tokenizer=tokenizer, say=on_wait)
     weights = cache.load_weights(device)
     assert weights is not None  # they are written before the first state
     precision = cache.identity["precision"]
@@ -96,6 +105,30 @@ def cached_teacher(
             int(weights["parameters"]) or None,
         ),
         cache,
+    )
+
+
+def teacher_of_probabilities(
+    head_rows: int,
+    device: str,
+    precision: str,
+    parameters: int | None,
+    served: ServedTeacher | None = None,
+) -> Teacher:
+    """A teacher of which nothing is loaded, whose rows come as `TopTokens` (DualCollator).
+
+    head_rows: how many tokens it has, at least one more than the largest id. Embeddings and head
+    have so many rows, of no numbers.
+    """
+    nothing = torch.zeros(head_rows, 0, device=device)
+    return Teacher(
+        embeddings=EmbeddingTable(nothing),
+        head=Head(nothing),
+        model=None,
+        parameters=parameters,
+        attention="not needed",
+        precision=precision,
+        served=served,
     )
 
 
@@ -127,6 +160,8 @@ def response_tokens(rows: dict[str, Row]) -> int:
 
 def token_bytes(config: TeacherConfig, device: str, cache: TeacherCache) -> int:
     """Bytes that a response token takes on disk."""
+    if cache.top_k is not None:
+        return bytes_per_token(0, cache.dtype, torch.float32)
     model_config = teacher_config(config)
     dtype = teacher_dtype(config, model_config, teacher_device(config, device))
     return bytes_per_token(model_config.get_text_config().hidden_size, cache.dtype, dtype)
@@ -136,12 +171,12 @@ def disk_need(
     config: TeacherConfig, device: str, cache: TeacherCache, missing: dict[str, Row]
 ) -> int:
     """Bytes that the missing rows, and head and embeddings, will take on disk."""
-    model_config = teacher_config(config)
-    text = model_config.get_text_config()
-    dtype = teacher_dtype(config, model_config, teacher_device(config, device))
     states = response_tokens(missing) * token_bytes(config, device, cache)
     tables = ROW_BYTES * len(missing)
     if not cache.has_weights and cache.top_k is None:  # which has neither
+        model_config = teacher_config(config)
+        text = model_config.get_text_config()
+        dtype = teacher_dtype(config, model_config, teacher_device(config, device))
         tied = getattr(model_config, "tie_word_embeddings", False)
         tables += text.vocab_size * text.hidden_size * dtype.itemsize * (1 if tied else 2)
     return int(DISK_MARGIN * (states + tables))
@@ -176,15 +211,28 @@ def fill(
     missing: dict[str, Row],
     progress: Progress = lambda done, total: None,
     batch_tokens: int = BATCH_TOKENS,
+    *,
+    tokenizer: Any = None,
+    say: Callable[[str], None] = print,
 ) -> Teacher | None:
     """Loads the teacher and lets it say of `missing` rows what the cache keeps; see `fill_by`.
 
+    One on a server is asked instead, with the teacher's tokenizer to read them by.
     Returns the teacher, or None where there was nothing to do.
     """
     if not missing and cache.has_weights:
         return None
     need = partial(disk_need, config, device, cache)
     check_disk(cache, need(missing))
+    if config.server is not None:
+        longest = max((len(ids) for ids, _ in missing.values()), default=0)
+        served = ServedTeacher(config, tokenizer, longest, say)
+        weights = weights_of_probabilities(served.vocabulary, None)
+        at_once = max(batch_tokens, 4 * config.server_requests * longest)
+        fill_by(served.said, cache, missing, weights, need, progress, at_once)
+        if (lost := served.lost()) is not None:
+            say(lost)
+        return teacher_of_probabilities(served.vocabulary, device, str(served), None, served)
     teacher = load_teacher(config, device)
 
     def said(rows: Sequence[Row]) -> list[Tensor | TopTokens]:
@@ -251,7 +299,7 @@ def fill_by(
                 written += _flush(cache, pending)
             progress(written + sum(map(_positions, pending.values())), total)
         _flush(cache, pending)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ServerGone):
         _flush(cache, pending)
         raise
     except DiskFull as error:

@@ -139,30 +139,6 @@ class Teacher:
         )
 
 
-def teacher_of_probabilities(
-    head_rows: int,
-    device: str,
-    precision: str,
-    parameters: int | None,
-    served: ServedTeacher | None = None,
-) -> Teacher:
-    """A teacher of which nothing is loaded, whose rows come as `TopTokens` (DualCollator).
-
-    head_rows: how many tokens it has, at least one more than the largest id. Embeddings and head
-    have so many rows, of no numbers.
-    """
-    nothing = torch.zeros(head_rows, 0, device=device)
-    return Teacher(
-        embeddings=EmbeddingTable(nothing),
-        head=Head(nothing),
-        model=None,
-        parameters=parameters,
-        attention="not needed",
-        precision=precision,
-        served=served,
-    )
-
-
 def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     """Loads the teacher frozen, in eval mode; `device` is the student's, and the default.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -45,7 +46,8 @@ class ServedTeacher:
         self.left = Left(self.way.top_k)
         self.unasked = 0  # rows that no text stands for
         self._numbers = count()
-        self._asked: dict[int, tuple[Tensor, Tensor, Future[dict[str, Any]] | None]] = {}
+        # Of each number: tokens, response positions, and what is to come.
+        self._asked: dict[int, tuple[int, int, Future[TopTokens] | None]] = {}
 
     @property
     def vocabulary(self) -> int:
@@ -61,12 +63,15 @@ class ServedTeacher:
     def want(self, teacher_ids: Tensor, teacher_labels: Tensor) -> int:
         """Asks for a row, both (L,); the number to `take` it by."""
         number, future = next(self._numbers), None
+        places = [place + 1 for place in teacher_labels[1:].ne(-100).nonzero().flatten().tolist()]
         prompt = self.way.prompt(teacher_ids.tolist(), self._tokenizer)
         if prompt is None:
             self.unasked += 1
-        elif teacher_labels[1:].ne(-100).any():
-            future = self.server.submit("/completions", self.way.body(prompt))
-        self._asked[number] = teacher_ids, teacher_labels, future
+        elif places:
+            future = self.server.submit(
+                "/completions", self.way.body(prompt), partial(self._read, teacher_ids, places)
+            )
+        self._asked[number] = len(teacher_ids), len(places), future
         return number
 
     def take(self, number: int, stop: Callable[[], bool] = lambda: False) -> TopTokens:
@@ -76,24 +81,41 @@ class ServedTeacher:
         answered for as long as the recipe says; Stopped where `stop` says so before; UserError
         where it refuses the row.
         """
-        ids, labels, future = self._asked.pop(number)
-        places = [place + 1 for place in labels[1:].ne(-100).nonzero().flatten().tolist()]
+        length, positions, future = self._asked.pop(number)
         if future is None:
-            return top_tokens([None] * len(places), self.way.top_k, self._texts.size)
+            return top_tokens([None] * positions, self.way.top_k, self._texts.size)
         while True:
             try:
-                answer = future.result(timeout=WAIT)
-                break
+                return future.result(timeout=WAIT)
             except TimeoutError:
                 if stop():
                     raise Stopped(f"Stopped while {self.server.name} did not answer.") from None
             except Refused as refused:
-                raise UserError(f"{refused}\nThe row has {len(ids):,} tokens.") from refused
-        try:
-            rows = self.way.read(answer, ids.tolist(), self._texts, self.left)
-            return top_tokens([rows[place] for place in places], self.way.top_k, self._texts.size)
-        except Unreadable as error:
-            raise UserError(f"{self.server.name} answers a row, and {error}.") from error
+                raise UserError(f"{refused}\nThe row has {length:,} tokens.") from refused
+            except Unreadable as error:
+                raise UserError(f"{self.server.name} answers a row, and {error}.") from error
+
+    def said(self, rows: Sequence[tuple[Tensor, Tensor]]) -> list[TopTokens]:
+        """Of some rows, ids and labels (L,), what the server says; raises as `take` does."""
+        return [self.take(number) for number in [self.want(*row) for row in rows]]
+
+    def _read(self, ids: Tensor, places: list[int], answer: dict[str, Any]) -> TopTokens:
+        rows = self.way.read(answer, ids.tolist(), self._texts, self.left)
+        return top_tokens([rows[place] for place in places], self.way.top_k, self._texts.size)
+
+    def lost(self) -> str | None:
+        """What could not be asked or told so far, in words; None where all could."""
+        words = []
+        if self.unasked:
+            words.append(
+                f"{self.unasked:,} rows were not asked for: no text is cut into their tokens"
+            )
+        if self.left.unknown:
+            words.append(
+                f"{self.left.share:.1%} of the likeliest tokens came as texts of several tokens, "
+                "and count as what lies outside of them"
+            )
+        return f"{self.server.name}: {'; '.join(words)}." if words else None
 
     def complete(self, batch: dict[str, Tensor], stop: Callable[[], bool] = lambda: False) -> None:
         """Puts `teacher_top` in place of a batch's `teacher_asked`, the numbers of its rows.

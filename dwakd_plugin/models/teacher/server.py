@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -26,6 +26,9 @@ KEY = "DWAKD_SERVER_KEY"  # where the key is, in the environment
 PROMPTLY = 6.0  # seconds in which a server that is there answers at start-up
 LONGEST_PAUSE = 30.0  # seconds between two tries
 QUIET = 5.0  # seconds of silence that nobody is told of
+
+
+Answer = TypeVar("Answer")
 
 
 class Refused(UserError):
@@ -80,20 +83,23 @@ class Server:
         return f"The server {self.address} (dwakd.teacher.server)"
 
     def submit(
-        self, path: str, body: dict[str, Any] | None = None, patience: float | None = None
-    ) -> Future[dict[str, Any]]:
-        """The JSON that the server answers: a GET without a body, else a POST.
+        self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Answer]
+    ) -> Future[Answer]:
+        """What `read` makes of the JSON that the server answers to a POST, which may be large.
 
-        What it raises: `Refused`; `ServerGone` after `patience` seconds, by default the recipe's;
-        UserError where it answers no JSON.
+        It raises what `read` does; `Refused`; `ServerGone` after the recipe's `server_patience`;
+        UserError where the server answers no JSON.
         """
-        asked = self._ask(path, body, self.patience if patience is None else patience)
-        return asyncio.run_coroutine_threadsafe(asked, self._loop)
+
+        async def asked() -> Answer:
+            return read(await self._ask(path, body, self.patience))
+
+        return asyncio.run_coroutine_threadsafe(asked(), self._loop)
 
     def ask(
         self, path: str, body: dict[str, Any] | None = None, *, form: bool = False
     ) -> dict[str, Any]:
-        """As `submit`, waited for, and with the patience of a start-up.
+        """The JSON of a POST, or of a GET without a body, with the patience of a start-up.
 
         form: the request's form may be none of the server's, and a 500 is then `Refused` too, as
         llama-cpp-python refuses one.
