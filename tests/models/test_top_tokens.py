@@ -11,7 +11,7 @@ from dwakd_plugin.data.collator import DISTILLATION_KEYS, said_of_rows
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Head
 from dwakd_plugin.models.batches import teacher_batch
-from dwakd_plugin.models.teacher.loaded import teacher_of_probabilities
+from dwakd_plugin.models.teacher.cached import teacher_of_probabilities
 from dwakd_plugin.models.teacher.top_tokens import (
     BYTES_A_TOKEN,
     TopTokens,
