@@ -16,6 +16,7 @@ __all__ = [
     "progress_callback",
     "report",
     "run_folder",
+    "served_rows",
     "signals",
     "trainer",
     "warmup",
