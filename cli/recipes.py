@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The first word of a recipe's name says what it is for; in the order of the list.
 GROUPS = {
     "chat": "Today's models, chat data, one GPU",
+    "served": "A teacher on a server of its own, several GPUs",
     "axolotl": "An axolotl recipe of your own, with a teacher",
     "paper": "The paper's pairs on one GPU, and the teachers before they teach",
     "quickstart": "On a CPU: what `dwakd quickstart` runs",
@@ -110,7 +111,7 @@ def describe(name: str, text: str) -> dict[str, Any]:
         "group": name.partition("-")[0],
         "purpose": " ".join(opening),
         "student": recipe.get("base_model"),
-        "teacher": None if config is None else config.teacher.base_model,
+        "teacher": None if config is None else config.teacher.called,
     }
 
 
