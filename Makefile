@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist
 # What `make gpu` runs with: it needs torch, triton, transformers, numba and pydantic, not a set-up.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup demo test test-slow test-deepspeed fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
+.PHONY: setup demo test test-slow test-server test-deepspeed fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -30,6 +30,16 @@ test-deepspeed: setup
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps \
 		--no-build-isolation deepspeed==0.19.8 hjson msgpack ninja py-cpuinfo
 	$(PYTEST) -m slow -k deepspeed tests/train/test_multi_gpu.py
+
+# A real server on loopback, in an environment of its own: it compiles llama.cpp, for 20 minutes on
+# one core.
+test-server: setup .venv-server/ready
+	DWAKD_TEST_SERVER=$(CURDIR)/.venv-server/bin/python $(BIN)/python -m pytest -s tests/models/test_real_server.py
+
+.venv-server/ready:
+	$(BIN)/python -m venv .venv-server
+	.venv-server/bin/pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	touch $@
 
 # What no one would write, tens of thousands of times: recipes, rows, texts, logits.
 fuzz: setup

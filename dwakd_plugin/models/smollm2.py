@@ -32,7 +32,7 @@ def prepare_teacher(dest: Path) -> Path:
     gguf_file = _teacher_gguf()
     with new_folder(dest) as folder:
         _teacher_tokenizer(gguf_file).save_pretrained(folder)
-        _teacher_model(gguf_file).save_pretrained(folder)
+        dequantised(gguf_file).bfloat16().save_pretrained(folder)
     return dest
 
 
@@ -54,8 +54,8 @@ def _teacher_gguf() -> Path:
     return files[0]
 
 
-def _teacher_model(gguf_file: Path) -> Any:
-    """The dequantised model, in bfloat16."""
+def dequantised(gguf_file: Path) -> Any:
+    """The model of a GGUF file, in float32."""
     import torch
     import transformers
 
@@ -64,10 +64,9 @@ def _teacher_model(gguf_file: Path) -> Any:
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if gguf_config:
         options["quantization_config"] = gguf_config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, **options
     )
-    return model.to(torch.bfloat16)
 
 
 def _teacher_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:

@@ -64,7 +64,15 @@ class ServedRows(Trainer):
         return batches, count
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._complete([inputs])
+        served = self._served()
+        if served is not None:
+            # Ranks may have different numbers of batches to evaluate, so none waits for another.
+            try:
+                served.complete(inputs, stop_asked)
+            except UserError as error:
+                if self.args.world_size > 1:
+                    raise
+                raise RowsMissing(str(error)) from error
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _complete(self, batches: list[dict[str, Any]]) -> None:

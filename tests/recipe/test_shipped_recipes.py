@@ -223,7 +223,8 @@ ALSO = (
     [
         pytest.param(name, marks=[pytest.mark.slow] if name in ALSO else [])
         for name in DISTILLING
-        if not name.startswith("quickstart")  # which `dwakd quickstart` runs as they are
+        # `dwakd quickstart` runs its own as they are; a server: tests/train/test_served_teacher.py.
+        if not name.startswith(("quickstart", "served"))
     ],
 )
 def test_two_steps(
