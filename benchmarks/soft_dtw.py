@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import measure, research
 from benchmarks.measure import MIB, Report
 from dwakd_plugin.loss.soft_dtw import soft_dtw
+from dwakd_plugin.loss.soft_dtw.layout import WARP, serial_steps, steps_of_a_pass
 
 PRELOAD = "benchmarks.research"
 NAME = "soft_dtw"
@@ -219,6 +220,12 @@ def main(
     )  # fmt: skip
     picture(results, file.with_suffix(".png"))
     print(tables(results))
+    for size in ((512, 600), (4096, 4096)):
+        one_warp, own = 3 * steps_of_a_pass(*size, WARP), serial_steps(*size)
+        print(
+            f"A GPU's serial steps at {size[0]}×{size[1]}: {own:,}, "
+            f"and {one_warp / own:.1f} times as many with one warp and no weights kept"
+        )
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from dwakd_plugin.loss.matches import Match, Projecting
 from dwakd_plugin.loss.matches.attention import Attention
 from dwakd_plugin.loss.matches.pairs import SameToken
 from dwakd_plugin.loss.record import HeadPasses, Term
+from dwakd_plugin.loss.soft_dtw import expected_alignments
 from dwakd_plugin.loss.states import ProjectorSet, ResponseStates
 from dwakd_plugin.loss.terms.labels import LABELS_ALONE
 from dwakd_plugin.loss.terms.warp import (
     cost_between,
     embed_pair,
     hidden_pair,
-    soft_dtw_and_path,
     unit_vectors,
 )
 from dwakd_plugin.loss.variants import every_sum, every_term, variant_of
@@ -225,12 +225,11 @@ def alignment_of(
     with torch.autocast(student.hidden.device.type, enabled=False):
         match = matching(batch)
         hidden_path, embed_path = (
-            soft_dtw_and_path(
-                cost_between(unit_vectors(x)[0], unit_vectors(y)[0], match.penalty),
-                batch.student_side.lengths,
-                batch.teacher_side.lengths,
+            expected_alignments(
+                [cost_between(unit_vectors(x)[0], unit_vectors(y)[0], match.penalty)],
+                [(batch.student_side.lengths, batch.teacher_side.lengths)],
                 batch.gamma,
-            )[1]
+            )[0][1]
             for x, y in (hidden_pair(batch), embed_pair(batch))
         )
         inside = match.inside if soft_dtw.band else None

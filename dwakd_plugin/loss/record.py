@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
@@ -29,6 +29,7 @@ class HeadPasses(Generic[M]):
     match: M
     kernel: Kernel
     weights: Sequence[Tensor] | None = None  # (B, S) of each differentiable column, where known
+    shared: dict[str, Tensor] = field(default_factory=dict)  # what one term found for another
 
     @property
     def student(self) -> tuple[Tensor, ...]:

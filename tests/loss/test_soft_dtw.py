@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,15 @@ from torch import Tensor
 
 import dwakd_plugin.loss.soft_dtw as package
 from dwakd_plugin.loss.soft_dtw import Backend, soft_dtw
+from dwakd_plugin.loss.soft_dtw.layout import (
+    MOST_LANES,
+    WARP,
+    Skewed,
+    lanes_for,
+    serial_steps,
+    steps_of_a_pass,
+    together,
+)
 
 CPU: list[Backend] = ["torch", "numba"]
 GAMMAS = [0.01, 0.1, 1.0, 2.0]
@@ -378,34 +389,140 @@ for dtype, value_atol, gradient_atol in (
 
 @needs_triton
 def test_triton_under_its_interpreter_equals_torch() -> None:
+    interpreted(INTERPRETED)
+
+
+# Several costs in one launch, of which some are symmetric, with exponents of 32 bits; with strips
+# and, where memory is short, with weights that are found again.
+TOGETHER = """
+import sys
+import torch
+from dwakd_plugin.loss.soft_dtw import expected_alignments, gpu, layout
+
+def check(sizes):
+    generator = torch.Generator().manual_seed(1)
+    jobs = [
+        (2 * torch.rand(len(n), max(n), max(m), generator=generator), n, m) for n, m in sizes
+    ]
+    costs = [cost for cost, _, _ in jobs]
+    lengths = [tuple(map(torch.tensor, each[1:])) for each in jobs]
+    ours = expected_alignments(costs, lengths, 0.3, largest=2.0, backend="triton")
+    doubles = [cost.double() for cost in costs]
+    exact = expected_alignments(doubles, lengths, 0.3, backend="numba")
+    for (value, path), (exact_value, exact_path) in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value.double(), exact_value, rtol=3e-7, atol=1e-6)
+        torch.testing.assert_close(path.double(), exact_path, rtol=0, atol=3e-6)
+
+if sys.argv[1] == "short":
+    check([([3, 2], [4, 1]), ([3, 2], [3, 2]), ([4, 1], [4, 1])])
+    gpu.lanes_for = lambda rows: 32
+    check([([34, 5], [3, 2])])
+    gpu.ELEMENTS_AT_ONCE = 10
+    check([([34], [3])])
+else:
+    for size in (1, 31, 32, 33, 512, 513, 1024, 1500):
+        check([([size, 2], [3, 2])])
+    check([([2, 1], [600, 33])])
+"""
+
+
+def interpreted(script: str, *arguments: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("real", ["fp32", "fp64"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_compiles_without_a_gpu(capability: int, real: str) -> None:
+def test_triton_takes_several_costs_at_once() -> None:
+    interpreted(TOGETHER, "short")
+
+
+@pytest.mark.slow
+@needs_triton
+def test_triton_at_the_ends_of_warps_blocks_and_strips() -> None:
+    interpreted(TOGETHER, "long")
+
+
+def registers(cubin: bytes, file: Path) -> tuple[int, int]:
+    """Registers a thread has, and bytes that it spills."""
     import triton
+
+    file.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run(
+        [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    count, stack, local = map(int, found.groups())
+    return count, stack + local
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "capability, real, exponent, lanes, kept",
+    [
+        *((capability, "fp32", "i32", MOST_LANES, True) for capability in (80, 90, 100, 120)),
+        (80, "fp32", "i64", MOST_LANES, False),
+        (90, "fp32", "i32", WARP, True),
+        (90, "fp64", "i64", MOST_LANES // 2, False),
+    ],
+)
+def test_triton_compiles_without_a_gpu(
+    capability: int, real: str, exponent: str, lanes: int, kept: bool, tmp_path: Path
+) -> None:
+    """Within the registers that so many threads can have, and with none spilt."""
+    from triton import compile as compile_
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dwakd_plugin.loss.soft_dtw import gpu
+    from dwakd_plugin.loss.soft_dtw.kernel import soft_dtw_kernel as kernel
 
-    integers = {"n": "*i64", "m": "*i64", "edges_e": "*i64", "S": "i32", "T": "i32"}
-    for kernel in (gpu._value_kernel, gpu._gradient_kernel):
-        signature = {name: integers.get(name, f"*{real}") for name in kernel.arg_names}
-        signature |= dict.fromkeys(("high", "middle", "low"), "fp32")
-        signature["LANES"] = "constexpr"
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constexprs={"LANES": gpu.LANES}),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": 1},
-        )
-        assert compiled.asm["cubin"]
+    settings = {"LANES": lanes, "PATH": True, "KEPT": kept}
+    signature = dict.fromkeys(kernel.arg_names, f"*{real}")
+    signature |= dict.fromkeys(("table", "n", "m"), "*i64") | {"edges_e": f"*{exponent}"}
+    signature |= dict.fromkeys(("high", "middle", "low"), "fp32")
+    signature |= dict.fromkeys(settings, "constexpr")
+    compiled = compile_(
+        ASTSource(kernel, signature, constexprs=settings),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": lanes // WARP},
+    )
+    count, spilt = registers(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+    assert count <= min(255, 65536 // lanes) and spilt == 0
+
+
+def test_serial_steps() -> None:
+    """Against a kernel of one warp a matrix that goes down, down again and up."""
+    for size, times in (((512, 600), 10), ((4096, 4096), 14)):
+        assert times * serial_steps(*size) <= 3 * steps_of_a_pass(*size, WARP)
+    # One strip of 5 rows, and strips of 32, 32 and 6: each row begins a step after the one above.
+    assert steps_of_a_pass(5, 7, 32) == 7 + 4
+    assert steps_of_a_pass(70, 7, 32) == (7 + 31) + (7 + 31) + (7 + 5)
+    assert [lanes_for(rows) for rows in (1, 32, 33, 512, 513, 1500)] == [
+        *(32, 32, 64, 512, 1024, 1024)
+    ]
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 3), (32, 9), (33, 40), (64, 64), (100, 7)])
+def test_what_is_skewed_comes_back(rows: int, columns: int, lanes: int) -> None:
+    place, cost = Skewed(2, rows, columns, lanes), random_cost(2, rows, columns)
+    flat = torch.empty(place.elements, dtype=cost.dtype)
+    place.skew(cost, flat)
+    assert torch.equal(place.unskew(flat), cost)
+    skewed = flat.view(2, place.strips, place.steps, place.width)
+    row = rows - 1
+    strip, lane = divmod(row, place.width)
+    assert torch.equal(skewed[:, strip, lane : lane + columns, lane], cost[:, row])
+
+
+def test_what_fits_goes_together() -> None:
+    assert together([(8, 512, 600), (8, 512, 512), (8, 600, 600)] * 2) == [[0, 1, 2, 3, 4, 5]]
+    assert together([(2, 4096, 4096)] * 2) == [[0], [1]]
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ Shapes: B samples, S student positions, T teacher positions. A backend is a modu
 
 where n, m (B,) int64 are the lengths and `state` is a tuple of tensors that `gradient` wants back
 from `value`. A backend gives +inf where every path is barred, NaN where it read a NaN or −inf, and
-0 for an empty sample.
+0 for an empty sample. One that finds value and gradient of several costs in one go has `paths` too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Backend", "soft_dtw"]
+from dwakd_plugin.loss.soft_dtw.layout import together
+
+__all__ = ["Backend", "expected_alignments", "in_one_launch", "soft_dtw"]
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 
@@ -89,6 +92,58 @@ def soft_dtw(
     return values
 
 
+def expected_alignments(
+    costs: Sequence[Tensor],
+    lengths: Sequence[tuple[Tensor, Tensor]],
+    gamma: float,
+    *,
+    largest: float | None = None,
+    backend: Backend = "auto",
+) -> list[tuple[Tensor, Tensor]]:
+    """Soft-DTW (B,) and its gradient, the expected alignment (B, S, T), of each constant cost.
+
+    As `soft_dtw` has them, of costs of one dtype, and on a GPU from one launch. `largest`: no
+    finite |cost| exceeds it, by which a GPU has less to carry; None where that isn't known.
+    """
+    module = _backend(backend, costs[0].device.type)
+    jobs = [
+        (
+            cost.detach(),
+            _checked_lengths("student_lengths", n, cost, dim=1),
+            _checked_lengths("teacher_lengths", m, cost, dim=2),
+        )
+        for cost, (n, m) in zip(costs, lengths, strict=True)
+    ]
+    if hasattr(module, "paths") and all(cost.numel() for cost in costs):
+        return module.paths(jobs, gamma, largest)  # type: ignore[no-any-return]
+    found = []
+    for cost, n, m in jobs:
+        if cost.numel() == 0:
+            found.append((cost.sum((1, 2)), cost))
+            continue
+        values, state = module.value(cost, n, m, gamma)
+        seed = _seed(torch.ones_like(values), values)
+        found.append((values, module.gradient(cost, n, m, gamma, state, seed)))
+    return found
+
+
+def in_one_launch(
+    shapes: Sequence[tuple[int, int, int]], device: torch.device
+) -> Sequence[Sequence[int]]:
+    """Which costs (B, S, T), by number, are worth being given to `expected_alignments` together.
+
+    On a GPU as many as fit; elsewhere each alone, as then only one is in memory.
+    """
+    if device.type == "cuda":
+        return together(shapes)
+    return [[number] for number in range(len(shapes))]
+
+
+def _seed(grad: Tensor, values: Tensor) -> Tensor:
+    """What the gradient starts with: nothing where no path is open, NaN where one was read."""
+    return grad.masked_fill(values == math.inf, 0.0).masked_fill(values.isnan(), math.nan)
+
+
 def _checked_lengths(name: str, lengths: Tensor, cost: Tensor, dim: int) -> Tensor:
     """`lengths` as (B,) int64 on the device of `cost`, each within 0 .. cost.shape[dim]."""
     if lengths.shape != cost.shape[:1]:
@@ -134,5 +189,5 @@ class _SoftDTW(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         cost, n, m, values, *state = ctx.saved_tensors
-        seed = grad.masked_fill(values == math.inf, 0.0).masked_fill(values.isnan(), math.nan)
+        seed = _seed(grad, values)
         return ctx.backend.gradient(cost, n, m, ctx.gamma, state, seed), None, None, None, None

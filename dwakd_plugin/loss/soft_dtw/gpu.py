@@ -1,15 +1,9 @@
-"""Soft-DTW on CUDA, in Triton: one program per sample, one launch for the batch.
+"""Soft-DTW on CUDA: what one launch of the Triton kernel is given, and what comes back.
 
-The recurrence, its mantissas and exponents, the strips and the lanes are those of `cpu`, where they
-are explained. Here a strip has as many rows as a warp has threads, and a lane's state stays in
-registers and reaches the next lane by `tl.gather`; neither S nor T is limited. Exponents are int64:
-to ask whether float32 would do is to wait for the device.
-
-Legend: b sample, i row, j column, t step; h ≤ LANES rows in the strip, n rows and m columns.
+Several batches of matrices go through one launch, a program each, and value and gradient are found
+in the same one. Exponents are 32 bits wide where the caller knows how large a cost can be, and
+else 64: to ask the device would be to wait for it.
 """
-
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (Triton reads the annotations of a kernel, so that only its own may stand there.)
 
 from __future__ import annotations
 
@@ -18,55 +12,112 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-LANES = 32
+from dwakd_plugin.loss.soft_dtw.kernel import NOTHING_32, soft_dtw_kernel
+from dwakd_plugin.loss.soft_dtw.layout import ELEMENTS_AT_ONCE, MOST_LANES, WARP, Skewed, lanes_for
 
-# The exponent of zero, and what a barred cell adds to one. Exponents of paths have to stay above
-# half of it (n + m steps of cost/γ up to 4e11 in all), and the sums of (n + m) of them in int64.
-NOTHING = tl.constexpr(-(2**40))
+Job = tuple[Tensor, Tensor, Tensor]  # cost (B, S, T), and the lengths n and m (B,) long
 
 
 def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Values (B,); state: the last rows of the strips, (B, strips, T) mantissas and exponents."""
-    samples, s, t = cost.shape
-    values = cost.new_empty(samples)
-    shape = (samples, triton.cdiv(s, LANES), t)
-    edges = cost.new_empty(shape), cost.new_empty(shape, dtype=torch.int64)
-    with torch.cuda.device_of(cost):
-        _value_kernel[(samples,)](
-            cost.contiguous(), n, m, *edges, values, s, t, *_factor(gamma), LANES=LANES, num_warps=1
-        )
-    return values, edges
+    """Values (B,); no state: `gradient` computes them again on its way."""
+    return _launch([(cost, n, m)], gamma, None, None)[0][0], ()
 
 
 def gradient(
     cost: Tensor, n: Tensor, m: Tensor, gamma: float, state: Sequence[Tensor], seed: Tensor
 ) -> Tensor:
     """seed · E (B, S, T)."""
-    samples, s, t = cost.shape
-    grad = torch.zeros_like(cost, memory_format=torch.contiguous_format)
-    weights = cost.new_empty(samples, t + LANES - 1, 2, LANES)
-    edge = cost.new_zeros(samples, t)
-    with torch.cuda.device_of(cost):
-        _gradient_kernel[(samples,)](
-            cost.contiguous(),
+    return _launch([(cost, n, m)], gamma, None, seed)[1][0]
+
+
+def paths(jobs: Sequence[Job], gamma: float, largest: float | None) -> list[tuple[Tensor, Tensor]]:
+    """Values (B,) and expected alignments (B, S, T) of each job, from one launch.
+
+    All jobs are of one dtype. largest: no finite |cost| exceeds it; None where nobody knows.
+    """
+    seed = jobs[0][0].new_ones(sum(len(cost) for cost, _, _ in jobs))
+    return list(zip(*_launch(jobs, gamma, largest, seed), strict=True))
+
+
+def exponent_dtype(steps: int, largest: float | None, gamma: float) -> torch.dtype:
+    """Of the exponents of paths of up to `steps` cells, none of which costs more than `largest`."""
+    if largest is None:
+        return torch.int64
+    bits = steps * (largest * math.log2(math.e) / gamma + 2)
+    return torch.int32 if bits < -NOTHING_32.value / 2 else torch.int64
+
+
+def _launch(
+    jobs: Sequence[Job], gamma: float, largest: float | None, seed: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Values, and with a seed for each matrix seed · E, of each job."""
+    first = jobs[0][0]
+    lanes = lanes_for(max(cost.shape[1] for cost, _, _ in jobs))
+    if first.dtype == torch.float64:
+        lanes = min(lanes, MOST_LANES // 2)  # more would have too few registers each
+    places = [Skewed(len(cost), cost.shape[1], cost.shape[2], lanes) for cost, _, _ in jobs]
+    sizes = [place.elements for place in places]
+    flat = first.new_empty(sum(sizes))
+    for place, (cost, _, _), part in zip(places, jobs, torch.split(flat, sizes), strict=True):
+        place.skew(cost, part)
+    n, m = (torch.cat(each) for each in list(zip(*jobs, strict=True))[1:])
+    kept = flat.numel() <= ELEMENTS_AT_ONCE
+    table, (room, edges, columns) = _table(places, kept)
+    if seed is None:
+        room, columns = 0, 0
+    steps = max(sum(cost.shape[1:]) for cost, _, _ in jobs)
+    wide = largest if first.dtype == torch.float32 else None
+    values = first.new_empty(len(n))
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+        soft_dtw_kernel[(len(n),)](
+            flat,
+            _to(first.device, table),
             n,
             m,
-            *state,
-            seed.contiguous(),
-            weights,
-            edge,
-            grad,
-            s,
-            t,
+            values if seed is None else seed.contiguous(),
+            values,
+            first.new_empty(edges),
+            first.new_empty(edges, dtype=exponent_dtype(steps, wide, gamma)),
+            first.new_zeros(columns),
+            *first.new_empty(2, room),
             *_factor(gamma),
-            LANES=LANES,
-            num_warps=1,
+            LANES=lanes,
+            PATH=seed is not None,
+            KEPT=kept,
+            num_warps=lanes // WARP,
         )
-    return grad
+    each_value = torch.split(values, [place.samples for place in places])
+    if seed is None:
+        return list(each_value), []
+    found = []
+    for place, (_, n, m), part in zip(places, jobs, torch.split(flat, sizes), strict=True):
+        rows = torch.arange(place.rows, device=flat.device) < n[:, None]
+        inside = torch.arange(place.columns, device=flat.device) < m[:, None]
+        mask = rows[:, :, None] & inside[:, None, :]
+        found.append(place.unskew(part).masked_fill_(~mask, 0.0))
+    return list(each_value), found
+
+
+def _table(places: Sequence[Skewed], kept: bool) -> tuple[list[list[int]], tuple[int, int, int]]:
+    """The kernel's table, and how long weights, edges and `below` are."""
+    rows: list[list[int]] = []
+    cost, room, edges, columns = 0, 0, 0, 0
+    for place in places:
+        for _ in range(place.samples):
+            rows.append([cost, room, edges, columns, place.rows, place.columns])
+            cost += place.strips * place.strip_elements
+            room += (place.strips if kept else 1) * place.strip_elements
+            edges += place.strips * place.columns
+            columns += place.columns
+    return rows, (room, edges, columns)
+
+
+def _to(device: torch.device, table: list[list[int]]) -> Tensor:
+    """From pinned memory: otherwise the device is waited for."""
+    pinned = device.type == "cuda"
+    return torch.tensor(table, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def _factor(gamma: float) -> tuple[float, float, float]:
@@ -77,203 +128,3 @@ def _factor(gamma: float) -> tuple[float, float, float]:
         parts.append(float(np.float32(rest)))
         rest -= parts[-1]
     return parts[0], parts[1], parts[2]
-
-
-@triton.jit
-def _power_of_whole(x, like):
-    """2^x in the dtype of `like`, for a whole x ≤ 0."""
-    if like.dtype == tl.float64:
-        return ((tl.maximum(x, -1023) + 1023) << 52).to(tl.float64, bitcast=True)
-    else:
-        return ((tl.maximum(x, -127).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _split(x):
-    """Mantissa in [1, 2) and exponent of x > 0."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-        mantissa = ((bits & 0xFFFFFFFFFFFFF) | (1023 << 52)).to(tl.float64, bitcast=True)
-        exponent = ((bits >> 52) & 0x7FF) - 1023
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        mantissa = ((bits & 0x7FFFFF) | (127 << 23)).to(tl.float32, bitcast=True)
-        exponent = ((bits >> 23) & 0xFF) - 127
-    return mantissa, exponent.to(tl.int64)
-
-
-@triton.jit
-def _descend(
-    cost,
-    edges,
-    edges_e,
-    weights,
-    strip,
-    n,
-    m,
-    T,
-    high,
-    middle,
-    low,
-    LANES: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """Z along a strip; its last row to the edges, the softmin weights to `weights` if KEEP.
-
-    Gives mantissa, exponent and "a NaN was read" of each lane's last cell (LANES,).
-    """
-    real = cost.dtype.element_ty
-    lane = tl.arange(0, LANES)
-    h = tl.minimum(LANES, n - strip * LANES)
-    z = tl.full([LANES], 1.0, real)
-    e = tl.full([LANES], NOTHING, tl.int64)
-    diagonal_z = z
-    diagonal_e = tl.where((lane == 0) & (strip == 0), 0, e)  # Z_00 = 1
-    nan = lane < 0
-    row = cost + (strip * LANES + lane).to(tl.int64) * T
-    above = (strip - 1) * T
-    for t in range(m + h - 1):
-        j = t - lane
-        inside = (j >= 0) & (j < m) & (lane < h)
-        c = tl.load(row + j, mask=inside, other=0.0)
-        nan = nan | (c != c) | (c == float("-inf"))
-        # 2^x for x = −cost · log2(e)/γ; the fraction of x is known beyond x's own precision.
-        x = c * high
-        barred = (x < NOTHING) | (j < 0)
-        x = tl.where(barred, 0.0, x)
-        whole = tl.floor(x + 0.5)
-        fraction = tl.fma(c, tl.zeros_like(c) + high, -whole) + c * middle + c * low
-        power = tl.exp2(tl.where(barred, 0.0, fraction))
-        whole_e = tl.where(barred, NOTHING, whole.to(tl.int64))
-        # The lane above; for the first, the strip above.
-        first_z = tl.load(edges + above + t, mask=(strip > 0) & (t < m), other=1.0)
-        first_e = tl.load(edges_e + above + t, mask=(strip > 0) & (t < m), other=NOTHING)
-        up_z = tl.where(lane == 0, first_z, tl.gather(z, tl.maximum(lane - 1, 0), 0))
-        up_e = tl.where(lane == 0, first_e, tl.gather(e, tl.maximum(lane - 1, 0), 0))
-        top = tl.maximum(tl.maximum(e, up_e), diagonal_e)
-        left = z * _power_of_whole(e - top, z)
-        up = up_z * _power_of_whole(up_e - top, z)
-        total = left + up + diagonal_z * _power_of_whole(diagonal_e - top, z)
-        if KEEP:
-            tl.store(weights + t * 2 * LANES + lane, left / total)
-            tl.store(weights + (t * 2 + 1) * LANES + lane, up / total)
-        diagonal_z = up_z
-        diagonal_e = up_e
-        z, exponent = _split(power * total)
-        e = top + whole_e + exponent
-        if not KEEP:
-            last = inside & (lane == LANES - 1)
-            tl.store(edges + strip * T + j, z, mask=last)
-            tl.store(edges_e + strip * T + j, e, mask=last)
-    return z, e, nan
-
-
-@triton.jit
-def _ascend(weights, seed, edge, grad, strip, n, m, T, LANES: tl.constexpr):
-    """The expected alignment along a strip into grad; edge (T,) is what a strip sends up."""
-    lane = tl.arange(0, LANES)
-    h = tl.minimum(LANES, n - strip * LANES)
-    zero = tl.zeros([LANES], weights.dtype.element_ty)
-    up = zero
-    diagonal = zero
-    left = zero + tl.where(lane == h - 1, seed, 0.0)
-    row = grad + (strip * LANES + lane).to(tl.int64) * T
-    for back in range(m + h - 1):
-        t = m + h - 2 - back
-        j = t - lane
-        below = tl.load(edge + j, mask=(lane == LANES - 1) & (j >= 0) & (j < m), other=0.0)
-        sent = tl.where(lane == LANES - 1, below, tl.gather(up, tl.minimum(lane + 1, LANES - 1), 0))
-        here = left + sent
-        tl.store(row + j, here, mask=(j >= 0) & (j < m) & (lane < h))
-        left = tl.load(weights + t * 2 * LANES + lane) * here
-        goes_up = tl.load(weights + (t * 2 + 1) * LANES + lane) * here
-        up = goes_up + diagonal
-        diagonal = here - left - goes_up
-        tl.store(edge + j, up, mask=(lane == 0) & (j < m))
-
-
-@triton.jit
-def _value_kernel(cost, n, m, edges, edges_e, values, S, T, high, middle, low, LANES: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    n_b = tl.load(n + b).to(tl.int32)
-    m_b = tl.load(m + b).to(tl.int32)
-    edges += b * tl.cdiv(S, LANES) * T
-    edges_e += b * tl.cdiv(S, LANES) * T
-    lane = tl.arange(0, LANES)
-    z = tl.full([LANES], 1.0, cost.dtype.element_ty)
-    e = tl.full([LANES], 0, tl.int64)
-    any_nan = lane < 0
-    for strip in range(tl.cdiv(n_b, LANES)):
-        z, e, nan = _descend(
-            cost + b * S * T,
-            edges,
-            edges_e,
-            edges,
-            strip,
-            n_b,
-            m_b,
-            T,
-            high,
-            middle,
-            low,
-            LANES,
-            False,
-        )
-        any_nan = any_nan | nan
-        tl.debug_barrier()  # the next strip reads the edge that another thread wrote
-    end = lane == tl.maximum(n_b - 1, 0) % LANES
-    log2 = tl.sum(tl.where(end, e, 0)).to(tl.float64) + tl.log2(tl.sum(tl.where(end, z, 0.0))).to(
-        tl.float64
-    )
-    # log2 Z = R · factor
-    factor = tl.zeros([], tl.float64) + high + middle + low
-    result = tl.where(log2 < NOTHING // 2, float("inf"), log2 / factor)
-    result = tl.where(tl.max(any_nan.to(tl.int32)) > 0, float("nan"), result)
-    tl.store(values + b, tl.where((n_b > 0) & (m_b > 0), result, 0.0))
-
-
-@triton.jit
-def _gradient_kernel(
-    cost,
-    n,
-    m,
-    edges,
-    edges_e,
-    seed,
-    weights,
-    edge,
-    grad,
-    S,
-    T,
-    high,
-    middle,
-    low,
-    LANES: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    n_b = tl.load(n + b).to(tl.int32)
-    m_b = tl.load(m + b).to(tl.int32)
-    edges += b * tl.cdiv(S, LANES) * T
-    edges_e += b * tl.cdiv(S, LANES) * T
-    weights += b * (T + LANES - 1) * 2 * LANES
-    strips = tl.cdiv(n_b, LANES)
-    for back in range(strips):
-        strip = strips - 1 - back
-        _descend(
-            cost + b * S * T,
-            edges,
-            edges_e,
-            weights,
-            strip,
-            n_b,
-            m_b,
-            T,
-            high,
-            middle,
-            low,
-            LANES,
-            True,
-        )
-        here = tl.where(back == 0, tl.load(seed + b), 0.0)
-        _ascend(weights, here, edge + b * T, grad + b * S * T, strip, n_b, m_b, T, LANES)
-        tl.debug_barrier()  # the next strip reads the edge that another thread wrote

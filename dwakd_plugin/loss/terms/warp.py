@@ -9,6 +9,7 @@ between student and teacher cost more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.matches import Figure, Projecting
 from dwakd_plugin.loss.products import in_full_precision
 from dwakd_plugin.loss.record import HeadPasses, Term
-from dwakd_plugin.loss.soft_dtw import soft_dtw as soft_dtw_distance
+from dwakd_plugin.loss.soft_dtw import expected_alignments as alignments
+from dwakd_plugin.loss.soft_dtw import in_one_launch
 
 
 def unit_vectors(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,37 +38,28 @@ def cost_between(x: Tensor, y: Tensor, penalty: Tensor | None) -> Tensor:
     return cost if penalty is None else cost.add_(penalty)
 
 
-def soft_dtw_and_path(
-    cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Soft-DTW (B,) and its gradient, the expected alignment (B, S, T), of a constant cost."""
-    with torch.enable_grad():
-        values = soft_dtw_distance(cost.requires_grad_(), x_lengths, y_lengths, gamma)
-        (path,) = torch.autograd.grad(values, cost, torch.ones_like(values))
-    return values.detach(), path
-
-
 def normalised_soft_dtw(
-    x: Tensor,
-    y: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
     x_lengths: Tensor,
     y_lengths: Tensor,
     penalty: Tensor | None,
     gamma: float,
-) -> Tensor:
-    """nDTW of each sample (Eq. 17-20, 24).
+    largest_penalty: float,
+) -> tuple[Tensor, ...]:
+    """nDTW of each sample (Eq. 17-20, 24), of several pairs x, y of the same lengths.
 
-    The cost is 1 where a vector is zero; `penalty` is added between x and y only.
+    The cost is 1 where a vector is zero; `penalty`, which is `largest_penalty` at most, is added
+    between x and y only.
 
-    Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,).
+    Shapes: x (B, S, F), y (B, T, F), lengths (B,), penalty (B, S, T) → (B,) each.
     """
-    return _NormalisedSoftDTW.apply(  # type: ignore[no-untyped-call, no-any-return]
-        x, y, x_lengths, y_lengths, penalty, gamma
-    )
+    settings = x_lengths, y_lengths, penalty, gamma, largest_penalty
+    sides = [side for pair in pairs for side in pair]
+    return _NormalisedSoftDTW.apply(settings, *sides)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _NormalisedSoftDTW(torch.autograd.Function):
-    """With the gradients formed in forward, one cost matrix at a time.
+    """With the gradients formed in forward, as many costs at a time as are worth it.
 
     A sample's distance depends on its own rows alone, so one gradient of the size of x and y each
     is all that backward needs. Costs and alignments are gone before the heads want the memory.
@@ -76,32 +69,43 @@ class _NormalisedSoftDTW(torch.autograd.Function):
     @in_full_precision()
     def forward(
         ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        x_lengths: Tensor,
-        y_lengths: Tensor,
-        penalty: Tensor | None,
-        gamma: float,
-    ) -> Tensor:
-        (u, u_scale), (v, v_scale) = unit_vectors(x), unit_vectors(y)
-        values, path = soft_dtw_and_path(cost_between(u, v, penalty), x_lengths, y_lengths, gamma)
-        u_grad, v_grad = -(path @ v), -(path.transpose(1, 2) @ u)
-        for unit, grad, lengths in ((u, u_grad, x_lengths), (v, v_grad, y_lengths)):
-            own, path = soft_dtw_and_path(cost_between(unit, unit, None), lengths, lengths, gamma)
-            values -= own / 2
-            grad.baddbmm_(path, unit, alpha=0.5).baddbmm_(path.transpose(1, 2), unit, alpha=0.5)
+        settings: tuple[Tensor, Tensor, Tensor | None, float, float],
+        *sides: Tensor,
+    ) -> tuple[Tensor, ...]:
+        *lengths, penalty, gamma, largest_penalty = settings
+        units, scales = zip(*map(unit_vectors, sides), strict=True)
+        grads = [torch.zeros_like(unit) for unit in units]
+        values = [unit.new_zeros(len(unit)) for unit in units[::2]]
+        # x and y lie side by side: those of even number are xs.
+        jobs = [
+            two for x in range(0, len(units), 2) for two in ((x, x + 1), (x, x), (x + 1, x + 1))
+        ]
+        shapes = [(len(units[a]), units[a].shape[1], units[b].shape[1]) for a, b in jobs]
+        for numbers in in_one_launch(shapes, units[0].device):
+            some = [jobs[number] for number in numbers]
+            found = alignments(
+                [cost_between(units[a], units[b], penalty if a != b else None) for a, b in some],
+                [(lengths[a % 2], lengths[b % 2]) for a, b in some],
+                gamma,
+                largest=1.001 * (2 + largest_penalty),  # of vectors that are units but for rounding
+            )
+            for (a, b), (value, path) in zip(some, found, strict=True):
+                weight = -1.0 if a != b else 0.5
+                values[a // 2] -= weight * value
+                grads[a].baddbmm_(path, units[b], alpha=weight)
+                grads[b].baddbmm_(path.transpose(1, 2), units[a], alpha=weight)
         # Through x / ‖x‖: what lies along the unit vector changes nothing.
-        for unit, grad, scale in ((u, u_grad, u_scale), (v, v_grad, v_scale)):
+        for unit, grad, scale in zip(units, grads, scales, strict=True):
             along = torch.linalg.vecdot(unit, grad)[..., None]
             grad.addcmul_(unit, along, value=-1).mul_(scale)
-        ctx.save_for_backward(u_grad, v_grad)
-        return values
+        ctx.save_for_backward(*grads)
+        return tuple(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seed = grad[:, None, None]
-        return *(seed * saved for saved in ctx.saved_tensors), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return None, *(grads[side // 2][:, None, None] * own for side, own in enumerate(saved))
 
 
 def hidden_pair(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -115,15 +119,24 @@ def embed_pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.student_side.target_embeds, theirs
 
 
-def warped(passes: HeadPasses[Projecting], x: Tensor, y: Tensor) -> Tensor:
-    """Σ nDTW(x, y) over samples, within the match's band."""
-    batch, match = passes.batch, passes.match
-    lengths = batch.student_side.lengths, batch.teacher_side.lengths
-    return normalised_soft_dtw(x, y, *lengths, match.penalty, batch.gamma).sum()
+def _warped(passes: HeadPasses[Projecting], name: str) -> Tensor:
+    """Σ nDTW of a pair over samples, within the match's band; both pairs are found at once."""
+    if name not in passes.shared:
+        batch, match = passes.batch, passes.match
+        both = normalised_soft_dtw(
+            (hidden_pair(batch), embed_pair(batch)),
+            batch.student_side.lengths,
+            batch.teacher_side.lengths,
+            match.penalty,
+            batch.gamma,
+            batch.soft_dtw.band_penalty if batch.soft_dtw.band else 0.0,
+        )
+        passes.shared.update(zip(("hidden_dtw", "embed_dtw"), (v.sum() for v in both), strict=True))
+    return passes.shared[name]
 
 
 def _hidden_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
-    sums = {"hidden_dtw": warped(passes, *hidden_pair(passes.batch))}
+    sums = {"hidden_dtw": _warped(passes, "hidden_dtw")}
     if passes.batch.soft_dtw.band:
         lengths = passes.batch.student_side.lengths * passes.batch.teacher_side.lengths
         sums |= {"band_cells_inside": passes.match.inside.sum(), "band_cells": lengths.sum()}
@@ -131,7 +144,7 @@ def _hidden_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
 
 
 def _embed_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
-    return {"embed_dtw": warped(passes, *embed_pair(passes.batch))}
+    return {"embed_dtw": _warped(passes, "embed_dtw")}
 
 
 WARP_HIDDEN = Term(
