@@ -88,7 +88,7 @@ def plan(
     read = Recipe.read(recipe, given)
     check_recipe(read)
     check_variant(read)
-    read, assumed = as_planned(read)
+    asked, (read, assumed) = read, as_planned(read)
     changes = [*read.changes, *assumed]
     if read.has_engine:
         changes.append(
@@ -104,7 +104,7 @@ def plan(
     with console.status("Building both models without their weights"):
         from dwakd_plugin import plan as memory_plan
 
-        lengths = _measured_lengths(read) if data else None
+        lengths = _measured_lengths(asked) if data else None
         rows: dict[str, Any] = {"response_share": response_share, "lengths": lengths}
         card = memory_plan.card(gpu)
         now = memory_plan.plan(read, card, **rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dwakd_plugin.models.teacher.cache import INDEX
-from dwakd_plugin.plan.parts import Parts
+from dwakd_plugin.plan.parts import TOKEN_BYTES, Parts
 from dwakd_plugin.plan.recipe_models import shared_tokens
 
 INITIALISATION = "the projectors' initialisation"  # on a CPU; over before anything is trained
@@ -21,6 +21,8 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     if run.cached or run.elsewhere:
         states = run.batch * run.lengths.teacher_response * run.teacher.hidden_size
         teacher_peak = states * run.teacher_dtype.itemsize
+    if run.kept_tokens is not None:
+        teacher_peak = run.batch * run.lengths.teacher_response * run.kept_tokens * TOKEN_BYTES
     loss_held, loss_forward, loss_backward = run.loss()
     chunks, chunks_backward = run.head_chunks()
     dtw, dtw_held = run.dtw()

@@ -43,6 +43,7 @@ DTW_FEATURES, DTW_FEATURES_HELD = 4, 1
 # parameters (docs/planning.md, "tiny pair"). On a GPU: the CUDA context and cuBLAS' workspaces.
 CPU_RUNTIME = 120 * 2**20
 CUDA_RUNTIME = 700 * 2**20
+TOKEN_BYTES = 8  # in a batch, of a likely token of the teacher's and its probability
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Parts:
         if self.elsewhere:
             self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
         self.cached = teacher.cache is not None or self.served
+        # Of a teacher whose likeliest tokens are in a cache nothing is loaded.
+        self.kept_tokens = teacher.top_k if self.cached else None
 
     # -- what is held throughout ------------------------------------------------------------------
 
@@ -146,6 +149,8 @@ class Parts:
 
     def teacher_weights(self, *, body: bool) -> int:
         model = self.teacher
+        if not body and self.kept_tokens is not None:
+            return 0
         if not body:  # a cache has embeddings and head
             tables = tuple(weight for weight in model.weights if weight.embedding)
             model = replace(model, weights=tables)
@@ -200,14 +205,16 @@ class Parts:
         """
         if not self.cached:
             return 0
+        more = 1 if self.card.kind == "cpu" else 0
+        accumulation = int(self.recipe.get("gradient_accumulation_steps") or 1)
+        waiting = self.batch * self.lengths.teacher_response * (accumulation - 1 + more)
+        if self.kept_tokens is not None:
+            return waiting * self.kept_tokens * TOKEN_BYTES
         kept = self.config.teacher.cache_dtype
         # Read back, float8 is float32.
         dtype = {"auto": self.teacher_dtype, "float8_e4m3": torch.float32}.get(kept)
         itemsize = (dtype or getattr(torch, kept)).itemsize
-        states = self.batch * self.lengths.teacher_response * self.teacher.hidden_size
-        more = 1 if self.card.kind == "cpu" else 0
-        accumulation = int(self.recipe.get("gradient_accumulation_steps") or 1)
-        return states * itemsize * (accumulation - 1 + more)
+        return waiting * self.teacher.hidden_size * itemsize
 
     # -- what a step allocates --------------------------------------------------------------------
 

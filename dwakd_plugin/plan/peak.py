@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dwakd_plugin.models.teacher.kept_states import bytes_per_token
+from dwakd_plugin.models.teacher.kept_states import bytes_per_token, kept_form
 from dwakd_plugin.plan.cards import Card
 from dwakd_plugin.plan.moments import INITIALISATION, moments
 from dwakd_plugin.plan.parts import Lengths, Parts
@@ -110,7 +110,7 @@ def _plan(run: Parts) -> Plan:
         seconds_per_step=seconds_per_step(run),
         cache_bytes_per_row=run.lengths.teacher_response
         * bytes_per_token(
-            run.teacher.hidden_size, run.config.teacher.cache_dtype, run.teacher_dtype
+            run.teacher.hidden_size, kept_form(run.config.teacher), run.teacher_dtype
         ),
         teacher_name=run.teacher.name,
         student_parameters=run.student.parameters,

@@ -18,7 +18,8 @@ def seconds_per_step(run: Parts) -> float:
     flops = passes * student.body_parameters * B * lengths.student
     if not run.cached:
         flops += 2 * teacher.body_parameters * B * lengths.teacher
-    S, T = B * lengths.student_response, B * lengths.teacher_response
+    S = B * lengths.student_response
+    T = B * lengths.teacher_response if run.kept_tokens is None else 0  # through its head
     # Two products in each space, and in backward one per input and one for a trained head.
     heads = S * student.head_rows * student.hidden_size * (5 if full else 4)
     heads += T * teacher.head_rows * teacher.hidden_size * 3

@@ -172,6 +172,8 @@ def _without_a_run(recipe: Recipe, folder: str) -> Recipe:
         output_dir=str(Path(folder) / "out"),
         auto_resume_from_checkpoints=False,
     )
+    if recipe.config.projectors.warmup_steps == 0:
+        return own  # a block of projectors would mean another variant where none is named
     return own.with_block("projectors", warmup_steps=0)
 
 

@@ -33,6 +33,7 @@ from dwakd_plugin.plan.model_sizes import (
     weight_bytes,
 )
 from dwakd_plugin.plan.parts import Parts
+from dwakd_plugin.plan.peak import Plan
 from dwakd_plugin.plan.trace import trace_body
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import parse_recipe
@@ -290,6 +291,25 @@ def test_the_teacher_is_held_as_the_recipe_says(pair: dict[str, Any]) -> None:
     assert teacher(dtype="bfloat16") == full / 2
     assert full > teacher(dtype="bfloat16") > teacher(dtype="bfloat16", load_in_8bit=True)
     assert teacher(load_in_8bit=True) > teacher(load_in_4bit=True)
+
+
+def test_of_a_teacher_whose_tokens_are_kept_nothing_is_loaded(
+    pair: dict[str, Any], tmp_path: Path
+) -> None:
+    def with_teacher(**changes: Any) -> Plan:
+        teacher = pair["dwakd"]["teacher"] | {"cache": str(tmp_path)} | changes
+        block = {"variant": "paper", "teacher": teacher}  # as which `mapped` is planned
+        recipe = pair | {"dwakd": block, "gradient_accumulation_steps": 4}
+        return plan(ReadRecipe(recipe), card("24GB"), lengths=Lengths(64, 64, 20, 30))
+
+    filling = with_teacher(top_k=16)
+    (tmp_path / "index.jsonl").touch()  # as one that is filled
+    states, tokens = with_teacher(), with_teacher(top_k=16)
+    assert filling.largest["teacher weights"] > states.largest["teacher weights"] > 0
+    assert "teacher weights" not in tokens.largest and tokens.total < states.total
+    assert tokens.cache_bytes_per_row == 30 * 16 * 6
+    assert tokens.largest["states that wait"] == 3 * tokens.micro_batch * 30 * 16 * 8
+    assert tokens.seconds_per_step < states.seconds_per_step
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe import Recipe as ReadRecipe
-from dwakd_plugin.train.open_run import open_run
+from dwakd_plugin.train.open_run import _without_a_run, open_run
 
 Recipe = Callable[..., dict[str, Any]]
 LORA = {
@@ -76,3 +76,13 @@ def test_mistakes_are_messages(recipe: Recipe, tmp_path: Path) -> None:
     broken = recipe({}, datasets=[{"path": str(rows), "type": "alpaca"}])
     with pytest.raises(UserError, match="doesn't fit its type"), open_run(ReadRecipe(broken)):
         pass
+
+
+def test_a_recipe_that_names_no_variant_is_opened_as_it_trains(recipe: Recipe) -> None:
+    settings = recipe({})
+    del settings["dwakd"]["variant"]
+    assert ReadRecipe(settings).config.variant == "mapped"
+    assert _without_a_run(ReadRecipe(settings), "folder").config.variant == "mapped"
+    settings["dwakd"]["projectors"] = {"warmup_steps": 7}  # which only the paper's form has
+    opened = _without_a_run(ReadRecipe(settings), "folder").config
+    assert opened.variant == "paper" and opened.projectors.warmup_steps == 0
