@@ -63,7 +63,16 @@ def explain_a_failing_save(student: Any) -> None:
 
 
 @cache  # torch refuses a second one
-def have_torch_load_to_numbered_cpus() -> None:
+def prepare_loading(device: torch.device, optimizer: torch.optim.Optimizer | None) -> None:
+    """What a checkpoint's optimizer cannot be loaded without."""
+    if device.type == "cpu" and device.index is not None:
+        _have_torch_load_to_numbered_cpus()
+    for group in () if optimizer is None else optimizer.param_groups:
+        # axolotl 0.21 reads it of every group, and its own Muon calls it `wd`.
+        group.setdefault("weight_decay", group.get("wd", 0.0))
+
+
+def _have_torch_load_to_numbered_cpus() -> None:
     """accelerate numbers the CPUs of several processes, and `torch.load` knows only `cpu`."""
     torch.serialization.register_package(
         99,

@@ -34,7 +34,7 @@ from dwakd_plugin.train.checkpoints import (
     AT_THE_END,
     check_optimizer,
     explain_a_failing_save,
-    have_torch_load_to_numbered_cpus,
+    prepare_loading,
     resume_projectors,
     write_projectors,
 )
@@ -378,8 +378,7 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
         return held_as(self.model, autocast=half)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.args.device.type == "cpu" and self.args.device.index is not None:
-            have_torch_load_to_numbered_cpus()
+        prepare_loading(self.args.device, self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(
