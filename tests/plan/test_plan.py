@@ -217,6 +217,7 @@ def total(recipe: dict[str, Any], **changes: Any) -> float:
     return plan(ReadRecipe(recipe | changes), card("24GB")).total
 
 
+@pytest.mark.slow
 def test_more_of_anything_takes_more(pair: dict[str, Any], tmp_path: Path) -> None:
     base = total(pair)
     assert total(pair, micro_batch_size=8) > base

@@ -150,6 +150,7 @@ def test_the_plugin_is_inert_without_the_switch(
         assert torch.equal(tensor, weights(tmp_path / "listed")[name])
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_teaches_the_same(
     recipe: Recipe, train: Train, tmp_path: Path, lab: Path
 ) -> None:

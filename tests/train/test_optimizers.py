@@ -77,6 +77,7 @@ def test_the_best_model_is_student_and_projectors_of_one_checkpoint(
     assert not same(load_file(out / PROJECTORS), load_file(last / PROJECTORS))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_optimizer_is_not_resumed(
     recipe: Recipe, train: Train, caplog: pytest.LogCaptureFixture
 ) -> None:

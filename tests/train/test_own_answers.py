@@ -49,15 +49,12 @@ LORA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "settings"),
     [
         ("mapped", {}),
-        pytest.param(
-            "paper",
-            {"gradient_accumulation_steps": 2, "micro_batch_size": 2, **LORA},
-            marks=pytest.mark.slow,
-        ),
+        ("paper", {"gradient_accumulation_steps": 2, "micro_batch_size": 2, **LORA}),
     ],
 )
 def test_a_run_samples_logs_and_resumes_exactly(
