@@ -220,7 +220,7 @@ def main(
     )  # fmt: skip
     picture(results, file.with_suffix(".png"))
     print(tables(results))
-    for size in ((512, 600), (4096, 4096)):
+    for size in () if quick else ((512, 600), (4096, 4096)):
         one_warp, own = 3 * steps_of_a_pass(*size, WARP), serial_steps(*size)
         print(
             f"A GPU's serial steps at {size[0]}×{size[1]}: {own:,}, "

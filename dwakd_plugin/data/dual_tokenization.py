@@ -142,6 +142,8 @@ def _remove_half_written(folder: Path) -> None:
     # axolotl's own lock: another rank or run may be writing them.
     with FileLock(str(folder / LOCK_FILE_NAME)):
         for prepared in [path for path in folder.iterdir() if path.is_dir()]:
+            if prepared.name.startswith("."):  # another rank's, which writes its report (`keep`)
+                continue
             try:
                 json.loads((prepared / _WRITTEN_LAST).read_text(encoding="utf-8"))
             except (FileNotFoundError, ValueError):

@@ -16,7 +16,7 @@ from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
 from dwakd_plugin.data.dual_strategy import DualStrategy
-from dwakd_plugin.data.dual_tokenization import dual_tokenization
+from dwakd_plugin.data.dual_tokenization import _remove_half_written, dual_tokenization
 from dwakd_plugin.data.first_rows import explain_bad_file
 from dwakd_plugin.data.row_report import (
     CUT,
@@ -384,3 +384,10 @@ def test_row_report_locates_rows() -> None:
     assert report.locate(9) == "row 9 of a.jsonl"
     assert report.locate(10) == "row 0 of b.jsonl"
     assert json.dumps(report.counts) == "{}"
+
+
+def test_what_another_rank_is_writing_stays(tmp_path: Path) -> None:
+    for name in ("0123abcd", ".rows.json-k3j2"):
+        (tmp_path / name).mkdir()
+    _remove_half_written(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".rows.json-k3j2"]
