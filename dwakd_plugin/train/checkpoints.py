@@ -62,7 +62,6 @@ def explain_a_failing_save(student: Any) -> None:
     student.save_pretrained = explaining
 
 
-@cache  # torch refuses a second one
 def prepare_loading(device: torch.device, optimizer: torch.optim.Optimizer | None) -> None:
     """What a checkpoint's optimizer cannot be loaded without."""
     if device.type == "cpu" and device.index is not None:
@@ -72,6 +71,7 @@ def prepare_loading(device: torch.device, optimizer: torch.optim.Optimizer | Non
         group.setdefault("weight_decay", group.get("wd", 0.0))
 
 
+@cache  # torch refuses a second one
 def _have_torch_load_to_numbered_cpus() -> None:
     """accelerate numbers the CPUs of several processes, and `torch.load` knows only `cpu`."""
     torch.serialization.register_package(
