@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Cross-tokenizer knowledge distillation for axolotl.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does, and both would
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )

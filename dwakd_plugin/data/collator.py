@@ -27,6 +27,8 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
     teacher_hidden (B, T, D), float                      only where `teacher_states` are given;
     teacher_top (B, T, k, 2), int32                      the second where they are `TopTokens`
                                                          (`models.teacher.top_tokens.to_bits`)
+    teacher_asked (B,)                                   instead, until a server has answered: the
+                                                         numbers that `ServedTeacher.take` takes
 """
 
 from __future__ import annotations

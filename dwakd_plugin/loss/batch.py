@@ -80,6 +80,12 @@ class Batch:
         """Samples with both sides: (B,) bool. Two-sided terms know no others."""
         return (self.student.lengths > 0) & (self.teacher.lengths > 0)
 
+    @property
+    def spells(self) -> bool:
+        """Whether the teacher says of tokens that are several of its own what each of these is: of
+        its likeliest tokens alone it doesn't."""
+        return self.teacher.spellings is not None and self.teacher.top is None
+
     @cached_property
     def student_side(self) -> Side:
         return Side(self.student, self.student.lengths * self.paired, self.dtype)

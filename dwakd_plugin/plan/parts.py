@@ -81,10 +81,14 @@ class Parts:
         self.teacher_key = (teacher.base_model, teacher.revision, teacher.trust_remote_code)
         self.student = model_of("base_model", *self.student_key, self.lora)
         self.served = teacher.server is not None
-        if self.served:  # an id and a log-probability, four bytes each, of each token that it says
-            width = 2 * (teacher.top_k or 0)
+        if self.served:
+            assert teacher.top_k is not None
             self.teacher = replace(
-                self.student, name=teacher.called, weights=(), hidden_size=width, head_rows=width
+                self.student,
+                name=teacher.called,
+                weights=(),
+                hidden_size=0,
+                head_rows=teacher.top_k,
             )
             self.assume("the teacher is on its server, and takes nothing here but what it says")
         else:

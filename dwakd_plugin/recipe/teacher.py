@@ -140,6 +140,11 @@ class TeacherConfig(Block):
                     "tokenizer"
                 )
             return {"base_model": values.get("tokenizer"), "top_k": SERVED_TOP_K} | values
+        for key in (
+            _OF_A_SERVER if isinstance(values, dict) else ()
+        ):  # who forgot it has no base_model
+            if key in values and values[key] != cls.model_fields[key].default:
+                raise ValueError(f"{key} is for a teacher on a server; give its address as server")
         folder = values.get("base_model") if isinstance(values, dict) else None
         base = base_of_adapter(folder) if isinstance(folder, str) else None
         if base is None or values.get("adapter"):
@@ -151,8 +156,6 @@ class TeacherConfig(Block):
     @model_validator(mode="after")
     def _served_or_loaded(self) -> TeacherConfig:
         if self.server is None:
-            for key in filter(self._asks_for, _OF_A_SERVER):
-                raise ValueError(f"{key} is for a teacher on a server; give its address as server")
             return self
         # The value is not shown, as there may be a key in it.
         try:

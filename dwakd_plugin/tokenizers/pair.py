@@ -76,11 +76,14 @@ def vocabulary_bytes(tokenizer: Any) -> dict[bytes, int]:
 
     Where a byte fallback and an ordinary token stand for the same byte, the ordinary one counts.
     """
-    byte_level, vocabulary = is_byte_level(tokenizer), tokenizer.get_vocab()
-    pieces = {
-        index: token_bytes(token, byte_level=byte_level) for token, index in vocabulary.items()
-    }
+    vocabulary = tokenizer.get_vocab()
+    pieces = _pieces(vocabulary, byte_level=is_byte_level(tokenizer))
     return _ids_by_bytes(vocabulary, pieces, set(tokenizer.get_added_vocab()))
+
+
+def _pieces(vocabulary: Mapping[str, int], *, byte_level: bool) -> dict[int, bytes]:
+    """Token id to the bytes that it stands for."""
+    return {index: token_bytes(token, byte_level=byte_level) for token, index in vocabulary.items()}
 
 
 def _ids_by_bytes(
@@ -156,12 +159,8 @@ class ByteCutter:
             )
         self._added = tokenizer.added_tokens_decoder
         self._unknown = tokenizer.unk_token_id
-        # Token id to the bytes that it stands for.
         self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # made anew at each call
-        self.pieces = {
-            index: token_bytes(token, byte_level=self.byte_level)
-            for token, index in self.vocabulary.items()
-        }
+        self.pieces = _pieces(self.vocabulary, byte_level=self.byte_level)
         for index, token in self._added.items():  # these stand in the vocabulary as they are
             self.pieces[index] = self._fold(token.content)
 

@@ -69,11 +69,11 @@ class Spellings:
 
 
 def spellings(spelt: Sequence[Read], first_of: Sequence[int]) -> Spellings:
-    """From the teacher's cut of each of the student's tokens, and for each of the teacher's tokens
-    the student's that it begins with, −1 where none."""
+    """From the teacher's cut of each row of the student's head, and for each of the teacher's
+    tokens the student's that it begins with, −1 where none, which may be beyond the head."""
     firsts = {cut[0] for cut in spelt if cut}
     groups = [
-        token if token in firsts else next(iter(spelt[own] if own >= 0 else ()), -1)
+        token if token in firsts else next(iter(spelt[own] if 0 <= own < len(spelt) else ()), -1)
         for token, own in enumerate(first_of)
     ]
     by_read: dict[Read, list[tuple[int, int]]] = defaultdict(list)

@@ -272,6 +272,12 @@ def test_help_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert parameter.help.split(".")[0].replace("`", "") in words  # type: ignore[attr-defined]
 
 
+def test_a_misspelt_command_is_told_the_nearest_once() -> None:
+    completed = subprocess.run([*COMMAND, "trian"], capture_output=True, text=True, check=False)
+    assert completed.returncode == 2
+    assert completed.stderr.count("'train'") == 1
+
+
 def test_shells_complete_the_commands() -> None:
     environment = plain_environment() | {"COMP_WORDS": "dwakd ", "COMP_CWORD": "1"}
     completed = subprocess.run(

@@ -60,10 +60,6 @@ def packed(top: Any) -> torch.Tensor:
     return torch.cat([top.token_ids.double(), top.log_probs.double()], -1)
 
 
-@pytest.mark.xfail(
-    reason="7.665 there, 8.017 here: llama.cpp computes with activations of 8 bit, and some "
-    "tokens, the lone space among them, can't be told by their text"
-)
 def test_its_loss_is_that_of_the_same_gguf_dequantised_here(address: str, tmp_path: Path) -> None:
     gguf = smollm2._teacher_gguf()
     tokenizer = smollm2._teacher_tokenizer(gguf)
@@ -96,4 +92,8 @@ def test_its_loss_is_that_of_the_same_gguf_dequantised_here(address: str, tmp_pa
             losses[name].append(found.divergence)
     here_loss, there_loss = (torch.cat(found).mean().item() for found in losses.values())
     print(f"loss: {there_loss:.6f} by the server, {here_loss:.6f} here; {served.lost()}")
-    assert there_loss == pytest.approx(here_loss, abs=1e-3)
+    if abs(there_loss - here_loss) > 1e-3:
+        pytest.xfail(
+            "7.665 there, 8.017 here when it was measured: some tokens, the lone space among them, "
+            "can't be told by their text, and llama.cpp may compute with activations of 8 bit"
+        )

@@ -313,6 +313,20 @@ def test_of_a_teacher_whose_tokens_are_kept_nothing_is_loaded(
     assert tokens.seconds_per_step < states.seconds_per_step
 
 
+def test_a_served_teacher_takes_what_it_says_and_nothing_more(pair: dict[str, Any]) -> None:
+    def served(top_k: int) -> Plan:
+        own = {"server": "http://localhost:1/v1", "tokenizer": "elsewhere", "top_k": top_k}
+        block = {"variant": "paper", "teacher": own}  # as which `mapped` is planned
+        recipe = pair | {"dwakd": block, "gradient_accumulation_steps": 4}
+        return plan(ReadRecipe(recipe), card("24GB"), lengths=Lengths(64, 64, 20, 30))
+
+    few, many = served(16), served(64)
+    for each, top_k in ((few, 16), (many, 64)):
+        assert "teacher weights" not in each.largest
+        assert each.largest["states that wait"] == 3 * each.micro_batch * 30 * top_k * 8
+    assert few.total < many.total < plan(ReadRecipe(pair), card("24GB")).total
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:
     on = replace(card("24GB"), capacity=int(2.5 * GIB))
     largest = largest_micro_batch(ReadRecipe(pair), on)

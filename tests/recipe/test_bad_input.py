@@ -38,6 +38,13 @@ TEACHER = {"teacher": {"base_model": "big"}}
             {"distillation": "dwakd", "dwakd": {"teecher": {"base_model": "big"}}},
             ["needs a teacher", "dwakd.teecher: unknown key; did you mean `teacher`?"],
         ),
+        *(
+            (
+                {"distillation": "dwakd", "dwakd": {"teacher": teacher}},
+                ["model is for a teacher on a server; give its address as server"],
+            )
+            for teacher in ({"model": "big"}, {"model": "big", "base_model": "big"})
+        ),
         ({"distillation": "dwkd", "dwakd": TEACHER}, ["`distillation: dwkd` is not known"]),
         ({"dwakd": TEACHER}, ["Add `distillation: dwakd`"]),
         (

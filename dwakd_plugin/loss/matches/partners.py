@@ -71,7 +71,7 @@ class SamePrefix(_Partners):
         """The student's positions whose token the teacher spells with several: (B, S) bool."""
         none = torch.zeros_like(self.batch.student_side.valid)
         places = self.batch.student.spelt
-        if places is None or self.batch.teacher.spellings is None:
+        if places is None or not self.batch.spells:
             return none
         return none.flatten().index_fill(0, places, True).view_as(none)
 

@@ -21,11 +21,9 @@ from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.divergence import DIVERGENCES, softmax
 from dwakd_plugin.loss.head_pass import Kernel, through_student_head
 from dwakd_plugin.loss.states import SpellingTable, gathered, required_labels
+from dwakd_plugin.loss.terms.mapped_top import LEAST_READ
 from dwakd_plugin.loss.token_order import summed_runs, token_order
 from dwakd_plugin.recipe.schema import Divergence
-
-# The least probability of all that may follow at which the teacher says which of it does.
-LEAST_SAID = 1e-4
 
 
 def spelt_divergences(
@@ -56,7 +54,7 @@ def spelt_divergences(
         )
         label = -student.gather(1, actual[:, None])
         value = DIVERGENCES[divergence](teacher, student)
-        found.append(torch.where(said[:, 0] >= LEAST_SAID, value, label[:, 0]))
+        found.append(torch.where(said[:, 0] >= LEAST_READ, value, label[:, 0]))
     return (torch.where(further, found[1], found[0]),)
 
 
@@ -101,11 +99,11 @@ def _after(
 def spelt_sum(batch: Batch) -> Tensor | None:
     """The sum over a batch, (), whose gradients are formed with it; None where nothing is spelt."""
     student, teacher = batch.student, batch.teacher
-    table, ours, theirs, read = teacher.spellings, student.spelt, teacher.spelt, student.spelt_read
-    if table is None or ours is None or theirs is None or read is None or len(ours) == 0:
+    ours, theirs, read = student.spelt, teacher.spelt, student.spelt_read
+    if not batch.spells or ours is None or theirs is None or read is None or len(ours) == 0:
         return None
     settings = {
-        "table": table,
+        "table": teacher.spellings,
         "divergence": batch.loss.divergence,
         "temperature": batch.loss.temperature,
     }
