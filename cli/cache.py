@@ -53,7 +53,7 @@ def cache(
     ] = False,
     json_output: JsonReport = False,
 ) -> None:
-    """Let the teacher read every row once, and keep its hidden states for training.
+    """Let the teacher read every row once, and keep its states or likeliest tokens for training.
 
     Training from the cache loads the teacher's head and embeddings and never its body; with
     --top-k, which keeps probabilities, nothing but its tokenizer. Says what it takes on disk before

@@ -43,6 +43,7 @@ from dwakd_plugin.train.distillation import Distillation, Facts
 from dwakd_plugin.train.own_answers import check_own_answers, own_answers
 from dwakd_plugin.train.progress import tell
 from dwakd_plugin.train.projector_start import start_projectors
+from dwakd_plugin.train.served_rows import warn
 from dwakd_plugin.train.sharding import (
     describe_processes,
     from_first_rank,
@@ -149,7 +150,7 @@ def _teacher(
     if config.teacher.cache is None and config.teacher.server is not None:
         rows = teacher_rows(trainer.train_dataset, trainer.eval_dataset)
         longest = max(len(ids) for ids, _ in rows)
-        served = ServedTeacher(config.teacher, tokenizer, longest, _warn)
+        served = ServedTeacher(config.teacher, tokenizer, longest, warn)
         # Rows are asked for in the process that waits for them, when they are laid out: one batch
         # ahead of the step.
         trainer.args.dataloader_num_workers = 0
@@ -168,11 +169,6 @@ def _teacher(
         lambda text: LOG.info(text, main_process_only=False),
     )
     return teacher, cache.read
-
-
-def _warn(text: str) -> None:
-    LOG.warning(text, main_process_only=False)
-    tell(warning=text)
 
 
 def _check_sizes(teacher: Teacher, student: Any, teacher_len: int) -> None:

@@ -215,7 +215,7 @@ class Health:
         return {"attention_uniform": uniform, "attention_collapsed": collapsed}
 
     def _few_pairs(self, mean: Figures) -> str | None:
-        share = mean.get("paired_share", 1.0)
+        share = mean.get("paired_share", 1.0) + mean.get("spelt_share", 0.0)  # both are taught
         if variant_of(self.config.loss).match.rows is None or share >= FEWEST_PAIRED:
             return None
         return (

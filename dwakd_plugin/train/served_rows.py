@@ -24,6 +24,12 @@ from dwakd_plugin.train.signals import stop_asked
 LOG = get_logger("axolotl.dwakd")
 
 
+def warn(text: str) -> None:
+    """Says it in each process's log, and once to whoever started the run."""
+    LOG.warning("%s", text, main_process_only=False)
+    tell(warning=text)
+
+
 class RowsMissing(UserError):
     """The teacher's server does not say what a step needs."""
 
@@ -49,8 +55,7 @@ class ServedRows(Trainer):
             raise UserError(f"{error}\n{self._keep_what_there_is()}") from error
         served = self._served()
         if served is not None and (lost := served.lost()) is not None:
-            LOG.warning("%s", lost, main_process_only=False)
-            tell(warning=lost)
+            warn(lost)
         return result
 
     def _served(self) -> ServedTeacher | None:

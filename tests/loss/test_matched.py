@@ -235,6 +235,10 @@ def test_agrees_with_the_plain_reference(
         read |= {"spelt": some_spelt(case, pairs, read["inside"], found, seed), "spellings": found}
         assert sum(map(len, read["spelt"])) > 3
     terms = evaluate(case, loss, pairs, mapped, band, **read, pad=(2, 1), fill=math.nan)
+    if variant == "mapped":
+        both = [S for S, T in LENGTHS if S and T]
+        assert int(terms.tokens_to_spell) == sum(both)
+        assert int(terms.spelt_tokens) == sum(len({i for i, *_ in own}) for own in read["spelt"])
     expected = dict.fromkeys((*ALL_TERMS, *COMPARED), torch.zeros((), dtype=torch.float64))
     for index, (student, teacher) in enumerate(zip(case.student, case.teacher, strict=True)):
         found = (

@@ -181,6 +181,9 @@ def test_pairs_are_counted_where_tokens_are_matched_exactly() -> None:
     (said,) = observe(healthy(variant="dwakdv2", cold_start=False), range(1, 60), figures)
     assert "Only 12% of the student's tokens" in said
     assert observe(healthy(cold_start=False), range(1, 60), figures) == []  # another meaning there
+    mapped = {"variant": "mapped", "cold_start": False}
+    assert len(observe(healthy(**mapped), range(1, 60), figures)) == 1
+    assert observe(healthy(**mapped), range(1, 60), figures | {"spelt_share": 0.3}) == []
 
 
 def test_soft_dtw_is_flat_only_where_it_never_fell() -> None:

@@ -38,6 +38,8 @@ from dwakd_plugin.recipe.schema import Divergence
 
 # Of a teacher that gives its likeliest tokens alone: how often the label is one of them.
 TOP = Figure("label_in_top_k", "top_labels", "top_tokens")
+# Of one that gives all: the tokens that are several of its own, which it teaches beside the pairs.
+SPELT = Figure("spelt_share", "spelt_tokens", "tokens_to_spell")
 
 
 def mapped_statistics(
@@ -210,6 +212,9 @@ def _student_kd(passes: HeadPasses[SamePrefix]) -> dict[str, Tensor]:
     at_end = compared & side.last
     left, spelt = tokens.ce.where(_left_to_labels(passes), 0.0).sum(), spelt_sum(passes.batch)
     further = {} if spelt is None else {"spelt_kd": spelt}
+    if passes.batch.spells:
+        further["spelt_tokens"] = passes.match.spelt.sum()
+        further["tokens_to_spell"] = side.lengths.sum()
     for kept in columns[len(tokens) :]:
         further |= {"top_labels": (kept & compared).sum(), "top_tokens": compared.sum()}
     return (
@@ -230,7 +235,7 @@ MAPPED = Term(
     kernel=_kernel,
     weights=_weights,
     beside="spelt_kd",
-    figures=(*PAIRED, *TEACHER, TOP),
+    figures=(*PAIRED, *TEACHER, TOP, SPELT),
     ramps=True,
     needs_states=False,
 )
