@@ -8,6 +8,7 @@ import reprlib
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
 
 
 def explain(problem: Any, schema: type[BaseModel], name: str) -> str:
@@ -20,8 +21,21 @@ def explain(problem: Any, schema: type[BaseModel], name: str) -> str:
         return unknown_key([*path, str(problem["loc"][-1])], schema, name)
     message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
-    ending = "" if isinstance(value, dict) else f" ({as_found(value)})"
+    if problem["type"] == _ABOUT_A_KEY:
+        path.append(problem["ctx"]["key"])
+    ending = "" if isinstance(value, dict | BaseModel) else f" ({as_found(value)})"
     return f"{'.'.join([name, *path])}: {message}{ending}"
+
+
+_ABOUT_A_KEY = "about_a_key"
+
+
+def about(key: str, message: str) -> PydanticCustomError:
+    """What a check of a whole block raises about one of its keys, so that `explain` names it.
+
+    `key` is dotted where it lies in a block within.
+    """
+    return PydanticCustomError(_ABOUT_A_KEY, "{message}", {"key": key, "message": message})
 
 
 def _place(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:

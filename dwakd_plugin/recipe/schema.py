@@ -22,7 +22,7 @@ from dwakd_plugin.recipe.blocks import Block, OwnAnswersConfig
 from dwakd_plugin.recipe.blocks import Divergence as Divergence
 from dwakd_plugin.recipe.blocks import ProjectorConfig as ProjectorConfig
 from dwakd_plugin.recipe.blocks import SoftDTWConfig as SoftDTWConfig
-from dwakd_plugin.recipe.messages import explain, unknown_key
+from dwakd_plugin.recipe.messages import about, as_found, explain, unknown_key
 from dwakd_plugin.recipe.teacher import TeacherConfig as TeacherConfig
 from dwakd_plugin.recipe.teacher import teacher_keys as teacher_keys
 
@@ -151,9 +151,10 @@ class LossConfig(Block):
     @model_validator(mode="after")
     def _no_projectors_without_need(self) -> LossConfig:
         if self.matching not in _WARPED and self.dtw_weight > 0:
-            raise ValueError(
-                f"matching `{self.matching}` has no projectors, which soft-DTW needs, and "
-                f"dtw_weight is {self.dtw_weight:g}; set it to 0"
+            raise about(
+                "dtw_weight",
+                f"dwakd.loss.matching `{self.matching}` has no projectors, which soft-DTW needs; "
+                f"set it to 0 (found: {self.dtw_weight:g})",
             )
         return self
 
@@ -206,9 +207,10 @@ class DWAKDConfig(Block):
                 continue
             for key, value in settings.items():
                 if key in given and given[key] != value and key not in yields:
-                    raise ValueError(
-                        f"variant `{variant}` stands for {block}.{key}: {value}, and the "
-                        f"recipe says {given[key]}; drop one of the two"
+                    raise about(
+                        f"{block}.{key}",
+                        f"variant `{variant}` stands for {value}; drop one of the two "
+                        f"({as_found(given[key])})",
                     )
             values[block] = {**settings, **given}
         return values
@@ -218,19 +220,22 @@ class DWAKDConfig(Block):
         if self.own_answers is None:
             return self
         if not self.loss.needs_teacher:
-            raise ValueError(
-                "own_answers are judged by the teacher, and these loss weights load none; give "
-                "loss.kd_weight above 0 (variant `mapped`), or remove own_answers"
+            raise about(
+                "own_answers",
+                "they are judged by the teacher, and these loss weights load none; give "
+                "dwakd.loss.kd_weight above 0 (variant `mapped`), or remove own_answers",
             )
         if self.teacher.cache is not None:
-            raise ValueError(
-                "own_answers are new in every step, and teacher.cache holds the given ones only; "
-                "remove teacher.cache, so that the teacher is loaded whole"
+            raise about(
+                "own_answers",
+                "they are new in every step, and dwakd.teacher.cache holds the given ones only; "
+                "remove it, so that the teacher is loaded whole",
             )
         if self.teacher.top_k is not None:
-            raise ValueError(
-                "own_answers are judged by all of the teacher's probabilities, and teacher.top_k "
-                "(64 of a server) keeps some; remove one of the two"
+            raise about(
+                "own_answers",
+                "they are judged by all of the teacher's probabilities, and dwakd.teacher.top_k "
+                "(64 of a server) keeps some; remove one of the two",
             )
         return self
 

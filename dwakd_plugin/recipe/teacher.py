@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.adapters import base_of_adapter
 from dwakd_plugin.recipe.blocks import Block, Name
+from dwakd_plugin.recipe.messages import about
 
 SERVED_TOP_K = 64  # of a server, where the recipe doesn't say
 _OF_A_SERVER = ("model", "server_requests", "server_patience")
@@ -135,16 +136,16 @@ class TeacherConfig(Block):
         values = teacher_keys(values)
         if isinstance(values, dict) and values.get("server"):
             if not values.get("base_model") and not values.get("tokenizer"):
-                raise ValueError(
-                    "the served teacher's tokenizer is loaded here; give its folder or hub id as "
-                    "tokenizer"
+                raise about(
+                    "tokenizer",
+                    "a served teacher's tokenizer is loaded here; give its folder or hub id",
                 )
             return {"base_model": values.get("tokenizer"), "top_k": SERVED_TOP_K} | values
-        for key in (
-            _OF_A_SERVER if isinstance(values, dict) else ()
-        ):  # who forgot it has no base_model
+        for key in _OF_A_SERVER if isinstance(values, dict) else ():  # whether base_model is or not
             if key in values and values[key] != cls.model_fields[key].default:
-                raise ValueError(f"{key} is for a teacher on a server; give its address as server")
+                raise about(
+                    key, "it is for a teacher on a server; give its address as dwakd.teacher.server"
+                )
         folder = values.get("base_model") if isinstance(values, dict) else None
         base = base_of_adapter(folder) if isinstance(folder, str) else None
         if base is None or values.get("adapter"):
@@ -164,16 +165,18 @@ class TeacherConfig(Block):
         except ValueError:
             has_host = False
         if not has_host or address.scheme not in ("http", "https"):
-            raise ValueError("server is no address; write http://host:8000/v1")
+            raise about("server", "it isn't an address; write http://host:8000/v1")
         if address.username or address.password or address.query or address.fragment:
-            raise ValueError(
-                "server has more than an address (a user, a password, a `?` or a `#`). Keys are in "
-                "no recipe: set the environment's DWAKD_SERVER_KEY"
+            raise about(
+                "server",
+                "it has more than an address (a user, a password, a `?` or a `#`). Keys are in no "
+                "recipe: set the environment's DWAKD_SERVER_KEY",
             )
         for key in filter(self._asks_for, _OF_A_LOADED_TEACHER):
-            raise ValueError(
-                f"{key} is for a teacher that is loaded here, and server names one that isn't; "
-                "remove one of the two"
+            raise about(
+                key,
+                "it is for a teacher that is loaded here, and dwakd.teacher.server names one that "
+                "isn't; remove one of the two",
             )
         return self
 
@@ -198,16 +201,20 @@ class TeacherConfig(Block):
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:
         if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("load_in_8bit and load_in_4bit are both set; choose one")
+            raise about(
+                "load_in_4bit", "it is set, and so is dwakd.teacher.load_in_8bit; choose one"
+            )
         if self.int8_threshold is not None and not self.load_in_8bit:
-            raise ValueError("int8_threshold is for load_in_8bit, which is not set")
+            raise about("int8_threshold", "it is for dwakd.teacher.load_in_8bit, which isn't set")
         return self
 
     @model_validator(mode="after")
     def _states_or_likeliest_tokens(self) -> TeacherConfig:
         if self.top_k is not None and self.cache_dtype != "auto":
-            raise ValueError(
-                "cache_dtype is of hidden states, and top_k keeps the likeliest tokens; remove one"
+            raise about(
+                "cache_dtype",
+                "it is of hidden states, and dwakd.teacher.top_k keeps the likeliest tokens; "
+                "remove one of the two",
             )
         return self
 

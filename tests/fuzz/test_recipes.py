@@ -75,23 +75,39 @@ def _put(block: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, 
     return block
 
 
-@given(st.sampled_from(PATHS), JUNK)
+LOADED = {"base_model": "big"}
+SERVED = {"server": "http://host/v1", "tokenizer": "big"}
+
+
+@given(st.sampled_from(PATHS), JUNK, st.sampled_from([LOADED, SERVED]))
 @cases(150, 4000)
-@example(("loss", "temperature"), math.inf)
-@example(("loss", "temperature"), 1e-300)
-@example(("soft_dtw", "gamma_end"), 1e300)
-@example(("variant",), ["dskd"])
-@example(("teacher", "chat_template"), 3)
-@example(("loss", "chunk_size"), False)
-@example(("loss", "chunk_size"), 1.5)
-@example(("teacher", "sequence_len"), 16**5000)
-def test_one_wrong_value_is_located(path: tuple[str, ...], value: Any) -> None:
-    block = _put({"teacher": {"base_model": "big"}}, path, value)
+@example(("loss", "temperature"), math.inf, LOADED)
+@example(("loss", "temperature"), 1e-300, LOADED)
+@example(("soft_dtw", "gamma_end"), 1e300, LOADED)
+@example(("variant",), ["dskd"], LOADED)
+@example(("teacher", "chat_template"), 3, LOADED)
+@example(("loss", "chunk_size"), False, LOADED)
+@example(("loss", "chunk_size"), 1.5, LOADED)
+@example(("teacher", "sequence_len"), 16**5000, LOADED)
+# Values that are right alone, and wrong beside what the recipe says elsewhere.
+@example(("loss", "matching"), "order", LOADED)
+@example(("teacher", "model"), [], LOADED)
+@example(("teacher", "int8_threshold"), 6.0, LOADED)
+@example(("teacher", "load_in_8bit"), True, SERVED)
+@example(("teacher", "tokenizer"), None, SERVED)
+@example(("teacher", "server"), "host", SERVED)
+@example(("own_answers",), {}, SERVED)
+def test_one_wrong_value_is_located(
+    path: tuple[str, ...], value: Any, teacher: dict[str, Any]
+) -> None:
+    block = _put({"teacher": teacher}, path, value)
     try:
         config = parse_recipe({"distillation": "dwakd", "dwakd": block})
     except UserError as error:
         if path == ("teacher",) and not value:
             located(str(error), "needs a teacher")
+        elif path == ("teacher", "server") and value is None:
+            located(str(error), "dwakd.teacher.base_model")
         else:
             located(str(error), ".".join(("dwakd", *path)))
         return

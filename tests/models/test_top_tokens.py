@@ -39,9 +39,13 @@ VOCABULARY = 300
             for name in ("paper", "uld", "dskdv2")
         ),
         ({"loss": {"temperature": 2}}, {"top_k": 64}, "temperature: 2 — .* set it to 1, or remove"),
-        ({}, {"top_k": 64, "cache_dtype": "float16"}, "cache_dtype is of hidden states"),
+        (
+            {},
+            {"top_k": 64, "cache_dtype": "float16"},
+            "dwakd.teacher.cache_dtype: it is of hidden states",
+        ),
         ({}, {"top_k": 0}, "top_k.*greater than or equal to 1"),
-        ({"own_answers": {}}, {"top_k": 64}, "own_answers are judged by all"),
+        ({"own_answers": {}}, {"top_k": 64}, "dwakd.own_answers: they are judged by all"),
         ({}, {"top_k": 64}, None),
         ({"variant": "sft"}, {"top_k": 64}, None),
     ],

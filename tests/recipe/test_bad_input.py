@@ -41,7 +41,7 @@ TEACHER = {"teacher": {"base_model": "big"}}
         *(
             (
                 {"distillation": "dwakd", "dwakd": {"teacher": teacher}},
-                ["model is for a teacher on a server; give its address as server"],
+                ["dwakd.teacher.model: it is for a teacher on a server; give its address"],
             )
             for teacher in ({"model": "big"}, {"model": "big", "base_model": "big"})
         ),
@@ -85,7 +85,7 @@ TEACHER = {"teacher": {"base_model": "big"}}
                 "distillation": "dwakd",
                 "dwakd": {**TEACHER, "variant": "dskd", "loss": {"dtw_weight": 0.1}},
             },
-            ["variant `dskd` stands for loss.dtw_weight: 0.0, and the recipe says 0.1"],
+            ["dwakd.loss.dtw_weight: variant `dskd` stands for 0.0; drop one of the two"],
         ),
         ({"distillation": "dwakd", "dwakd": {**TEACHER, "loss": 3}}, ["dwakd.loss", "found: 3"]),
     ],
