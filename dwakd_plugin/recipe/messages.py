@@ -20,9 +20,10 @@ def explain(problem: Any, schema: type[BaseModel], name: str) -> str:
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key([*path, str(problem["loc"][-1])], schema, name)
     message = problem["msg"].removeprefix("Value error, ")
-    value = problem.get("input")
     if problem["type"] == _ABOUT_A_KEY:
         path.append(problem["ctx"]["key"])
+        message = problem["ctx"]["message"]
+    value = problem.get("input")
     ending = "" if isinstance(value, dict | BaseModel) else f" ({as_found(value)})"
     return f"{'.'.join([name, *path])}: {message}{ending}"
 
@@ -35,7 +36,7 @@ def about(key: str, message: str) -> PydanticCustomError:
 
     `key` is dotted where it lies in a block within.
     """
-    return PydanticCustomError(_ABOUT_A_KEY, "{message}", {"key": key, "message": message})
+    return PydanticCustomError(_ABOUT_A_KEY, "{key}: {message}", {"key": key, "message": message})
 
 
 def _place(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
