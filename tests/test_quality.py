@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.quality import by_token, methods, report
+from benchmarks.quality.gold import gold_loss
 from benchmarks.quality.materials import (
     TEST_SETS,
     Materials,
@@ -85,6 +87,7 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
         seen.extend(runs)
         return [float(index) for index, _ in enumerate(runs)]
 
+    base = rows_of(materials_of(tmp_path))
     if method == "sft":
         best = methods.tune_sft(train, methods.LEARNING_RATES)
     else:
@@ -93,7 +96,7 @@ def test_every_trial_is_a_valid_recipe(method: str, tmp_path: Path) -> None:
     assert best.name == seen[0].name
     assert [run.seed for run in methods.with_seeds(method, best, 3)] == [1, 2, 3]
     for run in seen:
-        settings = parse_recipe(recipe(materials_of(tmp_path), run))
+        settings = parse_recipe(recipe(base, run))
         assert settings is not None
         assert settings.loss.needs_teacher == (method != "sft")
 
@@ -104,27 +107,27 @@ def materials_of(folder: Path) -> Materials:
     return Materials(folder, folder / "student", folder / "tuned")
 
 
-def test_ablations_and_levers_are_valid_and_share_the_runs_of_the_methods(tmp_path: Path) -> None:
-    base = materials_of(tmp_path)
+def test_ablations_are_valid_and_share_the_runs_of_the_methods(tmp_path: Path) -> None:
+    base = rows_of(materials_of(tmp_path))
     tuned = {"sft": methods.tune_sft(lambda runs: [float(run.learning_rate) for run in runs], [1])}
     tuned |= methods.tune(
         ["dskd", "dwakd"], 1.0, lambda runs: [float("teacher" not in run.name) for run in runs]
     )
-    ablations, levers = methods.ablations(tuned, 2), methods.levers(tuned, 2)
-    names = {
-        kind: {group: [run.name for run in runs] for group, runs in groups.items()}
-        for kind, groups in (("ablations", ablations), ("levers", levers))
-    }
-    dwakd = ["tune-dwakd-teacher_space", "dwakd-seed2"]
-    assert names["ablations"]["paper"] == names["levers"]["all"] == dwakd
-    assert names["ablations"]["dskd"] == ["tune-dskd-teacher_space", "dskd-seed2"]
-    assert names["ablations"]["no_gate"] == ["ablation-no_gate-seed1", "ablation-no_gate-seed2"]
-    assert names["levers"]["none"] == ["tune-dwakd-paper", "lever-none-seed2"]
-    assert names["levers"]["sft"] == names["ablations"]["sft"] == ["tune-sft-1", "sft-seed2"]
-    runs = [run for groups in (ablations, levers) for found in groups.values() for run in found]
-    found = {run.name: parse_recipe(recipe(base, run)) for run in runs}
-    assert len({run.name for run in runs}) == len({(str(found[r.name]), r.seed) for r in runs})
-    assert found["lever-ramp-seed1"].loss.kd_warmup_steps == 2500  # type: ignore[union-attr]
+    groups = methods.ablations(tuned, 2)
+    names = {group: [run.name for run in runs] for group, runs in groups.items()}
+    assert names["paper"] == ["tune-dwakd-teacher_space", "dwakd-seed2"]
+    assert names["dskd"] == ["tune-dskd-teacher_space", "dskd-seed2"]
+    assert names["no_gate"] == ["ablation-no_gate-seed1", "ablation-no_gate-seed2"]
+    assert names["sft"] == ["tune-sft-1", "sft-seed2"]
+    runs = [run for found in groups.values() for run in found]
+    recipes = {run.name: parse_recipe(recipe(base, run)) for run in runs}
+    assert len(recipes) == len({(str(recipes[run.name]), run.seed) for run in runs})
+
+
+def rows_of(base: Materials, count: int = 3000) -> Materials:
+    base.rows("train").parent.mkdir()
+    base.rows("train").write_text("{}\n" * count, encoding="utf-8")
+    return base
 
 
 def test_losses_by_token_add_up(tmp_path: Path) -> None:
@@ -150,16 +153,72 @@ def test_losses_by_token_add_up(tmp_path: Path) -> None:
     assert own["all"] * (text + 1) == pytest.approx(nats, rel=1e-5)
 
 
-def test_few_rows_are_read_as_often_as_there_are_fewer(tmp_path: Path) -> None:
-    base = materials_of(tmp_path)
-    base.rows("train").parent.mkdir()
-    base.rows("train").write_text("{}\n" * 40, encoding="utf-8")
-    tuned = Run("tune-dwakd-paper", {"variant": "paper"}, 1e-3)
-    ((group, runs),) = methods.few_rows(base, {"dwakd": tuned, "uld": tuned}, 2).items()
-    settings = recipe(base, runs[0])
-    assert group == "dwakd" and [run.seed for run in runs] == [1, 2]
-    assert settings["num_epochs"] == 4 and settings["datasets"][0]["path"].endswith("few.jsonl")
-    assert base.rows("few").read_text(encoding="utf-8") == "{}\n" * 10
+def test_more_rows_are_for_fine_tuning_alone(tmp_path: Path) -> None:
+    base = rows_of(replace(materials_of(tmp_path), train_rows=20, batch=4), 40)
+    tuned = Run("tune-sft-1", {"variant": "sft"}, 1e-3)
+    groups = methods.more_rows(base, tuned, [1.5, 2], 2)
+    assert list(groups) == ["sft, 30 rows", "sft, 40 rows"]
+    for count, runs in zip((20, 30, 40), ([tuned], *groups.values()), strict=True):
+        settings = recipe(base, runs[-1])
+        assert settings["micro_batch_size"] == 4 and settings["num_epochs"] == 1
+        rows = Path(settings["datasets"][0]["path"]).read_text(encoding="utf-8")
+        assert rows == "{}\n" * count
+    with pytest.raises(ValueError, match="41 training rows are wanted, of 40"):
+        base.first_rows(41)
+
+
+def test_golds_loss_reads_what_its_own_trainer_would_give_it(tmp_path: Path) -> None:
+    """Whole sequences with their prompts, beside what is made of the response's states alone."""
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.gold.gold_config import GOLDConfig
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    from dwakd_plugin.loss import Head, ResponseStates
+
+    tokenizers = train_tokenizer(TEXTS, 300), train_tokenizer([*TEXTS, "a quite long log"] * 3, 400)
+    texts, width = [("the dog", " sat on a log"), ("12 cats", " sat")], 64
+    sides, whole = [], []
+    for seed, tokenizer in enumerate(tokenizers):
+        sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "seed": seed}
+        folder = create_student(tmp_path / f"model{seed}", tokenizer, **sizes)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids, labels = torch.zeros(2, width, dtype=torch.long), torch.full((2, width), -100)
+        offsets = torch.zeros(2, width, 2, dtype=torch.long)
+        hidden, responses = torch.full((2, width, 16), torch.nan), torch.full((2, width), -100)
+        lengths = []
+        for row, (prompt, output) in enumerate(texts):
+            before, answer = (tokenizer(text)["input_ids"] for text in (prompt, output))
+            answer = [*answer, tokenizer.eos_token_id]
+            end = len(before) + len(answer)
+            ids[row, :end] = torch.tensor([*before, *answer])
+            labels[row, len(before) : end] = torch.tensor(answer)
+            read = 0
+            for position, token in enumerate(answer[:-1], start=len(before)):
+                begun, read = read, read + len(tokenizer.decode([token]).encode())
+                offsets[row, position] = torch.tensor([begun, read])
+            with torch.no_grad():
+                states = model.model(ids[row : row + 1]).last_hidden_state[0]
+            hidden[row, : len(answer)] = states[len(before) - 1 : end - 1]
+            responses[row, : len(answer)] = torch.tensor(answer)
+            lengths.append(len(answer))
+        with torch.no_grad():
+            whole.append((model(ids).logits, labels, ids, offsets))
+        head = Head(model.get_output_embeddings().weight.detach())
+        blank = torch.zeros_like(hidden)
+        sides.append(ResponseStates(blank, blank, hidden, torch.tensor(lengths), head, responses))
+    for strategy in ("observed", "bayesian"):
+        config = GOLDConfig(
+            str(tmp_path),
+            use_uld_loss=True,
+            uld_token_merge_strategy=strategy,
+            uld_use_hybrid_loss=True,
+            uld_crossentropy_weight=1.0,
+            bf16=False,
+            report_to="none",
+        )
+        loss = ULDLoss(config, *tokenizers, device=torch.device("cpu"))
+        expected = loss(*(side for both in zip(*whole, strict=True) for side in both))
+        torch.testing.assert_close(gold_loss(loss, *sides), expected)
 
 
 def test_difference_is_students_interval_over_paired_seeds() -> None:

@@ -43,7 +43,7 @@ def _nats_by_kind(base: Materials, folder: Path, partner: Path | None) -> Kinds:
     other = None if partner is None else AutoTokenizer.from_pretrained(partner)
     aligner = None if other is None else TokenAligner(tokenizer, other)
     kinds: Kinds = {"first": [], "end": [], "all": []}
-    for row in read_rows(base.rows("dev"))[:ROWS]:
+    for row in read_rows(base, "dev")[:ROWS]:
         own = example(tokenizer, row)
         ids, labels = torch.tensor([own["input_ids"]]), torch.tensor(own["labels"][1:])
         logits = model(input_ids=ids).logits[0, :-1]

@@ -1,9 +1,12 @@
-"""What every run of the quality benchmark starts from: rows, the teacher, a pretrained student.
+"""What every run of the quality benchmark starts from: rows, the teacher, a student to teach.
 
 The teacher is SmolLM2-135M-Instruct with its vocabulary trimmed to what the training rows use: on
 them its tokens and hidden states are the untrimmed model's, its probabilities are renormalised, and
 its output head, which is most of a teacher's cost here, is several times smaller. `tuned` has then
-learnt the training rows itself, as the paper's teachers have; `untuned` has not.
+learnt the rows of the trainings itself, as the paper's teachers have; `untuned` has not.
+
+A student is one that was pretrained here, or `cutN`: N layers of the same model, as `dwakd cut`
+chooses them, with the tokenizer of those that were pretrained here under them.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ TRAIN_ROWS, LONGEST = 2000, 64  # tokens of the teacher: instruction, input and 
 # each has read before (None: all), and how often.
 PRETRAINING: dict[str, tuple[int | None, int]] = {"small": (5000, 1), "longer": (None, 2)}
 VOCABULARY = 4096
+CUT = "cut"  # and a number: the name of a student with so many layers of a real model
 TEACHERS = ("tuned", "untuned")
 STUDENT = {"hidden_size": 256, "layers": 5, "heads": 4, "intermediate_size": 704, "seed": 7}
 FORMAT = "### Instruction:\n{instruction}\n{input}\n\n### Response:\n"
@@ -52,6 +58,9 @@ class Materials:
     folder: Path
     student: Path
     teacher: Path
+    train_rows: int = TRAIN_ROWS  # the first ones
+    batch: int = 8
+    held_out_bytes: float = math.inf  # of responses, of each set that is measured on
 
     @property
     def pair(self) -> str:
@@ -67,34 +76,64 @@ class Materials:
         """The JSONL of `train`, `dev` or a test set."""
         return self.folder / "data" / f"{name}.jsonl"
 
+    def first_rows(self, count: int) -> Path:
+        """The JSONL of so many training rows."""
+        whole, part = self.rows("train"), self.rows(f"train-{count}")
+        if not part.is_file():
+            lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+            if count > len(lines):
+                raise ValueError(f"{count} training rows are wanted, of {len(lines)}")
+            replace_file(part, "".join(lines[:count]))
+        return part
 
-def prepare(folder: Path, instructions: Path, student: str, teacher: str) -> Materials:
+
+def prepare(folder: Path, instructions: Path, student: str, teacher: str, **run: Any) -> Materials:
     """Makes what is missing below `folder`; what is there is complete, and is kept.
 
-    `student` is a key of PRETRAINING, or a folder with a model of any other size and tokenizer;
-    `teacher` is one of TEACHERS.
+    `student` is a key of PRETRAINING, `cutN`, or a folder with a model of any other size and
+    tokenizer; `teacher` is one of TEACHERS; `run` what else Materials has.
     """
-    made_here = student in PRETRAINING
+    made_here = student in PRETRAINING or student.startswith(CUT)
     own = folder / student if made_here else Path(student).resolve()
-    materials = Materials(folder, own, folder / teacher)
+    materials = Materials(folder, own, folder / teacher, **run)
+    if teacher == "tuned" and materials.train_rows != TRAIN_ROWS:
+        materials = replace(materials, teacher=folder / f"tuned{materials.train_rows}")
     if not (folder / "untrimmed").is_dir():
         prepare_teacher(folder / "untrimmed")
     if not materials.rows("train").is_file():
         _write_rows(materials, instructions)
-    rows = _read(materials.rows("train"))
+    if made_here and not own.is_dir():
+        _make_student(materials, student)
     if not (folder / "untuned").is_dir():
-        trim_vocabulary(folder / "untrimmed", _texts(rows), folder / "untuned")
+        texts = _texts(_read(materials.rows("train")))
+        trim_vocabulary(folder / "untrimmed", texts, folder / "untuned")
     if not materials.teacher.is_dir():
+        rows = _read(materials.first_rows(materials.train_rows))
         fine_tune(folder / "untuned", rows, materials.teacher)
-    if made_here and not materials.student.is_dir():
-        texts = ["".join(rendered(row)) for row in _read(materials.rows("pretraining"))]
-        few, _ = PRETRAINING["small"]
-        if not (folder / "untrained").is_dir():
-            tokenizer = train_tokenizer(texts[:few], VOCABULARY)
-            create_student(folder / "untrained", tokenizer, **STUDENT)
-        count, epochs = PRETRAINING[student]
-        pretrain(folder / "untrained", texts[:count], materials.student, epochs=epochs)
     return materials
+
+
+def _make_student(materials: Materials, name: str) -> None:
+    folder = materials.folder
+    texts = ["".join(rendered(row)) for row in _read(materials.rows("pretraining"))]
+    few, _ = PRETRAINING["small"]
+    if not (folder / "tokenizer").is_dir():
+        with new_folder(folder / "tokenizer") as tokenizer:
+            train_tokenizer(texts[:few], VOCABULARY).save_pretrained(tokenizer)
+    if name.startswith(CUT):
+        command = [sys.executable, "-m", "dwakd_cli", "cut", str(folder / "untrimmed")]
+        command += [str(materials.student), "--layers", name.removeprefix(CUT)]
+        command += ["--tokenizer", str(folder / "tokenizer")]
+        command += ["--texts", str(materials.rows("train"))]
+        subprocess.run(command, check=True)
+        return
+    if not (folder / "untrained").is_dir():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        create_student(folder / "untrained", tokenizer, **STUDENT)
+    count, epochs = PRETRAINING[name]
+    pretrain(folder / "untrained", texts[:count], materials.student, epochs=epochs)
 
 
 def rendered(row: Row) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""What is compared: methods with the settings that each may be tuned over, ablations, and levers.
+"""What is compared: methods with the settings that each may be tuned over, and ablations.
 
-Every method gets three trials on dev, and SFT, which has nothing but its learning rate, four. The
-first trial of each is its own paper's settings, or this project's defaults.
+Every method gets as many trials on dev, up to three, and SFT, which has nothing but its learning
+rate, one more. The first trial of each is its own paper's settings, or its project's defaults.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality.materials import Materials
-from benchmarks.quality.runs import EPOCHS, Run, dataset
-from dwakd_plugin.io.files import replace_file
+from benchmarks.quality.runs import Run, dataset
 from dwakd_plugin.recipe.schema import VARIANTS
 
 Settings = dict[str, Any]
 
-HEADLINE = ("sft", "dskd", "dwakd", "mapped")
-METHODS = (*HEADLINE, "dskdv2", "dwakdv2", "uld")
+HEADLINE = ("sft", "mapped")
+METHODS = (*HEADLINE, "dwakd", "uld", "gold", "dskd", "dskdv2", "dwakdv2")
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)  # SFT's four trials; the others start from its best
-
-FEWER = 4
 
 _WARMED = {"projectors": {"warmup_steps": 100}}
 # As on `benchmarks.small_pair`: labels lead, and the ramp leaves little of the student-space term.
@@ -32,6 +29,19 @@ _TEACHER_SPACE: Settings = {
 _BOTH_SPACES = {"loss": {"ce_weight": 1.0, "temperature": 1.0}} | _WARMED  # the same, no ramp
 _ORDERED: Settings = {"matching": "order", "dtw_weight": 0.0, "temperature": 1.0}
 _MAPPED: Settings = VARIANTS["mapped"]["loss"]
+# A recipe for `quality.gold`, which puts GOLD's loss in the place of ULD's term.
+GOLD: Settings = {"loss": {**_ORDERED, "ce_weight": 0.0, "kd_weight": 1.0}}
+# Keys of GOLDConfig, by the trial's name. Labels beside the teacher, which alone does not say where
+# a response ends; and each distribution in the place of the token that it predicts.
+GOLD_TRIALS: dict[str, Settings] = {
+    "hybrid": {"uld_use_hybrid_loss": True},
+    "labels": {
+        "uld_use_hybrid_loss": True,
+        "uld_crossentropy_weight": 1.0,
+        "uld_token_merge_strategy": "bayesian",
+    },
+    "default": {},
+}
 _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
     # name, what is laid over the variant, and the learning rate as a multiple of SFT's best
     "uld": [
@@ -39,6 +49,7 @@ _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
         ("dskd_authors", {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}}, 1),
         ("dskd_authors-faster", {"loss": {**_ORDERED, "ce_weight": 0.5, "kd_weight": 0.5}}, 2),
     ],
+    "gold": [(name, GOLD, 1) for name in GOLD_TRIALS],
     "mapped": [
         ("default", {"variant": "mapped"}, 1),
         ("default-faster", {"variant": "mapped"}, 2),
@@ -58,14 +69,6 @@ _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
 }
 # The paper's Table 3 between DSKD and DWA-KD, at DWA-KD's tuned settings.
 ABLATIONS = ("dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate")
-# What `teacher_space` changes of DWA-KD's paper settings, one at a time.
-LEVERS: dict[str, Settings] = {
-    "labels": {"loss": {"ce_weight": 1.0}},
-    "temperature": {"loss": {"temperature": 1.0}},
-    "ramp": {"loss": {"kd_warmup_steps": 2500}},
-    "warmed": _WARMED,
-}
-
 
 Train = Callable[[list[Run]], list[float]]
 """Trains runs and returns their bits per byte on dev."""
@@ -77,12 +80,17 @@ def tune_sft(train: Train, rates: Sequence[float]) -> Run:
     return _best(trials, train(trials))
 
 
-def tune(names: Sequence[str], rate: float, train: Train) -> dict[str, Run]:
-    """The best of each method's three trials on dev; `rate` is SFT's best."""
+def tune(names: Sequence[str], rate: float, train: Train, count: int = 3) -> dict[str, Run]:
+    """The best of each method's first `count` trials on dev; `rate` is SFT's best."""
     trials = {
         method: [
-            Run(f"tune-{method}-{name}", copy.deepcopy(settings), times * rate)
-            for name, settings, times in _TRIALS[method]
+            Run(
+                f"tune-{method}-{name}",
+                copy.deepcopy(settings),
+                times * rate,
+                gold=GOLD_TRIALS[name] if method == "gold" else None,
+            )
+            for name, settings, times in _TRIALS[method][:count]
         ]
         for method in names
     }
@@ -100,62 +108,35 @@ def _best(runs: list[Run], bits: list[float]) -> Run:
 
 def with_seeds(name: str, tuned: Run, seeds: int) -> list[Run]:
     """The tuned settings of a method under the training seeds 1 to `seeds`."""
-    runs = [
-        Run(f"{name}-seed{seed}", tuned.dwakd, tuned.learning_rate, seed, tuned.recipe)
-        for seed in range(1, seeds + 1)
-    ]
+    runs = [replace(tuned, name=f"{name}-seed{seed}", seed=seed) for seed in range(1, seeds + 1)]
     return [tuned, *runs[1:]] if tuned.name else runs  # which was trained under the first seed
 
 
-def few_rows(base: Materials, tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
-    """As many steps on a quarter of the rows: four epochs, in which fine-tuning alone overfits."""
-    few = base.rows("few")
-    if not few.is_file():
-        lines = base.rows("train").read_text(encoding="utf-8").splitlines(keepends=True)
-        replace_file(few, "".join(lines[: len(lines) // FEWER]))
-    recipe = {"datasets": [dataset(few)], "num_epochs": FEWER * EPOCHS}
+def more_rows(
+    base: Materials, sft: Run, times: Sequence[float], seeds: int
+) -> dict[str, list[Run]]:
+    """Fine-tuning alone on so many times the rows, in as many epochs."""
     return {
-        method: with_seeds(f"few-{method}", replace(best, name="", recipe=recipe), seeds)
-        for method, best in tuned.items()
-        if method in HEADLINE
+        f"sft, {count} rows": with_seeds(
+            f"sft{count}",
+            replace(sft, name="", recipe={"datasets": [dataset(base.first_rows(count))]}),
+            seeds,
+        )
+        for count in (round(each * base.train_rows) for each in times)
     }
 
 
 def ablations(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
     """DWA-KD's tuned settings, as another variant of the paper's Table 3 each, beside SFT."""
     best = tuned["dwakd"]
-    rows = {
-        variant: replace(best, name="", dwakd={**best.dwakd, "variant": variant})
-        for variant in (*ABLATIONS, "paper")
-    }
-    return _beside_sft("ablation", rows, tuned, seeds)
-
-
-def levers(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
-    """DWA-KD at the paper's settings, with each of its levers alone, and with all, beside SFT."""
-    rows = {
-        lever: replace(
-            tuned["sft"], name=name, dwakd={"variant": "paper"} | copy.deepcopy(settings)
-        )
-        for lever, name, settings in (
-            ("none", "tune-dwakd-paper", {}),
-            *((lever, "", own) for lever, own in LEVERS.items()),
-            ("all", "tune-dwakd-teacher_space", _TEACHER_SPACE),
-        )
-    }
-    return _beside_sft("lever", rows, tuned, seeds)
-
-
-def _beside_sft(
-    kind: str, rows: dict[str, Run], tuned: dict[str, Run], seeds: int
-) -> dict[str, list[Run]]:
-    """Each row under every seed; one that is a tuned method goes by its runs, not by new ones."""
     groups = {"sft": with_seeds("sft", tuned["sft"], seeds)}
-    for name, run in rows.items():
-        same = [m for m, best in tuned.items() if replace(best, name=run.name) == run]
-        groups[name] = (
+    for variant in (*ABLATIONS, "paper"):
+        run = replace(best, name="", dwakd={**best.dwakd, "variant": variant})
+        # One that is a tuned method goes by its runs, not by new ones.
+        same = [m for m, one in tuned.items() if replace(one, name="") == run]
+        groups[variant] = (
             with_seeds(same[0], tuned[same[0]], seeds)
             if same
-            else with_seeds(f"{kind}-{name}", run, seeds)
+            else with_seeds(f"ablation-{variant}", run, seeds)
         )
     return groups

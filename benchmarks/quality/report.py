@@ -24,24 +24,35 @@ SAMPLING_SEED = 10
 LONGEST_ANSWER = 64  # tokens
 # In the student's terms, and in the order of the tables: lower is better of the first.
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
+_VALUE = {"bits_per_byte": "value", "rouge_l": "mean"}  # where `dwakd evaluate` has them
 
 
-def evaluate(base: Materials, groups: dict[str, list[Run]]) -> Results:
-    """Figures of every run on every test set, by group, and how many rows they are of."""
+def evaluate(
+    base: Materials, groups: dict[str, list[Run]], metrics: Sequence[str] = tuple(METRICS)
+) -> Results:
+    """Figures of every run on every test set, by group, and how many rows they are of.
+
+    What is measured is kept beside its run.
+    """
     names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
-    folders = [base.runs / run for run in names]
-    reports = {
-        place: _dwakd_evaluate(base, place, folders, "rouge_l,bits_per_byte") for place in TEST_SETS
-    }
-    figures = {
-        place: {
-            run: {"bits_per_byte": one["bits_per_byte"]["value"], "rouge_l": one["rouge_l"]["mean"]}
-            for run, one in zip(names, found["models"], strict=True)
+    kept = {run: base.runs / run / f"{'-'.join(metrics)}.json" for run in names}
+    missing = [run for run, file in kept.items() if not file.is_file()]
+    if missing:
+        folders = [base.runs / run for run in missing]
+        reports = {
+            place: _dwakd_evaluate(base, place, folders, ",".join(metrics)) for place in TEST_SETS
         }
-        for place, found in reports.items()
-    }
+        for number, run in enumerate(missing):
+            of_run = {place: found["models"][number] for place, found in reports.items()}
+            found = {
+                place: {metric: one[metric][_VALUE[metric]] for metric in metrics}
+                for place, one in of_run.items()
+            }
+            rows = {place: found["rows"] for place, found in reports.items()}
+            replace_file(kept[run], json.dumps({"rows": rows, "figures": found}))
+    measured = {run: json.loads(file.read_text(encoding="utf-8")) for run, file in kept.items()}
     results: Results = {
-        "rows": {place: found["rows"] for place, found in reports.items()},
+        "rows": measured[names[0]]["rows"],
         "settings": {
             group: {"dwakd": runs[0].dwakd, "learning_rate": runs[0].learning_rate}
             for group, runs in groups.items()
@@ -53,18 +64,13 @@ def evaluate(base: Materials, groups: dict[str, list[Run]]) -> Results:
         "groups": {},
     }
     for group, runs in groups.items():
+        figures = [measured[run.name]["figures"] for run in runs]
         results["groups"][group] = {
-            metric: {
-                place: [figures[place][run.name][metric] for run in runs] for place in TEST_SETS
-            }
-            | {"mean": _means([[figures[p][run.name][metric] for p in TEST_SETS] for run in runs])}
-            for metric in METRICS
+            metric: {place: [each[place][metric] for each in figures] for place in TEST_SETS}
+            | {"mean": [statistics.fmean(each[p][metric] for p in TEST_SETS) for each in figures]}
+            for metric in metrics
         }
     return results
-
-
-def _means(values: list[list[float]]) -> list[float]:
-    return [statistics.fmean(each) for each in values]
 
 
 def at_start(base: Materials) -> dict[str, dict[str, float]]:
@@ -90,7 +96,7 @@ def _dwakd_evaluate(base: Materials, place: str, folders: Sequence[Path], metric
     # The prompts are written out: a template has one form, with an input or without.
     lines = (
         json.dumps({"instruction": rendered(row)[0], "output": row["output"]}) + "\n"
-        for row in read_rows(base.rows(place))
+        for row in read_rows(base, place)
     )
     replace_file(rows, "".join(lines))
     output = base.folder / "evaluation" / base.pair / place
@@ -124,7 +130,8 @@ def tables(results: Results) -> str:
     """Markdown: each metric on each test set, and beside SFT under the same seeds."""
     places = [*TEST_SETS, "mean"]
     lines = []
-    for metric, title in METRICS.items():
+    for metric in results["groups"]["sft"]:
+        title = METRICS[metric]
         form = "{:.4f}" if metric == "bits_per_byte" else "{:.2f}"
         base = results["groups"]["sft"][metric]
         values, apart = [], []
@@ -167,10 +174,10 @@ def plot(results: Results, file: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = [group for group in results["groups"] if group != "sft"]
-    figure = Figure(figsize=(10, 1.2 + 0.38 * len(groups)), layout="constrained")
-    for axes, (metric, title) in zip(
-        figure.subplots(1, len(METRICS), sharey=True), METRICS.items(), strict=True
-    ):
+    metrics = list(results["groups"]["sft"])
+    figure = Figure(figsize=(5 * len(metrics), 1.2 + 0.38 * len(groups)), layout="constrained")
+    all_axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(all_axes, metrics, strict=True):
         base = results["groups"]["sft"][metric]["mean"]
         for row, group in enumerate(groups):
             values = results["groups"][group][metric]["mean"]
@@ -182,7 +189,7 @@ def plot(results: Results, file: Path) -> None:
             axes.plot([mean], [row], "|", color="#222222", markersize=12)
         axes.axvline(0, color="#999999", linewidth=0.8)
         better = "lower is better" if metric == "bits_per_byte" else "higher is better"
-        axes.set_xlabel(f"{title} against SFT ({better})")
+        axes.set_xlabel(f"{METRICS[metric]} against SFT ({better})")
         axes.set_yticks(range(len(groups)), groups)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()

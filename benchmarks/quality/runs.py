@@ -24,7 +24,6 @@ from dwakd_plugin.io.files import replace_file
 
 Settings = dict[str, Any]
 
-BATCH, EPOCHS = 8, 1
 DONE = "run.json"  # written last: its folder holds a whole run
 
 
@@ -37,6 +36,7 @@ class Run:
     learning_rate: float
     seed: int = 1
     recipe: Settings = field(default_factory=dict)  # other keys of it
+    gold: Settings | None = None  # GOLDConfig's, where TRL's loss takes the place of ours
 
 
 def recipe(materials: Materials, run: Run) -> Settings:
@@ -53,14 +53,14 @@ def recipe(materials: Materials, run: Run) -> Settings:
             },
             **run.dwakd,
         },
-        "datasets": [dataset(materials.rows("train"))],
+        "datasets": [dataset(materials.first_rows(materials.train_rows))],
         "dataset_prepared_path": str(materials.folder / "prepared"),
         "output_dir": str(materials.runs / run.name),
         "sequence_len": 512,
         "pad_to_sequence_len": False,
         "gradient_accumulation_steps": 1,
-        "micro_batch_size": BATCH,
-        "num_epochs": EPOCHS,
+        "micro_batch_size": materials.batch,
+        "num_epochs": 1,
         "optimizer": "adamw_torch",
         "lr_scheduler": "cosine",
         "learning_rate": run.learning_rate,
@@ -121,6 +121,7 @@ def _train(materials: Materials, run: Run) -> Settings:
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
+    from transformers import AutoTokenizer
 
     from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
 
@@ -134,15 +135,19 @@ def _train(materials: Materials, run: Run) -> Settings:
     with log.open("wb") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
+    if run.gold is not None:
+        from benchmarks.quality.gold import use_gold
+
+        use_gold(
+            run.gold, *map(AutoTokenizer.from_pretrained, (materials.student, materials.teacher))
+        )
     try:
         do_train(load_cfg(str(file)), TrainerCliArgs())
     except SystemExit as ended:
         raise RuntimeError(f"{run.name} ended with {ended.code}: see {log}") from ended
     sys.stdout.flush()
     trained = time.monotonic() - begun
-    bits = held_out_bits_per_byte(
-        folder, read_rows(materials.rows("dev")), lambda row: rendered(row)[0]
-    )
+    bits = held_out_bits_per_byte(folder, read_rows(materials, "dev"), lambda row: rendered(row)[0])
     result = {
         **asdict(run),
         "dev_bits_per_byte": bits,
@@ -163,11 +168,16 @@ def _curves(log: Path) -> dict[str, list[float]]:
     return curves
 
 
-def read_rows(file: Path) -> list[Settings]:
-    """Rows with one reference, as they are measured while tuning."""
-    with file.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [{**row, "output": rendered(row)[1]} for row in rows]
+def read_rows(materials: Materials, name: str) -> list[Settings]:
+    """Rows to measure on, with one reference each."""
+    rows, seen = [], 0
+    with materials.rows(name).open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            rows.append({**row, "output": rendered(row)[1]})
+            seen += len(rows[-1]["output"].encode())
+            if seen >= materials.held_out_bytes:
+                break
+    return rows
 
 
 def result_of(materials: Materials, run: Run) -> Settings | None:
