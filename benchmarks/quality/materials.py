@@ -109,7 +109,7 @@ def prepare(folder: Path, instructions: Path, student: str, teacher: str, **run:
         trim_vocabulary(folder / "untrimmed", texts, folder / "untuned")
     if not materials.teacher.is_dir():
         rows = _read(materials.first_rows(materials.train_rows))
-        fine_tune(folder / "untuned", rows, materials.teacher)
+        fine_tune(folder / "untuned", rows, materials.teacher, batch=materials.batch)
     return materials
 
 

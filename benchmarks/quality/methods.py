@@ -1,7 +1,8 @@
 """What is compared: methods with the settings that each may be tuned over, and ablations.
 
 Every method gets as many trials on dev, up to three, and SFT, which has nothing but its learning
-rate, one more. The first trial of each is its own paper's settings, or its project's defaults.
+rate, one more. The first trial of each is its own paper's settings, or this project's defaults;
+GOLD's, whose defaults leave the labels out, has them.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ GOLD: Settings = {"loss": {**_ORDERED, "ce_weight": 0.0, "kd_weight": 1.0}}
 # Keys of GOLDConfig, by the trial's name. Labels beside the teacher, which alone does not say where
 # a response ends; and each distribution in the place of the token that it predicts.
 GOLD_TRIALS: dict[str, Settings] = {
-    "hybrid": {"uld_use_hybrid_loss": True},
     "labels": {
         "uld_use_hybrid_loss": True,
         "uld_crossentropy_weight": 1.0,
         "uld_token_merge_strategy": "bayesian",
     },
+    "hybrid": {"uld_use_hybrid_loss": True},
     "default": {},
 }
 _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {

@@ -61,7 +61,7 @@ def recipe(materials: Materials, run: Run) -> Settings:
         "gradient_accumulation_steps": 1,
         "micro_batch_size": materials.batch,
         "num_epochs": 1,
-        "optimizer": "adamw_torch",
+        "optimizer": "adamw_torch_fused",
         "lr_scheduler": "cosine",
         "learning_rate": run.learning_rate,
         "warmup_ratio": 0.05,
