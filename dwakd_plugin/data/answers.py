@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dwakd_plugin.tokenizers.same_text import substance
+from dwakd_plugin.tokenizers.same_text import spelling, substance
 
 SAME = "the same"
 SPELLING = "the same but for white space or spelling"
 REASONING = "different in their reasoning"
 TURNS = "different in how many turns are answered"
 TEXT = "different in their text"
+MESSAGES = "to other messages: a side's chat template leaves one out, or moves it"
 TOOLS = "to other tools: a side's chat template leaves the row's tools out"
 TORN = "torn: a side's chat template takes a quoted </think> for the end of a reasoning"
 # More than spelling: the two sides learn from different answers.
-DIFFERENT = (REASONING, TURNS, TEXT, TOOLS, TORN)
+DIFFERENT = (REASONING, TURNS, TEXT, MESSAGES, TOOLS, TORN)
 
 # The end of a reasoning, as models write it. Its opening may be missing: some templates write that
 # themselves, and it isn't part of what is learnt.
@@ -62,7 +63,7 @@ class AnswerReader:
 
     def text(self, ids: Sequence[int]) -> str:
         """All of a row, prompt and markup included."""
-        return str(self._decode(ids))
+        return str(self._decode(ids, clean_up_tokenization_spaces=False))
 
     def read(self, ids: Sequence[int], labels: Sequence[int]) -> Answers:
         """Of a row: ids and labels (L,), −100 where nothing is learnt."""
@@ -118,6 +119,50 @@ def tool_names(tools: Any) -> set[str]:
         if isinstance(name, str) and name:
             names.add(name)
     return names
+
+
+def said(turns: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What each message of a conversation says, in the forms in which a template may write it; an
+    answer without its reasoning. Messages without text are left out."""
+    found = []
+    for turn in turns:
+        text = turn.get("content")
+        if turn.get("role") in _ANSWERING and isinstance(text, str):
+            text = without_reasoning(text)
+        if isinstance(text, str) and substance(text):
+            escaped = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+            forms = (text, *escaped) if turn.get("role") == "tool" else (text,)
+            found.append(tuple(dict.fromkeys(map(substance, forms))))
+    return found
+
+
+def order(messages: Sequence[tuple[str, ...]], rendered: str) -> list[int]:
+    """The numbers of messages, as `said` has them, in the order in which a rendered row has them;
+    without those that it leaves out."""
+    text, at = spelling(rendered), 0
+    places: dict[int, int] = {}
+    for number, forms in enumerate(messages):
+        ahead = [(text.find(form, at), form) for form in forms]
+        place, form = next((each for each in ahead if each[0] >= 0), (-1, ""))
+        if place >= 0:
+            at = place + len(form)
+        else:  # moved, or not there
+            place = max(text.find(form) for form in forms)
+        if place >= 0:
+            places[number] = place
+    return sorted(places, key=lambda number: places[number])
+
+
+def misplaced(messages: Sequence[tuple[str, ...]], found: Sequence[int]) -> str:
+    """In words, what a side with its messages in an `order` leaves out or moves; "" if nothing."""
+    left_out = [forms[0] for number, forms in enumerate(messages) if number not in found]
+    if left_out:
+        return f"leaves out {shortened(left_out[0])!r}"
+    for due, number in enumerate(found):
+        if due != number:
+            rest = [each for each in found if each != due]
+            return f"moves {shortened(messages[due if rest == sorted(rest) else number][0])!r}"
+    return ""
 
 
 def quoting_answers(messages: Any) -> list[str]:

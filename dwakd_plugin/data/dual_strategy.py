@@ -8,10 +8,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
+
+from axolotl.utils.dict import remove_none_values
 
 from dwakd_plugin.data.answers import (
     DIFFERENT,
+    MESSAGES,
     TOOLS,
     TORN,
     AnswerReader,
@@ -19,7 +23,10 @@ from dwakd_plugin.data.answers import (
     compare,
     example,
     lacks,
+    misplaced,
+    order,
     quoting_answers,
+    said,
     shortened,
     tool_names,
 )
@@ -179,6 +186,8 @@ class DualStrategy:
             answers["end"] = "student" if own.has_end else "teacher"
         if own.turns != others.turns:
             answers["example"] = example(own, others)
+        if kind not in DIFFERENT and (shown := self._other_messages(student, teacher, row)):
+            kind, answers["kind"], answers["example"] = MESSAGES, MESSAGES, shown
         for found, shown in self._other_differences(student, teacher, (own, others), row):
             kind = answers["kind"] = found
             answers["example"] = shown
@@ -194,6 +203,33 @@ class DualStrategy:
         dropped = self.different_answers == "drop"
         return DROPPED_DIFFERENT if dropped else LABELS_DIFFERENT, answers
 
+    def _other_messages(
+        self, student: dict[str, Any], teacher: dict[str, Any], row: Any
+    ) -> tuple[str, str] | None:
+        """What the two sides read before they answer, where that isn't the same: an example."""
+        if not hasattr(self.student, "get_conversation_thread"):  # both have the same prompt
+            return None
+        turns = self.student.get_conversation_thread(remove_none_values(copy.deepcopy(row)))
+        messages = said(turns)
+        sides = zip(self.readers, (student, teacher), strict=True)
+        own, theirs = (order(messages, reader.text(side["input_ids"])) for reader, side in sides)
+        if own == theirs:
+            return None
+        return misplaced(messages, own), misplaced(messages, theirs)
+
+    def _left_out(self, names: set[str], strategy: Any, ids: list[int], text: str, row: Any) -> Any:
+        """Which of a row's tools a side (its strategy, ids and text) was not told of, sorted.
+
+        Questions and calls name tools too: a side is told of some where it reads less without.
+        """
+        left_out = sorted(name for name in names if name not in text)
+        if not left_out:
+            without = {key: value for key, value in row.items() if key != self.tools}
+            with suppress(Exception):  # templates raise whatever they like: this one needs them
+                if strategy.tokenize_prompt(copy.deepcopy(without))["input_ids"] == ids:
+                    return sorted(names)
+        return left_out
+
     def _other_differences(
         self,
         student: dict[str, Any],
@@ -207,9 +243,12 @@ class DualStrategy:
                 shown = [next(iter(side.turns[-1:]), "") for side in answers]
                 yield TORN, (shortened(shown[0]), shortened(shown[1]))
         if names := tool_names(row.get(self.tools)):
-            sides = zip(self.readers, (student, teacher), strict=True)
-            texts = [reader.text(side["input_ids"]) for reader, side in sides]
-            left_out = [sorted(name for name in names if name not in text) for text in texts]
+            sides = (student["input_ids"], teacher["input_ids"])
+            strategies = zip((self.student, self.teacher), self.readers, sides, strict=True)
+            left_out = [
+                self._left_out(names, strategy, ids, reader.text(ids), row)
+                for strategy, reader, ids in strategies
+            ]
             if any(left_out):
                 words = [f"leaves out {', '.join(some)}" if some else "" for some in left_out]
                 yield TOOLS, (words[0], words[1])

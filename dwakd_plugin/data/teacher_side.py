@@ -145,7 +145,7 @@ def fingerprint(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     content = {
-        "columns": "teacher_input_ids, teacher_labels, source_row; answers and tools compared",
+        "columns": "teacher_input_ids, teacher_labels, source_row; answers and messages compared",
         "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "class": type(tokenizer).__name__,

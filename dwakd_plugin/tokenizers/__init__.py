@@ -6,6 +6,7 @@ Token ids and strings only; nothing of models.
 __all__ = [
     "alignment",
     "continuations",
+    "ends",
     "findings",
     "loading",
     "pair",

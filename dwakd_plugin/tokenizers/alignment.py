@@ -13,7 +13,7 @@ variant trains on the very same ones, and on the same teacher cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ NumberedPairs = list[tuple[int, int, int]]
 
 # What a text may follow without being joined with it: words and spaced words, white space, marks.
 BEFORE = ("\n", "a", ".")
+NO_ENDS: Mapping[int, int] = {}
 
 
 class TokenAligner:
@@ -39,6 +40,8 @@ class TokenAligner:
     teacher's that begins with it.
     continuations: what `aligned` finds inside the teacher's tokens; None for nothing.
     spellings: what it finds of those that the teacher cuts in several; None for nothing.
+    ends: the teacher's token that ends an answer, and the student's (`paired_ends`), which are no
+    text even where a tokenizer doesn't call them special.
     """
 
     def __init__(
@@ -49,12 +52,13 @@ class TokenAligner:
         whole: bool = True,
         continuations: Continuations | None = None,
         spellings: Spellings | None = None,
+        ends: Mapping[int, int] = NO_ENDS,
     ) -> None:
         self._whole = whole
         self._spellings = spellings
         self._continuations = continuations
-        self._student = _Spelling(student_tokenizer, "student")
-        self._teacher = _Spelling(teacher_tokenizer, "teacher")
+        self._student = _Spelling(student_tokenizer, "student", ends.values())
+        self._teacher = _Spelling(teacher_tokenizer, "teacher", ends.keys())
 
     def pairs(
         self,
@@ -219,11 +223,11 @@ class _Text(NamedTuple):
 class _Spelling:
     """A tokenizer's tokens as bytes, and which of them are special and so no text."""
 
-    def __init__(self, tokenizer: Any, role: str) -> None:
+    def __init__(self, tokenizer: Any, role: str, ends: Iterable[int]) -> None:
         self._pieces = ByteCutter(tokenizer, role).pieces
         self._special = {
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        } | {*ends}
 
     def segments(self, ids: list[int]) -> list[tuple[list[bytes], bool]]:
         """The text's pieces up to each special token, and whether one ends them."""
@@ -277,11 +281,14 @@ def _end_alike(student: bytes, teacher: bytes, runs: list[Run]) -> bool:
     return one == other
 
 
-def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
+def token_map(
+    teacher_tokenizer: Any, student_tokenizer: Any, rows: int, ends: Mapping[int, int] = NO_ENDS
+) -> list[int]:
     """For each row of the teacher's head the student's token of the same bytes, −1 where none.
 
-    Added tokens go by their text, and the end of a sequence is the end of a sequence. A head may
-    have fewer rows than its tokenizer has tokens: what lies beyond is never predicted.
+    Added tokens go by their text, the end of a sequence is the end of a sequence, and what `ends`
+    an answer (`paired_ends`) does so on the other side. A head may have fewer rows than its
+    tokenizer has tokens: what lies beyond is never predicted.
     """
     found = dict(shared_vocabulary(teacher_tokenizer, student_tokenizer))
     added = student_tokenizer.get_added_vocab()
@@ -290,14 +297,17 @@ def token_map(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list
             found[teacher_id] = added[token]
     if teacher_tokenizer.eos_token_id is not None and student_tokenizer.eos_token_id is not None:
         found[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
+    found |= ends
     return [found.get(index, -1) for index in range(rows)]
 
 
-def first_tokens(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[int]:
+def first_tokens(
+    teacher_tokenizer: Any, student_tokenizer: Any, rows: int, ends: Mapping[int, int] = NO_ENDS
+) -> list[int]:
     """For each row of the teacher's head the student's token that its bytes begin with, −1 where
     none is known: where the teacher predicts ` photosynthesis`, the student is to predict ` photo`.
     """
-    return firsts(student_cuts(teacher_tokenizer, student_tokenizer, rows))
+    return firsts(student_cuts(teacher_tokenizer, student_tokenizer, rows, ends))
 
 
 def firsts(cuts: Sequence[Read]) -> list[int]:
@@ -305,7 +315,9 @@ def firsts(cuts: Sequence[Read]) -> list[int]:
     return [cut[0] if cut else -1 for cut in cuts]
 
 
-def student_cuts(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> list[Read]:
+def student_cuts(
+    teacher_tokenizer: Any, student_tokenizer: Any, rows: int, ends: Mapping[int, int] = NO_ENDS
+) -> list[Read]:
     """For each row of the teacher's head the student's own cut of its bytes, empty where none is
     known.
 
@@ -315,7 +327,7 @@ def student_cuts(teacher_tokenizer: Any, student_tokenizer: Any, rows: int) -> l
     label ever names them. Where the bytes aren't text (a part of a character), only a token of the
     same bytes counts.
     """
-    found = token_map(teacher_tokenizer, student_tokenizer, rows)
+    found = token_map(teacher_tokenizer, student_tokenizer, rows, ends)
     cuts: list[Read] = [(token,) if token >= 0 else () for token in found]
     cutter = ByteCutter(student_tokenizer, "student")
     added = teacher_tokenizer.added_tokens_decoder

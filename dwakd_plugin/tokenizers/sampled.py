@@ -7,25 +7,30 @@ cuts the text behind the teacher's prompt, as it would have cut it there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from dwakd_plugin.tokenizers.alignment import Pairs, TokenAligner, ids_behind
+from dwakd_plugin.tokenizers.alignment import NO_ENDS, Pairs, TokenAligner, ids_behind
 from dwakd_plugin.tokenizers.pair import ByteCutter, Cut
 
 _TAIL = 32  # tokens of a prompt that decide how a text behind it is cut, and many more
 
 
 class SampledText:
-    """Reads samples of the student for the teacher. Raises UserError for kinds without bytes."""
+    """Reads samples of the student for the teacher. Raises UserError for kinds without bytes.
 
-    def __init__(self, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-        self._aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=False)
+    ends: the teacher's token that ends an answer, and the student's, as of `TokenAligner`.
+    """
+
+    def __init__(
+        self, student_tokenizer: Any, teacher_tokenizer: Any, ends: Mapping[int, int] = NO_ENDS
+    ) -> None:
+        self._aligner = TokenAligner(student_tokenizer, teacher_tokenizer, whole=False, ends=ends)
         self._student = ByteCutter(student_tokenizer, "student")
         self._teacher = ByteCutter(teacher_tokenizer, "teacher")
-        self.student_special = special_tokens(student_tokenizer)
-        self.teacher_special = special_tokens(teacher_tokenizer)
+        self.student_special = special_tokens(student_tokenizer) | {*ends.values()}
+        self.teacher_special = special_tokens(teacher_tokenizer) | {*ends}
 
     def text(self, sample: Sequence[int]) -> str | None:
         """What sampled tokens say, without the one that ends them.

@@ -37,6 +37,7 @@ from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner, firsts, student_cuts, token_map
 from dwakd_plugin.tokenizers.continuations import continuations
+from dwakd_plugin.tokenizers.ends import COLUMNS, paired_ends
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
 from dwakd_plugin.tokenizers.spellings import spellings
 from dwakd_plugin.train.distillation import Distillation, Facts
@@ -86,6 +87,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
         _check_packing(cfg, trainer, teacher)
     shared = shared_vocabulary(teacher_tokenizer, student_tokenizer)
     aligner = None
+    ends = _ends(trainer.train_dataset, student_tokenizer, teacher_tokenizer)
     if teacher is not None and variant_of(config.loss).match.rows is not None:
         teacher, aligner = _pair_tokens(
             teacher,
@@ -93,6 +95,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
             student_tokenizer,
             causal_lm(student).config.get_text_config().vocab_size,
             shared,
+            ends,
             config.loss,
         )
     packs = cfg.sample_packing and teacher is not None and teacher.model is not None
@@ -110,7 +113,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
         shared_tokens=len(shared),
         processes=describe_processes(trainer),
     )
-    own = own_answers(cfg, config, trainer, teacher, teacher_tokenizer, teacher_len)
+    own = own_answers(cfg, config, trainer, teacher, teacher_tokenizer, teacher_len, ends)
     if teacher is None or not trained_projectors(config.loss):
         return Distillation(config, rows, facts, teacher, own_answers=own)
     seed = int(cfg.seed or 42)
@@ -190,6 +193,7 @@ def _pair_tokens(
     student_tokenizer: Any,
     student_rows: int,
     shared: list[tuple[int, int]],
+    ends: dict[int, int],
     loss: LossConfig,
 ) -> tuple[Teacher, TokenAligner]:
     """The teacher with the student's counterparts of its tokens, and what pairs rows by bytes.
@@ -208,20 +212,27 @@ def _pair_tokens(
         return torch.tensor(values, dtype=torch.long, device=head.device)
 
     if variant_of(loss).match.rows == "token":
-        aligner = TokenAligner(student_tokenizer, teacher_tokenizer)
-        return replace(teacher, token_map=tensor(token_map(*rows))), aligner
-    cuts = student_cuts(*rows)
+        aligner = TokenAligner(student_tokenizer, teacher_tokenizer, ends=ends)
+        return replace(teacher, token_map=tensor(token_map(*rows, ends))), aligner
+    cuts = student_cuts(*rows, ends)
     teacher = replace(teacher, token_map=tensor(firsts(cuts)))
     if loss.inside_tokens == "label":
-        return teacher, TokenAligner(student_tokenizer, teacher_tokenizer, whole=False)
+        return teacher, TokenAligner(student_tokenizer, teacher_tokenizer, whole=False, ends=ends)
     inside, spelt = continuations(cuts), None
     teacher = replace(teacher, continuations=ContinuationTable(*map(tensor, inside.table())))
     if teacher.top_k is None and teacher.hidden_size > 0:  # it says all of its probabilities
-        theirs = student_cuts(student_tokenizer, teacher_tokenizer, student_rows)
+        back = {own: theirs for theirs, own in ends.items()}
+        theirs = student_cuts(student_tokenizer, teacher_tokenizer, student_rows, back)
         spelt = spellings(theirs, firsts(cuts))
         teacher = replace(teacher, spellings=SpellingTable(*map(tensor, spelt.table())))
     sides = student_tokenizer, teacher_tokenizer
-    return teacher, TokenAligner(*sides, whole=False, continuations=inside, spellings=spelt)
+    further = {"continuations": inside, "spellings": spelt, "ends": ends}
+    return teacher, TokenAligner(*sides, whole=False, **further)
+
+
+def _ends(dataset: Any, student_tokenizer: Any, teacher_tokenizer: Any) -> dict[int, int]:
+    rows = dataset.select_columns(list(COLUMNS)).with_format(None)
+    return paired_ends(rows, student_tokenizer, teacher_tokenizer)
 
 
 def _is_flash(teacher: Teacher) -> bool:

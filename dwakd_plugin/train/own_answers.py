@@ -54,23 +54,25 @@ class OwnAnswers:
         collate: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]],
         *,
         ends: frozenset[int],
+        paired: Mapping[int, int],
         lengths: tuple[int, int],
         seed: int,
     ) -> None:
         """tokenizers and lengths (of sequences, in tokens) are the student's and the teacher's;
-        ends are the student's tokens that end an answer, beside the given answer's own."""
+        ends are the student's tokens that end an answer, beside the given answer's own; paired, the
+        teacher's token that ends one, and the student's."""
         student_tokenizer, teacher_tokenizer = tokenizers
         self._own = own
         self._loss = own_loss_config(own, config.loss)
-        self._text = SampledText(student_tokenizer, teacher_tokenizer)
-        self._teacher_end = int(teacher_tokenizer.eos_token_id)
+        self._text = SampledText(student_tokenizer, teacher_tokenizer, paired)
+        self._teacher_end = next(iter(paired), int(teacher_tokenizer.eos_token_id))
         head = teacher.head.weight
         if own.matching != "mapped":
             self._token_map = None
         elif config.loss.matching == "mapped":
             self._token_map = teacher.token_map
         else:
-            ids = first_tokens(teacher_tokenizer, student_tokenizer, head.shape[0])
+            ids = first_tokens(*reversed(tokenizers), head.shape[0], paired)
             self._token_map = torch.tensor(ids, device=head.device)
         self._collate = collate
         self._ends = ends
@@ -198,8 +200,11 @@ def own_answers(
     teacher: Teacher | None,
     teacher_tokenizer: Any,
     teacher_len: int,
+    paired: Mapping[int, int],
 ) -> OwnAnswers | None:
-    """What a run samples with, where the recipe asks for it; see `check_own_answers`."""
+    """What a run samples with, where the recipe asks for it; see `check_own_answers`.
+
+    paired: the teacher's token that ends an answer, and the student's (`paired_ends`)."""
     own = config.own_answers
     if own is None or own.share == 0:
         return None
@@ -211,6 +216,7 @@ def own_answers(
         teacher,
         trainer.train_data_collator,
         ends=_ends(cfg, trainer.processing_class),
+        paired=paired,
         lengths=(cfg.sequence_len, teacher_len),
         seed=trainer.args.seed,
     )

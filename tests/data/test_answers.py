@@ -16,6 +16,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from dwakd_plugin.data.answers import (
+    MESSAGES,
     REASONING,
     SAME,
     SPELLING,
@@ -25,6 +26,9 @@ from dwakd_plugin.data.answers import (
     TURNS,
     Answers,
     compare,
+    misplaced,
+    order,
+    said,
 )
 from dwakd_plugin.data.row_report import (
     DROPPED_DIFFERENT,
@@ -96,6 +100,30 @@ def test_how_two_answers_differ(
     student: tuple[str, ...], teacher: tuple[str, ...], kind: str
 ) -> None:
     assert compare(Answers(student, True), Answers(teacher, True)) == kind
+
+
+@pytest.mark.parametrize(
+    ("rendered", "words"),
+    [
+        ("Be brief. A? a. B? b.", ""),
+        ("A? a. B? b.", "leaves out 'Be brief.'"),
+        ("A? a. Be brief.\n\nB? b.", "moves 'Be brief.'"),
+        ("Be brief. B? A? a. b.", "moves 'B?'"),
+    ],
+)
+def test_messages_that_a_template_leaves_out_or_moves(rendered: str, words: str) -> None:
+    """As Mistral's do with a system message, DeepSeek's with a late one."""
+    texts = [("system", " Be\u2581brief.\n"), ("user", "A?"), ("assistant", "<think>o</think>a.")]
+    texts += [("tool", ""), ("user", "B?"), ("assistant", "b.")]
+    messages = said([{"role": role, "content": text} for role, text in texts])
+    assert misplaced(messages, order(messages, rendered)) == words
+
+
+@pytest.mark.parametrize("ascii", [False, True])
+def test_what_a_tool_said_may_be_quoted(ascii: bool) -> None:
+    text = '{"größe": "3\n"}'
+    messages = said([{"role": "tool", "content": text}, {"role": "tool"}])
+    assert order(messages, text) == order(messages, json.dumps(text, ensure_ascii=ascii)) == [0]
 
 
 @given(one=st.text("ab é\u0301\n数", max_size=30), other=st.text("ab é\u0301\n数", max_size=30))
@@ -217,7 +245,7 @@ def test_tools_that_a_side_leaves_out_are_said(
     with_tools = (
         "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + CHAT_TEMPLATE
     )
-    rows = [chat("Sum of 1 and 2?", "Three.", tools=[tool]), chat("Two?", "Two.", tools=[])]
+    rows = [chat("1 add_up 2?", "Three.", tools=[tool]), chat("Two?", "Two.", tools=[])]
     both = chats(rows, {"teacher": {"chat_template": with_tools}})
     both["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": with_tools}
     assert prepare(both)[1].counts == {KEPT: 2}
@@ -228,6 +256,18 @@ def test_tools_that_a_side_leaves_out_are_said(
     assert report.counts == {KEPT: 1, LABELS_DIFFERENT: 1}
     assert report.examples[TOOLS] == ("", "leaves out add_up")
     assert report.example_rows[TOOLS] == 0
+
+
+def test_a_message_that_the_teacher_never_reads_is_said(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    leaves_out = CHAT_TEMPLATE.replace("messages %", "messages if message.role != 'system' %")
+    asked = chat("Two and two?", "Quatre.")
+    asked["messages"].insert(0, {"role": "system", "content": "Answer in French."})
+    rows = [chat("Two?", "Two."), asked]
+    _, report = prepare(chats(rows, {"teacher": {"chat_template": leaves_out}}))
+    assert report.counts == {KEPT: 1, LABELS_DIFFERENT: 1}
+    assert report.examples[MESSAGES] == ("", "leaves out 'Answer in French.'")
 
 
 def test_an_answer_that_quotes_the_end_of_a_reasoning_is_not_torn_unnoticed(

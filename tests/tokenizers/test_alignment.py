@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.tokenizers.alignment import TokenAligner, first_tokens, token_map
+from dwakd_plugin.tokenizers.ends import paired_ends
 from dwakd_plugin.tokenizers.pair import ByteCutter, shared_vocabulary
 from tests.conftest import SHARED
 from tests.loss.matched_references import Pairs
@@ -351,3 +352,32 @@ def test_a_head_may_have_fewer_rows_than_its_tokenizer_has_tokens() -> None:
         found = counterparts(teacher, student, rows)
         assert len(found) == rows
         assert found[teacher.eos_token_id] == student.eos_token_id
+
+
+def test_what_ends_a_turn_is_taught_whatever_it_is_called() -> None:
+    """Gemma's end of turn isn't its end of sequence; the student's isn't special at all."""
+    teacher = with_tokens(["ab"], [("a", "b")])
+    student = with_tokens(["ab"], [("a", "b")])
+    teacher.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    student.add_tokens(["<|im_end|>", "  "])
+    theirs, own, blank = len(teacher) - 1, len(student) - 2, len(student) - 1
+    token = student.convert_tokens_to_ids("ab")
+    ours, others = [-100, token, own], [-100, token, theirs]
+    rows = [
+        {"labels": ours, "teacher_labels": others},
+        {"labels": [*ours, -100], "teacher_labels": others},
+        {"labels": [*ours[:-1], blank], "teacher_labels": others},
+        {"labels": ours, "teacher_labels": [-100] * 3},
+    ]
+    ends = paired_ends(rows, student, teacher)
+    assert ends == {theirs: own}
+    none = {"labels": [1, 1], "teacher_labels": [1, 1]}
+    assert paired_ends([rows[2], none], student, teacher) == {}
+
+    for counterparts in (token_map, first_tokens):
+        found = counterparts(teacher, student, len(teacher), ends)
+        assert found[theirs] == own
+        assert found[teacher.eos_token_id] == student.eos_token_id
+        assert counterparts(teacher, student, len(teacher))[theirs] == -1
+    aligner = TokenAligner(student, teacher, whole=False, ends=ends)
+    assert aligner.pairs(ours, ours, others, others) == [(0, 0), (1, 1)]

@@ -144,6 +144,7 @@ class Pair:
             self.teacher,
             self.collator,
             ends=frozenset({self.tokenizer.eos_token_id}),
+            paired={self.tokenizer.eos_token_id: self.tokenizer.eos_token_id},
             lengths=(256, 256),
             seed=3,
         )
