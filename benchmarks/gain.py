@@ -1,4 +1,4 @@
-"""What a teacher is worth, as one picture, from the records of the quickstart and of the benchmark.
+"""What a teacher is worth, as one picture, from a record of the quality benchmark.
 
 python -m benchmarks.gain
 """
@@ -15,50 +15,51 @@ from matplotlib.figure import Figure
 from benchmarks.quality.report import difference
 
 RESULTS = Path(__file__).parent / "results"
+RECORD = RESULTS / "quality_cut20-tuned120.json"
+TITLES = {"dolly": "Dolly, the task", "self_instruct": "Self-Instruct", "vicuna": "Vicuna"}
+NAMES = {"dwakd": "paper", "gold": "GOLD (TRL)", "uld": "ULD"}
+COLOURS = ("#4477aa", "#ee8866", "#999999")
 
 
 def main() -> None:
-    quickstart, quality = (
-        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("quickstart", "quality_longer-tuned")
-    )
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    results = json.loads(RECORD.read_text(encoding="utf-8"))["results"]
+    groups = results["compared"]["methods"]["groups"]
+    figure = Figure(figsize=(10, 3), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    _by_seed(left, quickstart)
-    _by_method(right, quality["results"]["compared"]["methods"]["groups"])
+    _by_seed(left, groups)
+    _by_method(right, groups)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / "gain.png", dpi=130)
 
 
-def _by_seed(axes: Axes, record: dict[str, Any]) -> None:
-    """Bits per byte of the quickstart's held-out rows: alone and taught, under each seed."""
-    for row, figures in enumerate(record["seeds"].values()):
-        axes.plot([figures["taught"], figures["alone"]], [row, row], color="#bbbbbb", zorder=1)
-        for name, colour, side in (("taught", "#4477aa", "right"), ("alone", "#777777", "left")):
-            axes.plot([figures[name]], [row], "o", color=colour)
-            text = f"   {name}, {figures[name]:.3f}   "
-            axes.annotate(text, (figures[name], row), ha=side, va="center", fontsize="small")
-    for name in ("student as cut", "teacher"):
-        axes.axvline(record[name], color="#999999", linewidth=0.8, linestyle=":")
-        axes.annotate(f" {name}", (record[name], -0.75), fontsize="small", va="top")
-    axes.set_yticks(range(len(record["seeds"])), [f"seed {seed}" for seed in record["seeds"]])
-    axes.set(xlim=(0.9, 1.95), ylim=(1.5, -0.8), xlabel="bits per byte (lower is better)")
-    axes.set_title("A student cut from a real model (the demo)", fontsize="medium")
+def _by_seed(axes: Axes, groups: dict[str, Any]) -> None:
+    """Bits per byte of the task's test rows: alone and taught, under each seed."""
+    alone, taught = (groups[name]["bits_per_byte"]["dolly"] for name in ("sft", "mapped"))
+    for row, (before, after) in enumerate(zip(alone, taught, strict=True)):
+        axes.plot([after, before], [row, row], color="#bbbbbb", zorder=1)
+    for values, name, colour in ((taught, "mapped", COLOURS[0]), (alone, "SFT", "#777777")):
+        axes.plot(values, range(len(values)), "o", color=colour, label=name)
+    axes.set_yticks(range(len(alone)), [f"seed {seed}" for seed in range(1, len(alone) + 1)])
+    axes.set(xlabel="bits per byte on Dolly (lower is better)")
+    axes.legend(fontsize="small", frameon=False)
+    axes.invert_yaxis()
 
 
 def _by_method(axes: Axes, groups: dict[str, Any]) -> None:
-    """Each method's difference to SFT on the task, with the interval over training seeds."""
-    base = groups["sft"]["bits_per_byte"]["dolly"]
+    """Each method's difference to SFT on each test set, with the interval over training seeds."""
     names = [name for name in groups if name != "sft"]
-    for row, name in enumerate(names):
-        mean, low, high = difference(groups[name]["bits_per_byte"]["dolly"], base)
-        axes.plot([low, high], [row, row], color="#222222", linewidth=1.5)
-        axes.plot([mean], [row], "o", color="#4477aa" if mean < 0 else "#bb5566")
+    for shift, place, colour in zip((-0.2, 0.0, 0.2), TITLES, COLOURS, strict=True):
+        for row, name in enumerate(names):
+            ours, theirs = (groups[one]["bits_per_byte"][place] for one in (name, "sft"))
+            mean, low, high = difference(ours, theirs)
+            label = TITLES[place] if row == 0 else None
+            axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=1.5)
+            axes.plot([mean], [row + shift], "o", color=colour, markersize=5, label=label)
     axes.axvline(0, color="#999999", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("bits per byte against fine-tuning alone (lower is better)")
-    axes.set_title("A weak student on Dolly, by method", fontsize="medium")
+    axes.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
+    axes.set_xlabel("bits per byte against SFT (lower is better)")
+    axes.legend(fontsize="small", frameon=False)
     axes.invert_yaxis()
 
 

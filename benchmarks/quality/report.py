@@ -207,8 +207,9 @@ def record_tables(results: Results) -> str:
         for trial in trials
     ]
     kinds = ("all", "paired", "others", "first", "end")
-    lines += ["", "| nats per token on dev | " + _cells(kinds), "|---|" + "---|" * len(kinds)]
-    for name, found in results["tokens"].items():
+    if "tokens" in results:  # which come last
+        lines += ["", "| nats per token on dev | " + _cells(kinds), "|---|" + "---|" * len(kinds)]
+    for name, found in results.get("tokens", {}).items():
         cells = (f"{found[kind]:.3f}" if kind in found else "" for kind in kinds)
         lines.append(f"| {name} | " + _cells(cells))
     for part, found in results["compared"].items():
