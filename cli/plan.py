@@ -88,8 +88,7 @@ def plan(
     read = Recipe.read(recipe, given)
     check_recipe(read)
     check_variant(read)
-    asked, (read, assumed) = read, as_planned(read)
-    changes = [*read.changes, *assumed]
+    changes = [*read.changes]
     if read.has_engine:
         changes.append(
             "The figures are for a GPU that holds the whole student, as without FSDP and DeepSpeed"
@@ -104,7 +103,7 @@ def plan(
     with console.status("Building both models without their weights"):
         from dwakd_plugin import plan as memory_plan
 
-        lengths = _measured_lengths(asked) if data else None
+        lengths = _measured_lengths(read) if data else None
         rows: dict[str, Any] = {"response_share": response_share, "lengths": lengths}
         card = memory_plan.card(gpu)
         now = memory_plan.plan(read, card, **rows)
@@ -120,27 +119,6 @@ def plan(
         _show(report, now, helps, console)
     if strict and not now.fits:
         raise typer.Exit(3)
-
-
-def as_planned(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe as it is planned, and what that assumes.
-
-    Every way of matching tokens is planned as attention: the heads' chunks are what counts, and
-    they are as large in all. Raises UserError where no term asks for the teacher.
-    """
-    config = recipe.config
-    usual = type(config.loss).model_fields["matching"].default
-    if config.loss.matching == usual and config.loss.needs_teacher:
-        return recipe, []
-    if not config.loss.needs_teacher:
-        raise UserError(
-            "kd_weight and dtw_weight are 0, so this recipe trains without a teacher, and "
-            "`dwakd plan` is for runs that have one. What `variant: dskd` takes is an upper bound."
-        )
-    block = {key: value for key, value in recipe.keys["dwakd"].items() if key != "variant"}
-    return recipe.but(dwakd=block | {"loss": config.loss.model_dump() | {"matching": usual}}), [
-        f"variant {config.variant} is planned as if it attended, with projectors for it"
-    ]
 
 
 def _measured_lengths(recipe: Recipe) -> Lengths:

@@ -34,6 +34,8 @@ __all__ = [
     "names_of",
     "own_answer_terms",
     "own_loss_config",
+    "soft_dtw",
+    "token_order",
     "tokens_per_chunk",
     "tokens_per_chunk_of",
     "trained_projectors",

@@ -196,6 +196,19 @@ def weight_bytes(
     return sum(map(of, model.weights))
 
 
+def quantisation_scratch(
+    model: Model, bits: int, itemsize: int, tokens: int
+) -> tuple[float, float]:
+    """Of bitsandbytes, forward and backward: in 4 bit a layer's weight is unpacked before it is
+    multiplied, in 8 bit before it is in backward; forward sums in 32 bits beside the result."""
+    layers = [weight for weight in model.weights if weight.quantised]
+    if not bits or not layers:
+        return 0, 0
+    unpacked = itemsize * max(layer.numel for layer in layers)
+    summed = 4 * tokens * max(layer.rows for layer in layers)
+    return (summed if bits == 8 else unpacked), unpacked
+
+
 def optimizer_bytes(name: str, weight: Layer, itemsize: int) -> tuple[float, str | None]:
     """State of one trained weight, and what had to be assumed."""
     name = name.lower()

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from dwakd_plugin.models.teacher.cache import INDEX
+from dwakd_plugin.plan.model_sizes import FLOAT
+from dwakd_plugin.plan.own_answers import answers_at_once, drawing_bytes, key_value_bytes
 from dwakd_plugin.plan.parts import TOKEN_BYTES, Parts
-from dwakd_plugin.plan.recipe_models import shared_tokens
+from dwakd_plugin.plan.recipe_models import config_of, shared_tokens
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 
 INITIALISATION = "the projectors' initialisation"  # on a CPU; over before anything is trained
 FILL_TOKENS = 2048  # of a batch while a cache is filled, about
@@ -17,39 +20,38 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     """Bytes of each part at each moment that may be the worst, by the moment's name."""
     weights = run.weights()
     held, student_peak, student_backward = run.body("student")
-    _, teacher_peak, _ = run.body("teacher")
-    if run.cached or run.elsewhere:
-        states = run.batch * run.lengths.teacher_response * run.teacher.hidden_size
-        teacher_peak = states * run.teacher_dtype.itemsize
-    if run.kept_tokens is not None:
-        teacher_peak = run.batch * run.lengths.teacher_response * run.kept_tokens * TOKEN_BYTES
     loss_held, loss_forward, loss_backward = run.loss()
-    chunks, chunks_backward = run.head_chunks()
-    dtw, dtw_held = run.dtw()
+    chunks = max(run.head_chunks())
+    dtw, dtw_held, dtw_backward = run.dtw()
+    copies, copies_held = run.head_copies()
     gradients = run.gradients()
     accumulated = int(run.recipe.get("gradient_accumulation_steps") or 1) > 1
     before = gradients if accumulated else 0
     optimizer = run.optimizer()
     step = weights | {"optimizer": optimizer, "states that wait": run.waiting_states()}
+    middle = step | {"gradients": before, "student activations": held}
     found = {
-        "the models' forward passes": step
+        "the student's forward pass": middle | {"student activations": student_peak},
+        "the teacher's forward pass": middle | {"teacher activations": _teacher_states(run)},
+        "soft-DTW": middle
         | {
-            "gradients": before,
-            "student activations": student_peak,
-            "teacher activations": teacher_peak,
+            "gradients": before + copies_held,
+            "loss": loss_forward,
+            "soft-DTW": max(dtw, dtw_held),
         },
-        "soft-DTW": step
-        | {"gradients": before, "student activations": held, "loss": loss_held, "soft-DTW": dtw},
-        "the heads' logits": step
+        "soft-DTW's backward pass": middle
+        | {"gradients": before + copies_held, "loss": loss_held, "soft-DTW": dtw_backward},
+        "the heads' logits": middle
         | {
-            "gradients": max(before, _head_gradient(run)),
-            "student activations": held,
+            "gradients": before + copies,
             "loss": max(loss_forward, loss_backward),
-            "soft-DTW": dtw_held,
-            "head chunks": max(chunks, chunks_backward),
+            "head chunks": chunks,
         },
-        "the start of the student's backward pass": step
-        | {"gradients": before, "student activations": held + student_backward},
+        "the start of the student's backward pass": middle
+        | {
+            "gradients": before + copies_held,
+            "student activations": held + student_backward,
+        },
         "the end of the student's backward pass": step
         | {
             "gradients": gradients,
@@ -58,6 +60,15 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
         "the optimizer's step": step
         | {"gradients": gradients, "optimizer": optimizer + _optimizer_scratch(run)},
     }
+    if not run.warps:
+        found = {name: parts for name, parts in found.items() if "soft-DTW" not in name}
+    own = run.config.own_answers
+    if own is not None and own.share > 0:
+        sampled, drawn = _sampling(run, own)
+        found["the sampling of the student's own answers"] = step | {
+            "own answers": sampled,
+            "head chunks": drawn,
+        }
     filled = run.cached and (Path(str(run.config.teacher.cache)) / INDEX).is_file()
     if filled:
         run.assume("the teacher cache that is there has every row")
@@ -75,15 +86,34 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
             "teacher activations": filling.body("teacher")[1] + FILL_WAITING,
         }
     projectors = run.config.projectors
-    if run.card.kind == "cpu" and projectors.init != "random" and projectors.path is None:
+    starts = run.projectors() and projectors.init != "random" and projectors.path is None
+    if run.card.kind == "cpu" and starts:
         found[INITIALISATION] = weights | {"tables of shared tokens": _initialisation(run)}
     return found
 
 
-def _head_gradient(run: Parts) -> int:
-    """Of the student's head, where it is trained: it comes first."""
-    heads = [w for w in run.student.weights if w.embedding and w.trained]
-    return heads[-1].numel * run.student_weight_dtype(heads[-1]).itemsize if heads else 0
+def _teacher_states(run: Parts) -> float:
+    """At most, until the loss has what the teacher says."""
+    positions = run.batch * run.lengths.teacher_response
+    if run.kept_tokens is not None:
+        return positions * run.kept_tokens * TOKEN_BYTES
+    states = positions * run.teacher.hidden_size * run.teacher_dtype.itemsize
+    peak = states if run.cached or run.elsewhere else run.body("teacher")[1]
+    if run.has_teacher and run.config.teacher.top_k is not None:  # of its head's logits, and again
+        chunk = min(positions, run.chunk(run.teacher.head_rows)) * run.teacher.head_rows
+        peak = max(peak, states + 2 * FLOAT * chunk)
+    return peak
+
+
+def _sampling(run: Parts, own: OwnAnswersConfig) -> tuple[float, float]:
+    """Keys and values, and the prompts' forward pass; and what draws the next tokens."""
+    accumulation = int(run.recipe.get("gradient_accumulation_steps") or 1)
+    answers = answers_at_once(own, run.batch * accumulation)
+    config = config_of("base_model", *run.student_key)
+    itemsize = (run.autocast or run.student_dtype).itemsize
+    cache = key_value_bytes(config, answers, run.lengths.student, itemsize)
+    prompts = run.body("student", sampling=answers)[1]
+    return cache + prompts, drawing_bytes(own, answers, run.student.head_rows)
 
 
 def _optimizer_scratch(run: Parts) -> int:

@@ -15,28 +15,31 @@ from typing import Any
 import torch
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import tokens_per_chunk_of
+from dwakd_plugin.loss import own_loss_config, tokens_per_chunk_of, trained_projectors, variant_of
 from dwakd_plugin.models.teacher.loaded import teacher_device, teacher_dtype
 from dwakd_plugin.models.teacher.quantisation import asked, describe, own_quantisation
 from dwakd_plugin.plan.cards import Card
-from dwakd_plugin.plan.model_sizes import FLOAT, Layer, lora_settings, optimizer_bytes, weight_bytes
+from dwakd_plugin.plan.loss_trace import SPELT_SHARE, HeadTrace, LossSizes
+from dwakd_plugin.plan.model_sizes import (
+    FLOAT,
+    Layer,
+    Model,
+    lora_settings,
+    optimizer_bytes,
+    quantisation_scratch,
+    weight_bytes,
+)
 from dwakd_plugin.plan.recipe_models import (
     body_trace,
     config_of,
+    head_trace,
     like_a_llama,
     loss_trace,
     model_of,
-    vocabulary_trace,
 )
-from dwakd_plugin.plan.trace import LossSizes, TraceError
+from dwakd_plugin.plan.soft_dtw import soft_dtw_bytes
+from dwakd_plugin.plan.trace import TraceError
 from dwakd_plugin.recipe.schema import DWAKDConfig
-
-# Soft-DTW takes the hidden states, then the embeddings, and forms its gradients at once. It has per
-# cell of the cost the cost itself and its edges (loss/soft_dtw/cpu.py: 2 of 32), a gradient and
-# that with its sign turned; of the features of both sequences the input, the unit vectors and two
-# gradients; and after it one gradient.
-DTW_CELLS, DTW_CELLS_AT_WORK = 1 + 2 / 32, 2
-DTW_FEATURES, DTW_FEATURES_HELD = 4, 1
 
 # What a process takes beside tensors. On a CPU: what axolotl, the data set, numba's compiler and
 # the thread pools' scratch memory added to the imports, measured with a pair of a few thousand
@@ -81,16 +84,15 @@ class Parts:
         self.teacher_key = (teacher.base_model, teacher.revision, teacher.trust_remote_code)
         self.student = model_of("base_model", *self.student_key, self.lora)
         self.served = teacher.server is not None
-        if self.served:
-            assert teacher.top_k is not None
-            self.teacher = replace(
-                self.student,
-                name=teacher.called,
-                weights=(),
-                hidden_size=0,
-                head_rows=teacher.top_k,
+        # Whether anything of it is here, in this run or where its cache is filled.
+        self.has_teacher = config.loss.needs_teacher and not self.served
+        if not self.has_teacher:
+            self.teacher = Model(teacher.called, (), 0, self.student.head_rows, 0)
+            self.assume(
+                "the teacher is on its server, and takes nothing here but what it says"
+                if config.loss.needs_teacher
+                else "no term asks for the teacher, and none is loaded"
             )
-            self.assume("the teacher is on its server, and takes nothing here but what it says")
         else:
             self.teacher = model_of("dwakd.teacher.base_model", *self.teacher_key, None)
         length = int(recipe.get("sequence_len") or 512)  # axolotl's default
@@ -110,7 +112,7 @@ class Parts:
         )
         self.student_dtype, self.autocast = _student_precision(recipe, on.kind)
         self.teacher_dtype, self.teacher_bits = torch.float32, 0
-        if not self.served:
+        if self.has_teacher:
             teacher_config = config_of("dwakd.teacher.base_model", *self.teacher_key)
             self.teacher_dtype = teacher_dtype(
                 teacher, teacher_config, teacher_device(teacher, on.kind)
@@ -120,9 +122,12 @@ class Parts:
         self.elsewhere = on.kind == "cuda" and teacher.device not in (None, "cuda", "cuda:0")
         if self.elsewhere:
             self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
-        self.cached = teacher.cache is not None or self.served
+        self.cached = config.loss.needs_teacher and (teacher.cache is not None or self.served)
         # Of a teacher whose likeliest tokens are in a cache nothing is loaded.
         self.kept_tokens = teacher.top_k if self.cached else None
+        self.losses = [config.loss]
+        if config.own_answers is not None and config.own_answers.share > 0:
+            self.losses.append(own_loss_config(config.own_answers, config.loss))
 
     # -- what is held throughout ------------------------------------------------------------------
 
@@ -137,9 +142,19 @@ class Parts:
             return torch.float32
         return self.student_dtype
 
+    @property
+    def student_bits(self) -> int:
+        return 8 if self.recipe.get("load_in_8bit") else 4 if self.recipe.get("load_in_4bit") else 0
+
     def student_weights(self) -> int:
-        bits = 8 if self.recipe.get("load_in_8bit") else 4 if self.recipe.get("load_in_4bit") else 0
-        return weight_bytes(self.student, self.student_weight_dtype, bits)
+        return weight_bytes(self.student, self.student_weight_dtype, self.student_bits)
+
+    @property
+    def student_head(self) -> Layer:
+        """The weight that logits are made with; whether it trains, a copy beside it may say."""
+        head = [weight for weight in self.student.weights if weight.embedding][-1]
+        copies = (w for w in self.student.weights if w.adapter and w.numel == head.numel)
+        return next(copies, head)
 
     def _teacher_bits(self, own: dict[str, Any] | None) -> int:
         """Of its linear layers: 8 or 4 by bitsandbytes, 0 where they have the teacher's dtype."""
@@ -161,12 +176,18 @@ class Parts:
         return weight_bytes(model, lambda _: self.teacher_dtype, self.teacher_bits)
 
     def projectors(self) -> list[Layer]:
+        trained = trained_projectors(self.config.loss)
+        if not trained:
+            return []
         d, D = self.student.hidden_size, self.teacher.hidden_size
         shapes = {"query": (2 * D, 2 * d), "t2s": (d, D), "s2t": (D, d), "embed_t2s": (d, D)}
         return [
             layer
             for name, (rows, columns) in shapes.items()
-            for layer in (Layer(name, rows, columns), Layer(f"{name}.bias", rows, 1))
+            for layer in (
+                Layer(name, rows, columns, trained=name in trained),
+                Layer(f"{name}.bias", rows, 1, trained=name in trained),
+            )
         ]
 
     def optimizer(self) -> float:
@@ -186,7 +207,7 @@ class Parts:
         own = [
             (w, self.student_weight_dtype(w).itemsize) for w in self.student.weights if w.trained
         ]
-        return own + [(weight, FLOAT) for weight in self.projectors()]
+        return own + [(weight, FLOAT) for weight in self.projectors() if weight.trained]
 
     def gradients(self) -> int:
         return sum(weight.numel * size for weight, size in self.trained())
@@ -197,9 +218,15 @@ class Parts:
         return {
             "student weights": self.student_weights(),
             "teacher weights": self.teacher_weights(body=not self.cached and not self.elsewhere),
-            "projectors": sum(FLOAT * layer.numel for layer in self.projectors()),
+            "projectors": sum(FLOAT * layer.numel for layer in self.projectors())
+            + self._head_follower(),
             "runtime": runtime,
         }
+
+    def _head_follower(self) -> int:
+        """Where a projector follows the student's head: a factor (D, D) in float64."""
+        follows = self.projectors() and variant_of(self.config.loss).follows_head
+        return 8 * self.teacher.hidden_size**2 if follows and self.student_head.trained else 0
 
     def waiting_states(self) -> int:
         """Of cached teacher states in batches that are collated and not at work yet.
@@ -222,55 +249,86 @@ class Parts:
 
     # -- what a step allocates --------------------------------------------------------------------
 
-    def body(self, side: str) -> tuple[float, float, float]:
-        """Held after forward, forward's peak, and backward's need beside what is held."""
-        training = side == "student"
-        if self.served and not training:
+    def body(self, side: str, *, sampling: int = 0) -> tuple[float, float, float]:
+        """Held after forward, forward's peak, and backward's need beside what is held.
+
+        sampling: so many rows of the student's go through it without a graph.
+        """
+        if side == "teacher" and not self.has_teacher:
             return 0, 0, 0
-        model = self.student if training else self.teacher
-        length = self.lengths.student if training else self.lengths.teacher
-        dtype = self.student_dtype if training else self.teacher_dtype
+        student = side == "student"
+        training = student and not sampling
+        model = self.student if student else self.teacher
+        batch = sampling or self.batch
+        length = self.lengths.student if student else self.lengths.teacher
+        dtype = self.student_dtype if student else self.teacher_dtype
         checkpointing = training and bool(self.recipe.get("gradient_checkpointing"))
         attention = str(
             self.recipe.get("attn_implementation") or ""
-            if training
+            if student
             else self.config.teacher.attn_implementation
         )
-        eager = attention == "eager" or (training and bool(self.recipe.get("eager_attention")))
+        eager = attention == "eager" or (student and bool(self.recipe.get("eager_attention")))
         try:
             trace = body_trace(
-                *(self.student_key if training else self.teacher_key),
-                self.lora if training else None,
+                *(self.student_key if student else self.teacher_key),
+                self.lora if student else None,
                 length,
                 dtype,
-                self.autocast if training else None,
+                self.autocast if student else None,
                 "eager" if eager else "sdpa",
                 self.card.kind == "cuda" and not eager,
                 training,
                 checkpointing,
             )
-            return trace.at(self.batch)
+            held, peak, backward = trace.at(batch)
         except TraceError as error:
             self.assume(
                 f"the {side}'s architecture cannot be traced ({str(error)[:80]}): its activations "
                 "are those of a Llama of the same width"
             )
-            return like_a_llama(model, length, dtype.itemsize, self.batch, training, checkpointing)
+            held, peak, backward = like_a_llama(
+                model, length, dtype.itemsize, batch, training, checkpointing
+            )
+        bits = self.student_bits if student else self.teacher_bits
+        scratch = quantisation_scratch(model, bits, dtype.itemsize, batch * length)
+        return held, peak + scratch[0], backward + scratch[1]
 
     def head_chunks(self) -> tuple[float, float]:
-        """Logits of a chunk, forward and backward, in the worse of the two spaces."""
-        student, teacher = vocabulary_trace(self.loss_sizes(), self.config.loss.model_dump_json())
-        lengths, B = self.lengths, self.batch
-
-        def chunk(rows: int, tokens: int) -> int:
-            return FLOAT * rows * min(tokens, self.chunk(rows))
-
-        own = chunk(self.student.head_rows, B * lengths.student_response)
-        its = chunk(self.teacher.head_rows, B * lengths.teacher_response)
-        forward, backward = (
-            max(one * own, other * its) for one, other in zip(student, teacher, strict=True)
-        )
+        """Logits of a chunk, forward and backward, at most."""
+        B, lengths = self.batch, self.lengths
+        places = B * lengths.student_response, B * lengths.teacher_response
+        spelt = round(SPELT_SHARE * places[1])
+        peaks = [(0.0, 0.0)]
+        for each in self.head_traces():
+            peaks.append(each.at(*map(self._chunk_of, self.head_rows, places)))
+        for each in self.head_traces(spelt=True):
+            peaks.append(each.at(*map(self._chunk_of, self.head_rows, (spelt, spelt))))
+        forward, backward = (max(each) for each in zip(*peaks, strict=True))
         return forward, backward
+
+    @property
+    def head_rows(self) -> tuple[int, int]:
+        return self.student.head_rows, self.teacher.head_rows
+
+    def head_traces(self, *, spelt: bool = False) -> list[HeadTrace]:
+        """Of each loss; `spelt` as `trace_heads` has it."""
+        cpu = self.card.kind == "cpu"
+        sizes = replace(self.loss_sizes(), S=0, T=0, d=0)  # which make no difference
+        return [
+            head_trace(sizes, loss.model_dump_json(), self.head_rows, spelt, cpu)
+            for loss in self.losses
+        ]
+
+    def head_copies(self) -> tuple[int, int]:
+        """Of the heads, in another dtype or as gradients: at most, and at backward's beginning."""
+        student, traces = self.student_head.numel, self.head_traces(spelt=True)
+        teacher = self.teacher.head_rows * self.teacher.hidden_size
+        most = max(each.copies[0] * student + each.teacher_copies * teacher for each in traces)
+        return most, max(max(each.copies[1:]) * student for each in traces)
+
+    def _chunk_of(self, rows: int, tokens: int) -> int:
+        return min(tokens, self.chunk(rows))
 
     def chunk(self, rows: int) -> int:
         """Tokens that go through a head of so many rows at once, on this card."""
@@ -278,6 +336,7 @@ class Parts:
         return tokens_per_chunk_of(size, rows, self.card.kind, self.card.capacity)
 
     def loss_sizes(self) -> LossSizes:
+        head = self.student_head
         return LossSizes(
             self.lengths.student_response,
             self.lengths.teacher_response,
@@ -285,27 +344,40 @@ class Parts:
             self.teacher.hidden_size,
             self.student_dtype,
             self.teacher_dtype,
+            self.student_weight_dtype(head),
+            head.trained,
+            self.autocast,
+            self.config.teacher.top_k if self.config.loss.needs_teacher else None,
         )
 
     def loss(self) -> tuple[float, float, float]:
         """Beside logits and soft-DTW: held, forward's peak, backward's peak."""
-        sizes: tuple[float, float, float] = loss_trace(
-            self.loss_sizes(), self.config.loss.model_dump_json()
-        ).at(self.batch)
-        return sizes
+        cpu, sizes = self.card.kind == "cpu", self.loss_sizes()
+        traces = [loss_trace(sizes, loss.model_dump_json(), cpu) for loss in self.losses]
+        held, forward, backward = (
+            max(sizes) for sizes in zip(*(trace.at(self.batch) for trace in traces), strict=True)
+        )
+        return held, forward, backward
 
-    def dtw(self) -> tuple[float, float]:
-        """Soft-DTW at work, and what it leaves for backward."""
-        if self.config.loss.dtw_weight == 0:
-            return 0, 0
-        S, T = self.lengths.student_response, self.lengths.teacher_response
-        costs = [S * T, S * S, T * T]
-        cells = DTW_CELLS * sum(costs) + DTW_CELLS_AT_WORK * max(costs)
-        cells += S * T if self.config.soft_dtw.band else 0
-        features = (S + T) * self.student.hidden_size
-        held = 2 * DTW_FEATURES_HELD * features  # of hidden states and of embeddings
-        each = FLOAT * self.batch
-        return each * (cells + DTW_FEATURES * features + held), each * held
+    @property
+    def warps(self) -> bool:
+        loss = self.config.loss
+        return any(term.role == "warp" for term in variant_of(loss).active(loss))
+
+    def dtw(self) -> tuple[float, float, float]:
+        """Soft-DTW at work, what it leaves for backward, and at work there."""
+        if not self.warps:
+            return 0, 0, 0
+        lengths, d, D = self.lengths, self.student.hidden_size, self.teacher.hidden_size
+        return soft_dtw_bytes(
+            self.card.kind,
+            self.batch,
+            lengths.student_response,
+            lengths.teacher_response,
+            d,
+            D,
+            band=self.config.soft_dtw.band,
+        )
 
     def assume(self, text: str) -> None:
         if text not in self.assumptions:

@@ -12,14 +12,9 @@ from typing import Any
 import torch
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.plan.loss_trace import HeadTrace, LossSizes, trace_heads, trace_loss
 from dwakd_plugin.plan.model_sizes import Model, measure_model, model_config, with_lora
-from dwakd_plugin.plan.trace import (
-    BodyTrace,
-    LossSizes,
-    trace_body,
-    trace_loss,
-    vocabulary_tensors,
-)
+from dwakd_plugin.plan.trace import BodyTrace, Events, trace_body
 from dwakd_plugin.recipe.schema import LossConfig
 from dwakd_plugin.tokenizers.loading import load_tokenizer
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
@@ -78,15 +73,16 @@ def body_trace(
 
 
 @functools.lru_cache(maxsize=64)
-def loss_trace(sizes: LossSizes, loss: str) -> Any:
-    return trace_loss(sizes, LossConfig.model_validate_json(loss))
+def loss_trace(sizes: LossSizes, loss: str, compiled: bool) -> Events:
+    return trace_loss(sizes, LossConfig.model_validate_json(loss), compiled=compiled)
 
 
 @functools.lru_cache(maxsize=64)
-def vocabulary_trace(
-    sizes: LossSizes, loss: str
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    return vocabulary_tensors(sizes, LossConfig.model_validate_json(loss))
+def head_trace(
+    sizes: LossSizes, loss: str, rows: tuple[int, int], spelt: bool, compiled: bool
+) -> HeadTrace:
+    config = LossConfig.model_validate_json(loss)
+    return trace_heads(sizes, config, rows, spelt=spelt, compiled=compiled)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss import variant_of
 from dwakd_plugin.plan.parts import Lengths
 from dwakd_plugin.plan.peak import Plan, plan
 from dwakd_plugin.recipe import Recipe
@@ -64,6 +65,12 @@ def _changes(recipe: Recipe, now: Plan) -> Iterator[tuple[str, str, Recipe]]:
             "dwakd:\n  teacher:\n    cache: teacher_states",
             with_teacher(cache="teacher_states"),
         )
+        if not variant_of(recipe.config.loss).needs_states:
+            yield (
+                "the teacher's likeliest tokens from a cache on disk",
+                "dwakd:\n  teacher:\n    cache: teacher_tokens\n    top_k: 64",
+                with_teacher(cache="teacher_tokens", top_k=64),
+            )
     if teacher.dtype in ("auto", "float32") and now.card.kind == "cuda":
         yield (
             "the teacher in bfloat16",

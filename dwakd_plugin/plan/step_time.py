@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dwakd_plugin.plan.loss_trace import SPELT_SHARE
 from dwakd_plugin.plan.model_sizes import FLOAT
 from dwakd_plugin.plan.parts import Parts
+from dwakd_plugin.plan.soft_dtw import serial_seconds, shapes
 
 VOCABULARY_PASSES = 12  # times that a chunk's logits are read or written, per head, in float32
-DTW_CELLS_PER_SECOND = {"cpu": 5e8, "cuda": 5e9}  # cpu: measured (docs/performance.md)
+CPU_CELLS_PER_SECOND = 5e8  # of soft-DTW: measured (docs/performance.md)
+CUDA_STEP = 5e-7  # seconds of one of soft-DTW's steps, each waiting for the one before; assumed
 
 
 def seconds_per_step(run: Parts) -> float:
@@ -16,31 +19,29 @@ def seconds_per_step(run: Parts) -> float:
     student, teacher = run.student, run.teacher
     passes = (6 if full else 4) + (2 if run.recipe.get("gradient_checkpointing") else 0)
     flops = passes * student.body_parameters * B * lengths.student
-    if not run.cached:
+    if run.has_teacher and not run.cached:
         flops += 2 * teacher.body_parameters * B * lengths.teacher
     S = B * lengths.student_response
     T = B * lengths.teacher_response if run.kept_tokens is None else 0  # through its head
-    # Two products in each space, and in backward one per input and one for a trained head.
-    heads = S * student.head_rows * student.hidden_size * (5 if full else 4)
-    heads += T * teacher.head_rows * teacher.hidden_size * 3
-    logits = S * student.head_rows + T * teacher.head_rows
-    cells = (
-        2
-        * B
-        * sum(
-            a * b
-            for a, b in (
-                (lengths.student_response, lengths.teacher_response),
-                (lengths.student_response,) * 2,
-                (lengths.teacher_response,) * 2,
-            )
-        )
+    sizes = [each.head_rows * each.hidden_size for each in (student, teacher)]
+    ordinary, also_spelt = (run.head_traces(spelt=each)[0].products for each in (False, True))
+    heads = sum(
+        size * (tokens * once + SPELT_SHARE * T * (twice - once))
+        for size, tokens, once, twice in zip(sizes, (S, T), ordinary, also_spelt, strict=True)
     )
-    if run.config.loss.dtw_weight == 0:
-        cells = 0
+    logits = S * student.head_rows + T * teacher.head_rows
     micro = (
         (flops + 2 * heads) / run.card.flops
         + logits * FLOAT * VOCABULARY_PASSES / run.card.bandwidth
-        + cells / DTW_CELLS_PER_SECOND[run.card.kind]
+        + _soft_dtw(run)
     )
     return micro * int(run.recipe.get("gradient_accumulation_steps") or 1)
+
+
+def _soft_dtw(run: Parts) -> float:
+    if not run.warps:
+        return 0.0
+    sizes = run.batch, run.lengths.student_response, run.lengths.teacher_response
+    if run.card.kind == "cuda":
+        return serial_seconds(*sizes, CUDA_STEP)
+    return sum(B * rows * columns for B, rows, columns in shapes(*sizes)) / CPU_CELLS_PER_SECOND

@@ -1,8 +1,8 @@
 """What a step allocates, found by running it on tensors that have sizes and no content.
 
-The models' and the loss's own code runs under torch's FakeTensorMode, forward and backward, and
-every storage is noted as it comes and goes. So a plan follows the architecture, LoRA, gradient
-checkpointing, the attention backend and the loss as they are, whatever they come to be.
+The models' own code runs under torch's FakeTensorMode, forward and backward, and every storage is
+noted as it comes and goes. So a plan follows the architecture, LoRA, gradient checkpointing and the
+attention backend as they are, whatever they come to be. `loss_trace` has the loss's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from dwakd_plugin.loss import Head, ResponseStates, dwakd_loss
 from dwakd_plugin.models.causal_lm import causal_lm
-from dwakd_plugin.models.projectors import Projectors
-from dwakd_plugin.recipe.schema import LossConfig
 
 # Two batch sizes are traced, this and one more, and others are on the line through these. The next
 # is tried where torch chooses other operations for the two.
@@ -48,21 +45,29 @@ class Events:
         return float(course[end]), float(course[: end + 1].max()), float(course[end:].max())
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes the storages that operations make, and when they are released."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.events: list[int] = []
+        self.multiplications = 0  # of products of two matrices
         self._seen: dict[int, Any] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
             self._seen[id(storage)] = storage  # held on to, and so never released
 
+    def most(self) -> int:
+        """Bytes of all that was noted and not yet released, at most."""
+        return int(np.cumsum([0, *self.events]).max())
+
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         results = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket in _PRODUCTS:
+            a, b = args[-2:]
+            self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
         tree_map_only(Tensor, self._note, results)
         return results
 
@@ -80,20 +85,20 @@ class _Recorder(TorchDispatchMode):
         self.events.append(size)
 
 
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+
 Prepare = Callable[[int], tuple[list[Tensor], Callable[[], Tensor]]]
 
 
-def _record(
-    prepare: Prepare, started: Callable[[_Recorder], None] = lambda recorder: None
-) -> Events:
+def record(prepare: Prepare, started: Callable[[Recorder], None] = lambda recorder: None) -> Events:
     """Runs forward, and backward where there is a graph, at two batch sizes.
 
     `prepare` takes the batch size; it returns the tensors that are there before, and forward.
     `started` hears of each run's recorder.
     """
     for first in FIRST_BATCHES:
-        (few, count), (more, count_of_more) = (
-            _run(prepare, batch, started) for batch in (first, first + 1)
+        (few, count, _), (more, count_of_more, _) = (
+            run(prepare, batch, started) for batch in (first, first + 1)
         )
         if len(few) == len(more) and count == count_of_more:
             each = more - few
@@ -101,18 +106,18 @@ def _record(
     raise TraceError("the operations depend on the batch size")
 
 
-def _run(
-    prepare: Prepare, batch: int, started: Callable[[_Recorder], None] = lambda recorder: None
-) -> tuple[np.ndarray, int]:
-    """All events for a batch, and how many of them are forward's."""
+def run(
+    prepare: Prepare, batch: int, started: Callable[[Recorder], None] = lambda recorder: None
+) -> tuple[np.ndarray, int, int]:
+    """All events for a batch, how many of them are forward's, and the products' multiplications."""
     known, forward = prepare(batch)
-    with _Recorder(known) as recorder:
+    with Recorder(known) as recorder:
         started(recorder)
         result = forward()
         count = len(recorder.events)
         if result.requires_grad:
             result.backward(torch.ones_like(result))
-        return np.array(recorder.events[:], dtype=np.float64), count
+        return np.array(recorder.events[:], dtype=np.float64), count, recorder.multiplications
 
 
 class TraceError(Exception):
@@ -182,9 +187,9 @@ def _trace(
             causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():  # their gradients are counted elsewhere
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+                parameter.register_post_accumulate_grad_hook(forget_gradient)
         decoder = causal_lm(model).base_model
-        recorders: list[_Recorder] = []
+        recorders: list[Recorder] = []
         ends: list[int] = []
         for layer in _layers(decoder):
             layer.register_forward_hook(lambda *_: ends.append(len(recorders[-1].events)))
@@ -203,7 +208,7 @@ def _trace(
             return [*model.parameters(), *model.buffers(), ids, mask], forward
 
         with torch.set_grad_enabled(training):
-            events = _record(prepare, recorders.append)
+            events = record(prepare, recorders.append)
     # Checkpointed layers run again in backward.
     return events, tuple(ends[:LAYERS])
 
@@ -231,7 +236,7 @@ def _make_fake(model: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]  # type: ignore[index]
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
@@ -246,87 +251,3 @@ def _shortened(config: Any, layers: int) -> Any:
         if getattr(text, name, None):
             setattr(text, name, getattr(text, name)[:layers])
     return config
-
-
-@dataclass(frozen=True)
-class LossSizes:
-    """What the loss's memory depends on; S and T are response tokens of one sample."""
-
-    S: int
-    T: int
-    d: int
-    D: int
-    student_dtype: torch.dtype
-    teacher_dtype: torch.dtype
-
-
-def trace_loss(sizes: LossSizes, loss: LossConfig) -> Events:
-    """What the loss allocates for one sample beside logits and soft-DTW, which grow otherwise."""
-    events: Events = _loss_events(_record, sizes, loss, student_rows=2, teacher_rows=2)
-    return events
-
-
-def vocabulary_tensors(
-    sizes: LossSizes, loss: LossConfig
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """How many float32 tensors of a chunk's logits live at once: of the student's head, forward and
-    backward, and of the teacher's.
-    """
-    tokens, rows = 4, 2**22  # so many rows that nothing else counts
-    few = LossSizes(tokens, tokens, 1, 1, sizes.student_dtype, sizes.teacher_dtype)
-    counts = []
-    for student_rows, teacher_rows in ((rows, 2), (2, rows)):
-        events, count = _loss_events(
-            lambda prepare: _run(prepare, 1), few, loss, student_rows, teacher_rows
-        )
-        live = np.cumsum(events) / (4 * tokens * rows)
-        peaks = live[:count].max(), live[count:].max()
-        counts.append((round(2 * float(peaks[0])) / 2, round(2 * float(peaks[1])) / 2))
-    return counts[0], counts[1]
-
-
-def _loss_events(
-    record: Callable[[Prepare], Any],
-    sizes: LossSizes,
-    loss: LossConfig,
-    student_rows: int,
-    teacher_rows: int,
-) -> Any:
-    S, T, d, D = sizes.S, sizes.T, sizes.d, sizes.D
-    # Soft-DTW's kernels read their input; its memory is plain arithmetic (see `parts`).
-    loss = loss.model_copy(update={"dtw_weight": 0.0, "chunk_size": 8 * max(S, T)})
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        projectors = Projectors(d, D)
-        for parameter in projectors.parameters():
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        student_head = torch.zeros(student_rows, d, dtype=sizes.student_dtype, requires_grad=True)
-        teacher_head = torch.zeros(teacher_rows, D, dtype=sizes.teacher_dtype)
-        # The embeddings and the states are the loss's to hold, and not known before.
-        known = [*projectors.parameters(), student_head, teacher_head]
-
-        def prepare(batch: int) -> tuple[list[Tensor], Callable[[], Tensor]]:
-            def states(length: int, width: int, dtype: torch.dtype, grad: bool) -> list[Tensor]:
-                return [
-                    torch.zeros(batch, length, width, dtype=dtype, requires_grad=grad and index > 0)
-                    for index in range(3)
-                ]
-
-            def forward() -> Tensor:
-                student = ResponseStates(
-                    *states(S, d, sizes.student_dtype, True),
-                    lengths=torch.full((batch,), S),
-                    head=Head(student_head),
-                    labels=torch.zeros(batch, S, dtype=torch.long),
-                    index=torch.arange(batch * S),
-                )
-                teacher = ResponseStates(
-                    *states(T, D, sizes.teacher_dtype, False),
-                    lengths=torch.full((batch,), T),
-                    head=Head(teacher_head),
-                    index=torch.arange(batch * T),
-                )
-                return dwakd_loss(student, teacher, projectors, loss=loss, gamma=1.0).total(loss)
-
-            return known, forward
-
-        return record(prepare)

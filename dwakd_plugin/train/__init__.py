@@ -11,6 +11,7 @@ __all__ = [
     "kept_logits",
     "launch",
     "open_run",
+    "own_answers",
     "preflight",
     "progress",
     "progress_callback",

@@ -10,22 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app
-from dwakd_cli.plan import as_planned
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe import Recipe as ReadRecipe
-from dwakd_plugin.recipe.schema import LossConfig
 
 Recipe = Callable[..., dict[str, Any]]
-
-
-def test_plan_says_what_it_takes_the_baselines_for(recipe: Recipe) -> None:
-    plain = ReadRecipe(recipe({}))
-    assert as_planned(plain) == (plain, [])
-    planned, assumed = as_planned(ReadRecipe(recipe({"variant": "dwakdv2"})))
-    assert planned.config.loss == LossConfig()
-    assert "dwakdv2 is planned as if it attended" in assumed[0]
-    with pytest.raises(UserError, match="trains without a teacher"):
-        as_planned(ReadRecipe(recipe({"variant": "sft"})))
 
 
 @pytest.mark.parametrize(

@@ -16,25 +16,30 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
+from benchmarks import plan_allocated
 from benchmarks.plan import LIMIT
 from benchmarks.plan_recorded import planned, recorded
 from dwakd_cli.main import app
 from dwakd_plugin.data.collator import DualCollator
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss.head_pass import tokens_per_chunk
+from dwakd_plugin.loss.terms.warp import normalised_soft_dtw
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
 from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB
 from dwakd_plugin.plan.model_sizes import (
     Layer,
+    Model,
     lora_settings,
     measure_model,
     optimizer_bytes,
+    quantisation_scratch,
     weight_bytes,
 )
 from dwakd_plugin.plan.parts import Parts
 from dwakd_plugin.plan.peak import Plan
-from dwakd_plugin.plan.trace import trace_body
+from dwakd_plugin.plan.soft_dtw import matrices, shapes, soft_dtw_bytes
+from dwakd_plugin.plan.trace import Recorder, trace_body
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.train.trainer import DWAKDTrainer
@@ -299,8 +304,7 @@ def test_of_a_teacher_whose_tokens_are_kept_nothing_is_loaded(
 ) -> None:
     def with_teacher(**changes: Any) -> Plan:
         teacher = pair["dwakd"]["teacher"] | {"cache": str(tmp_path)} | changes
-        block = {"variant": "paper", "teacher": teacher}  # as which `mapped` is planned
-        recipe = pair | {"dwakd": block, "gradient_accumulation_steps": 4}
+        recipe = pair | {"dwakd": {"teacher": teacher}, "gradient_accumulation_steps": 4}
         return plan(ReadRecipe(recipe), card("24GB"), lengths=Lengths(64, 64, 20, 30))
 
     filling = with_teacher(top_k=16)
@@ -316,8 +320,7 @@ def test_of_a_teacher_whose_tokens_are_kept_nothing_is_loaded(
 def test_a_served_teacher_takes_what_it_says_and_nothing_more(pair: dict[str, Any]) -> None:
     def served(top_k: int) -> Plan:
         own = {"server": "http://localhost:1/v1", "tokenizer": "elsewhere", "top_k": top_k}
-        block = {"variant": "paper", "teacher": own}  # as which `mapped` is planned
-        recipe = pair | {"dwakd": block, "gradient_accumulation_steps": 4}
+        recipe = pair | {"dwakd": {"teacher": own}, "gradient_accumulation_steps": 4}
         return plan(ReadRecipe(recipe), card("24GB"), lengths=Lengths(64, 64, 20, 30))
 
     few, many = served(16), served(64)
@@ -325,6 +328,87 @@ def test_a_served_teacher_takes_what_it_says_and_nothing_more(pair: dict[str, An
         assert "teacher weights" not in each.largest
         assert each.largest["states that wait"] == 3 * each.micro_batch * 30 * top_k * 8
     assert few.total < many.total < plan(ReadRecipe(pair), card("24GB")).total
+
+
+def of_variant(pair: dict[str, Any], variant: str, on: Card = CPU, **block: Any) -> Plan:
+    """As few of the vocabularies are shared as `random` needs: the loss is what differs."""
+    block = {"teacher": pair["dwakd"]["teacher"], "variant": variant} | block
+    return plan(ReadRecipe(pair | {"dwakd": block}), on)
+
+
+def test_a_variant_takes_what_its_record_says(pair: dict[str, Any]) -> None:
+    made = {
+        name: of_variant(pair, name, card("24GB")).largest
+        for name in ("mapped", "uld", "sft", "dskd", "dskdv2", "dwakdv2", "paper")
+    }
+    with_projectors = {"dskd", "dskdv2", "dwakdv2", "paper"}
+    assert {name for name, parts in made.items() if "projectors" in parts} == with_projectors
+    assert {name for name, parts in made.items() if "soft-DTW" in parts} == {"dwakdv2", "paper"}
+    assert [name for name, parts in made.items() if "teacher weights" not in parts] == ["sft"]
+    student = made["mapped"]["gradients"]
+    assert student == made["uld"]["gradients"] == made["sft"]["gradients"]
+    # t2s alone: s2t follows the head, by a factor (D, D) in float64.
+    assert made["dskdv2"]["gradients"] == student + 4 * (512 * 256 + 256)
+    assert made["dskdv2"]["projectors"] == made["dskd"]["projectors"] + 8 * 512**2
+    assert made["mapped"]["loss"] < made["paper"]["loss"]
+
+
+def test_answers_of_its_own_take_keys_and_values(pair: dict[str, Any]) -> None:
+    def sampling(share: float) -> dict[str, float]:
+        own = {"own_answers": {"share": share, "max_new_tokens": 32}}
+        return of_variant(pair, "mapped", card("24GB"), **own).largest
+
+    half, none = sampling(0.5), sampling(0.0)
+    # Two answers, 64 tokens, four layers and one more, keys and values of width 256 in float32.
+    assert half["own answers"] > 2 * 64 * (4 + 1) * 2 * 256 * 4
+    assert "own answers" not in none
+
+
+def test_quantised_layers_are_unpacked_one_at_a_time() -> None:
+    model = Model("", (Layer("a", 30, 20, quantised=True), Layer("b", 90, 90)), 0, 0, 1)
+    assert quantisation_scratch(model, 4, 2, 7) == (2 * 600, 2 * 600)
+    assert quantisation_scratch(model, 8, 2, 7) == (4 * 7 * 30, 2 * 600)
+    assert quantisation_scratch(model, 0, 2, 7) == (0, 0)
+
+
+@pytest.mark.parametrize("S", [40, 130])
+def test_soft_dtw_takes_what_it_is_counted_for(S: int) -> None:
+    B, T, d = 2, 100, 48
+    lengths = torch.full((B,), S), torch.full((B,), T)
+    known = [torch.randn(B, length, d, requires_grad=True) for length in (S, T, S, T)]
+    penalty = torch.zeros(B, S, T)
+    with Recorder([*known, penalty, *lengths]) as recorder:
+        # The teacher's sides are made for it.
+        pairs = [(known[0], known[1] * 1.0), (known[2], known[3] * 1.0)]
+        values = normalised_soft_dtw(pairs, *lengths, penalty, 1.0, 1.0)
+        at_work, forward = recorder.most(), len(recorder.events)
+        del pairs
+        kept = sum(recorder.events)
+        torch.stack(values).sum().backward()
+    held = sum(recorder.events[:forward])
+    counted = soft_dtw_bytes("cpu", B, S, T, d, 0, band=False)
+    assert at_work == pytest.approx(counted[0], rel=0.03)
+    assert kept == pytest.approx(counted[1], rel=0.03) and held > kept
+    assert recorder.most() <= 1.03 * max(counted)
+
+
+def test_a_gpu_keeps_the_weights_of_small_matrices_and_not_of_large_ones() -> None:
+    S, T = 512, 600
+    cells = B_S_T = 4 * 4 * (S * T + S * S + T * T)
+    assert 2 * B_S_T < 4 * matrices(shapes(2, S, T), "cuda") < 8 * cells
+    large = matrices(shapes(2, 4096, 4096), "cuda") / (2 * 4096**2)
+    assert 4 < large < 8  # one launch a matrix: cost and skewed cost, twice a strip, and before
+
+
+@pytest.mark.parametrize("name", ["mapped", "mapped, LoRA, checkpointing", "paper"])
+def test_what_two_real_steps_allocate_is_planned(name: str, tmp_path: Path) -> None:
+    for model, config in plan_allocated.models().items():
+        config.save_pretrained(tmp_path / model)
+    recipe = plan_allocated.recipe_of(
+        tmp_path, plan_allocated.configurations()[name], rows := 2, length := 96
+    )
+    real = plan_allocated.allocated(recipe, rows, length)
+    assert plan_allocated.planned(recipe) == pytest.approx(real, rel=LIMIT)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:

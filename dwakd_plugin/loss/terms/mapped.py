@@ -131,14 +131,16 @@ def _kernel(batch: Batch) -> Kernel:
             raise ValueError(f"temperature {loss.temperature:g}: the teacher's `top` is at 1")
         return Kernel(top_statistics, 3, mapping | {"divergence": loss.divergence})
     plain = loss.divergence == "forward_kl" and loss.temperature == 1
-    if plain and _compiles_for(batch.student.hidden.device):
+    if plain and _compiles_for(batch.student.hidden):
         return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
     further = {"divergence": loss.divergence, "temperature": loss.temperature}
     return Kernel(mapped_statistics, 3, mapping | further)
 
 
-def _compiles_for(device: torch.device) -> bool:
-    return device.type == "cpu" and importlib.util.find_spec("numba") is not None
+def _compiles_for(states: Tensor) -> bool:
+    # Of another kind are those that memory is planned with, some of which hold no numbers.
+    plain = states.device.type == "cpu" and type(states) is Tensor
+    return plain and importlib.util.find_spec("numba") is not None
 
 
 def compiled_statistics(

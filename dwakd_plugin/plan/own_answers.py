@@ -1,0 +1,36 @@
+"""What sampling the student's own answers takes: `train.own_answers`, tensor by tensor.
+
+Keys and values of all layers for each token of prompt and answer, those of one layer twice (each
+token's are appended to a copy); the prompt's forward pass; and of each answer's next token the
+logits, twice more as they are masked, and in float64 the scaled ones, probabilities, and sums, with
+`top_p` sorted as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig
+from dwakd_plugin.train.own_answers import AT_ONCE
+
+DRAWING, SORTING = 3 * 4 + 3 * 8, 4 * 8  # bytes of a token's logit
+
+
+def answers_at_once(own: OwnAnswersConfig, rows: int) -> int:
+    """Of a step's rows, those that are sampled together."""
+    return min(AT_ONCE, math.ceil(own.share * rows))
+
+
+def key_value_bytes(config: Any, answers: int, tokens: int, itemsize: int) -> int:
+    """Of a transformers config's model, for so many answers of so many tokens, prompts included."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layer: int = 2 * answers * tokens * heads * width * itemsize
+    return layer * (int(text.num_hidden_layers) + 1)
+
+
+def drawing_bytes(own: OwnAnswersConfig, answers: int, rows: int) -> int:
+    """rows: of the student's head."""
+    return answers * rows * (DRAWING + (SORTING if own.top_p < 1 else 0))
