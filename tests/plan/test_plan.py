@@ -339,17 +339,16 @@ def of_variant(pair: dict[str, Any], variant: str, on: Card = CPU, **block: Any)
 def test_a_variant_takes_what_its_record_says(pair: dict[str, Any]) -> None:
     made = {
         name: of_variant(pair, name, card("24GB")).largest
-        for name in ("mapped", "uld", "sft", "dskd", "dskdv2", "dwakdv2", "paper")
+        for name in ("mapped", "sft", "dskdv2", "paper")
     }
-    with_projectors = {"dskd", "dskdv2", "dwakdv2", "paper"}
-    assert {name for name, parts in made.items() if "projectors" in parts} == with_projectors
-    assert {name for name, parts in made.items() if "soft-DTW" in parts} == {"dwakdv2", "paper"}
+    assert {name for name, parts in made.items() if "projectors" in parts} == {"dskdv2", "paper"}
+    assert {name for name, parts in made.items() if "soft-DTW" in parts} == {"paper"}
     assert [name for name, parts in made.items() if "teacher weights" not in parts] == ["sft"]
     student = made["mapped"]["optimizer"]
-    assert student == made["uld"]["optimizer"] == made["sft"]["optimizer"]
+    assert student == made["sft"]["optimizer"]
     # t2s alone, two moments and a temporary: s2t follows the head, by a factor (D, D) in float64.
     assert made["dskdv2"]["optimizer"] == student + 3 * 4 * (512 * 256 + 256)
-    assert made["dskdv2"]["projectors"] == made["dskd"]["projectors"] + 8 * 512**2
+    assert made["dskdv2"]["projectors"] == made["paper"]["projectors"] + 8 * 512**2
     assert made["mapped"]["loss"] < made["paper"]["loss"]
 
 
@@ -400,6 +399,7 @@ def test_a_gpu_keeps_the_weights_of_small_matrices_and_not_of_large_ones() -> No
     assert 4 < large < 8  # one launch a matrix: cost and skewed cost, twice a strip, and before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mapped", "mapped, LoRA, checkpointing", "paper"])
 def test_what_two_real_steps_allocate_is_planned(name: str, tmp_path: Path) -> None:
     for model, config in plan_allocated.models().items():
