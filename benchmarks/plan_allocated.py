@@ -56,13 +56,7 @@ def configurations() -> dict[str, dict[str, Any]]:
         "mapped, 64 likeliest tokens from a cache": {"teacher": {"cache": "top", "top_k": 64}},
         "mapped, reverse KL": {"loss": {"divergence": "reverse_kl"}},
         "mapped, labels inside tokens": {"loss": {"inside_tokens": "label"}},
-        "uld": {"variant": "uld"},
-        "sft": {"variant": "sft"},
-        "dskd": {"variant": "dskd"},
-        "dskdv2": {"variant": "dskdv2"},
-        "dwakdv2": {"variant": "dwakdv2"},
         "paper": {"variant": "paper"},
-        "paper, LoRA": {"variant": "paper", "recipe": LORA},
     }
 
 
@@ -75,8 +69,8 @@ def recipe_of(folder: Path, settings: dict[str, Any], rows: int, length: int) ->
     block = {"teacher": teacher} | {
         key: settings[key] for key in ("variant", "loss") if key in settings
     }
-    if block.get("variant") not in (None, "uld", "sft"):
-        block["projectors"] = {"init": "random"}
+    if "variant" in block:
+        block["projectors"] = {"init": "random"}  # or the shared tokens would be the peak
     return {
         "base_model": str(folder / "student"),
         "distillation": "dwakd",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ def trace_loss(sizes: LossSizes, loss: LossConfig, *, compiled: bool) -> Events:
 
 def _scaled(sizes: LossSizes, names: tuple[str, ...], scale: float) -> LossSizes:
     known = {name: getattr(sizes, name) for name in names if getattr(sizes, name)}
-    return replace(sizes, **{name: max(1, round(size / scale)) for name, size in known.items()})
+    smaller: dict[str, Any] = {name: max(1, round(size / scale)) for name, size in known.items()}
+    return replace(sizes, **smaller)
 
 
 def trace_heads(
@@ -136,7 +138,9 @@ def trace_heads(
     copies = 2 * np.rint((wide - thin) / (2 * s * (WIDTH - 2))).astype(int)
     cast = sizes.product not in (None, sizes.teacher_dtype) and sizes.top_k is None
     return HeadTrace(
-        *peaks,
+        both=peaks[0],
+        ours=peaks[1],
+        theirs=peaks[2],
         copies=(int(copies.max()), int(copies[forward]), int(copies[-1])),
         teacher_copies=sizes.product.itemsize if cast and sizes.product is not None else 0,
         products=(products[1] / s, products[2] / t),
