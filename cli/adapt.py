@@ -63,6 +63,7 @@ def adapt(
             raise UserError(f"--{name} {given}: give a number above 0.")
     console = PlainConsole(stderr=json_output, soft_wrap=True)
     read = Recipe.read(recipe, of_teacher(teacher, load_in_8bit, load_in_4bit, None))
+    read.check_one_teacher("dwakd adapt")
     folder = output or adapter_folder(read)
     # All but the output folder, which isn't written to: one that is not there is always free.
     check_all(read.but(output_dir=str(folder / "none")))

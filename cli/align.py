@@ -65,7 +65,9 @@ def align(
     from dwakd_plugin.recipe import Recipe
 
     given = {} if teacher is None else {"base_model": teacher}
-    read = without_an_empty_cache(Recipe.read(recipe, given))
+    read = Recipe.read(recipe, given)
+    read.check_one_teacher("dwakd align")
+    read = without_an_empty_cache(read)
     config = read.config
     from dwakd_plugin.loss import trained_projectors
 
@@ -110,7 +112,7 @@ def without_an_empty_cache(recipe: Recipe) -> Recipe:
     cache = recipe.config.teacher.cache
     if cache is None or (Path(cache) / INDEX).is_file():
         return recipe
-    return recipe.with_block("teacher", cache=None)
+    return recipe.with_teacher(cache=None)
 
 
 def align_samples(

@@ -102,6 +102,7 @@ def answers(
         from dwakd_plugin.recipe import Recipe
 
         read = Recipe.read(recipe, of_teacher(teacher, load_in_8bit, load_in_4bit, None))
+        read.check_one_teacher("dwakd answers")
         order = Order(
             recipe=_checked(read),
             out=out or default_out(read),

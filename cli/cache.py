@@ -69,12 +69,13 @@ def cache(
         given["top_k"] = top_k
     console = PlainConsole(stderr=json_output, soft_wrap=True)
     read = Recipe.read(recipe, given)
+    read.check_one_teacher("dwakd cache")
     for change in read.changes:
         console.print(change, style="yellow")
     if read.config.teacher.cache is None:
         output = read.output_dir
         given["cache"] = str(output.with_name(f"{output.name}-teacher-cache"))
-        read = read.with_block("teacher", **given)
+        read = read.with_teacher(cache=given["cache"])
     console.print("Preparing the rows ...")
     from dwakd_plugin.train.open_run import open_rows
 

@@ -90,6 +90,7 @@ def check(
         from dwakd_plugin.recipe import Recipe
 
         recipe = Recipe.read(data, {} if teacher is None else {"base_model": teacher})
+        recipe.check_one_teacher("dwakd check --data", "TEACHER: ")
         named = recipe.config.teacher
         teacher, student = named.tokenizer or named.base_model, student or recipe.tokenizer
         trust_remote_code = trust_remote_code or named.trust_remote_code

@@ -86,6 +86,7 @@ def plan(
     console = PlainConsole(stderr=json_output)
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
     read = Recipe.read(recipe, given)
+    read.check_one_teacher("dwakd plan")
     check_recipe(read)
     check_variant(read)
     changes = [*read.changes]

@@ -111,7 +111,7 @@ def describe(name: str, text: str) -> dict[str, Any]:
         "group": name.partition("-")[0],
         "purpose": " ".join(opening),
         "student": recipe.get("base_model"),
-        "teacher": None if config is None else config.teacher.called,
+        "teacher": None if config is None else config.teachers_called,
     }
 
 

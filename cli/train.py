@@ -241,6 +241,7 @@ def _adapted(
     from dwakd_plugin.train.preflight import check_all
 
     read = Recipe.read(file, given)
+    read.check_one_teacher("dwakd train --adapt")
     if resume:
         read = read.but(auto_resume_from_checkpoints=True)
     check_all(read)
@@ -258,7 +259,9 @@ def _answered(
     from dwakd_cli.answers import answers_for_training
     from dwakd_plugin.recipe import Recipe
 
-    return answers_for_training(Recipe.read(file, given), with_labels, dry_run, console)
+    read = Recipe.read(file, given)
+    read.check_one_teacher("dwakd train --answers")
+    return answers_for_training(read, with_labels, dry_run, console)
 
 
 def _how_to_go_on(launch: Launch, stopped_by: int) -> str:
@@ -273,17 +276,19 @@ def _how_to_go_on(launch: Launch, stopped_by: int) -> str:
 
 
 def _facts(launch: Launch) -> dict[str, Any]:
-    teacher, recipe = launch.seen.config.teacher, launch.recipe
+    config, recipe = launch.seen.config, launch.recipe
+    each = [
+        {"teacher": one.called, "teacher_precision": one.precision, "teacher_cache": one.cache}
+        for one in config.each_teacher
+    ]
+    several = [
+        {"name": one.name, "weight": one.weight, "datasets": one.datasets} | own
+        for one, own in zip(config.each_teacher, each, strict=True)
+    ]
     return {
         "student": recipe.base_model,
         "adapter": recipe.adapter,
-        "teacher": teacher.called,
-        "teacher_precision": "8 bit"
-        if teacher.load_in_8bit
-        else "4 bit"
-        if teacher.load_in_4bit
-        else teacher.dtype,
-        "teacher_cache": teacher.cache,
+        **(each[0] if len(each) == 1 else {"teachers": several}),
         "datasets": [
             without_credentials(f"{data.get('path')} ({data.get('type')})")
             for data in recipe.datasets
@@ -304,8 +309,19 @@ def _table(launch: Launch) -> Table:
     for name, value in _facts(launch).items():
         if name == "command":
             value = " ".join(["python", *value[1:]])
+        elif name == "teachers":
+            value = "\n".join(map(_in_words, value))
         elif isinstance(value, list):
             value = "\n".join(value)
         if value:
             table.add_row(name.replace("_", " "), str(value))
     return table
+
+
+def _in_words(teacher: dict[str, Any]) -> str:
+    """One of several teachers in a line."""
+    cache = f", cache {teacher['teacher_cache']}" if teacher["teacher_cache"] else ""
+    return (
+        f"{teacher['name']}: {teacher['teacher']}, {teacher['teacher_precision']}{cache}; weight "
+        f"{teacher['weight']:g}, of {', '.join(teacher['datasets'] or ['all rows'])}"
+    )

@@ -75,6 +75,7 @@ def warmup(
 
     console = PlainConsole(stderr=json_output)
     read = Recipe.read(recipe, of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache))
+    read.check_one_teacher("dwakd warmup")
     config = read.config
     if config.loss.kd_weight == 0:
         raise UserError(

@@ -21,7 +21,7 @@ from transformers import set_seed
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
 from dwakd_plugin.recipe import Recipe
-from dwakd_plugin.recipe.checks import check_recipe
+from dwakd_plugin.recipe.checks import check_recipe, check_taught
 from dwakd_plugin.train import progress
 from dwakd_plugin.train.preflight import loads_body
 from dwakd_plugin.train.progress_callback import callbacks
@@ -81,12 +81,13 @@ class DWAKDPlugin(BasePlugin):
         recipe = self._recipe(cfg)
         if recipe is not None:
             check_recipe(recipe)
+            check_taught(recipe)
             from dwakd_plugin.train.preflight import check_variant
 
             check_variant(recipe)
             if recipe.config.loss.needs_teacher:
-                teacher = recipe.config.teacher.called
-                LOG.info("Distillation is on: %s teaches %s", teacher, recipe.base_model)
+                for teacher in recipe.config.each_teacher:
+                    LOG.info("Distillation is on: %s teaches %s", teacher.called, recipe.base_model)
 
     @_without_traceback
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
@@ -102,16 +103,17 @@ class DWAKDPlugin(BasePlugin):
         from dwakd_plugin.tokenizers.template_date import template_date
         from dwakd_plugin.train.served_rows import check_served_teacher
 
-        if config.teacher.server is None:
-            teacher_config(config.teacher)
-        else:
-            check_served_teacher(config)
-        if config.loss.needs_teacher and loads_body(config.teacher):
-            check_teacher(config.teacher, _student_device())
-            if cfg.sample_packing:
-                from dwakd_plugin.data.packing import check_packing_of_teacher
+        for teacher in config.each_teacher:
+            if teacher.server is None:
+                teacher_config(teacher)
+            else:
+                check_served_teacher(config.of(teacher))
+            if config.loss.needs_teacher and loads_body(teacher):
+                check_teacher(teacher, _student_device())
+                if cfg.sample_packing:
+                    from dwakd_plugin.data.packing import check_packing_of_teacher
 
-                check_packing_of_teacher(config.teacher, _student_device())
+                    check_packing_of_teacher(teacher, _student_device())
         if not preprocess:
             # One rank sets incomplete checkpoints aside, and speaks for the run.
             only_look = os.environ.get("RANK", "0") != "0"
@@ -128,7 +130,8 @@ class DWAKDPlugin(BasePlugin):
             from dwakd_plugin.data.packing import pack_by_pairs
 
             cfg.sample_packing_eff_est = efficiency
-            pack_by_pairs(cfg, config.teacher.sequence_len or cfg.sequence_len, datasets)
+            lengths = [one.sequence_len or cfg.sequence_len for one in config.each_teacher]
+            pack_by_pairs(cfg, lengths, datasets)
         self._rows = rows
         return datasets
 

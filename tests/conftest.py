@@ -139,11 +139,12 @@ def tiny_recipe(
     }
     if dwakd is not None:
         named = "variant" in dwakd or "matching" in dwakd.get("loss", {})
-        block = {
-            **({} if named else {"variant": "paper"}),  # which has all parts
-            **dwakd,
-            "teacher": {"base_model": str(lab / "teacher")} | (dwakd.get("teacher") or {}),
-        }
+        block = {**({} if named else {"variant": "paper"}), **dwakd}  # which has all parts
+        own = {"base_model": str(lab / "teacher")}
+        if "teachers" in dwakd:
+            block["teachers"] = [own | teacher for teacher in dwakd["teachers"]]
+        else:
+            block["teacher"] = own | (dwakd.get("teacher") or {})
         base |= {
             "plugins": ["dwakd_plugin.DWAKDPlugin"],
             "distillation": "dwakd",

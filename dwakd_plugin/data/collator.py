@@ -29,6 +29,9 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
                                                          (`models.teacher.top_tokens.to_bits`)
     teacher_asked (B,)                                   instead, until a server has answered: the
                                                          numbers that `ServedTeacher.take` takes
+Where there are several teachers, that is the first's side, and there are also
+    further_teachers   a mapping for each of the others: the keys from above with its side
+    taught_by          for each sample, the numbers of the teachers that it learns from
 """
 
 from __future__ import annotations
@@ -46,9 +49,18 @@ from torch.nn.utils.rnn import pad_sequence
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import LENGTH_COLUMN
 from dwakd_plugin.data.sampled_rows import OWN_ROWS
-from dwakd_plugin.models.batches import response_positions, teacher_batch
+from dwakd_plugin.models.batches import response_positions, teacher_batch, teacher_columns
 from dwakd_plugin.models.teacher.top_tokens import RowStates, TopTokens, to_bits
 from dwakd_plugin.tokenizers.alignment import NumberedPairs, TokenAligner
+
+FURTHER = "further_teachers"
+TAUGHT_BY = "taught_by"
+
+# What `TokenAligner.aligned` finds of a row: tokens of the same bytes, and spelt ones.
+ALIGNED = (
+    ("student_pairs", "teacher_pairs", "student_read"),
+    ("student_spelt", "teacher_spelt", "student_spelt_read"),
+)
 
 # What is added to axolotl's batch; the student's own forward takes none of it.
 DISTILLATION_KEYS = (
@@ -73,6 +85,8 @@ DISTILLATION_KEYS = (
     "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
     OWN_ROWS,
+    FURTHER,
+    TAUGHT_BY,
 )
 
 
@@ -80,6 +94,20 @@ def split_batch(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
     """What was added to axolotl's batch, and the rest: what the student's own forward takes."""
     added = {key: inputs[key] for key in DISTILLATION_KEYS if key in inputs}
     return added, {key: value for key, value in inputs.items() if key not in added}
+
+
+def sides_of_teachers(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each teacher's side of a collated batch, in the recipe's order; the first's is the batch."""
+    return [batch, *batch.get(FURTHER, ())]
+
+
+@dataclass(frozen=True)
+class TeacherLayout:
+    """How a teacher's side is laid out: see `DualCollator`."""
+
+    states: RowStates | None = None
+    sequence_len: int | None = None
+    aligner: TokenAligner | None = None
 
 
 @dataclass
@@ -90,22 +118,30 @@ class DualCollator(DataCollatorForSeq2Seq):
     `TopTokens`, by the row's teacher token ids and labels (L,); None where the step computes them.
     teacher_sequence_len: tokens of a packed sequence of the teacher's; None for as many as come.
     aligner: finds the positions of both sides that `student_pairs` and `teacher_pairs` hold.
+    further: the same three for each teacher but the first.
     """
 
     teacher_states: RowStates | None = None
     teacher_sequence_len: int | None = None
     aligner: TokenAligner | None = None
+    further: tuple[TeacherLayout, ...] = ()
 
     def __call__(self, features: list[Any], return_tensors: str | None = None) -> dict[str, Tensor]:
         packed = isinstance(features[0], list)
         sequences = features if packed else [[feature] for feature in features]
         rows = [dict(row) for sequence in sequences for row in sequence]
         has_teacher = "teacher_input_ids" in rows[0]
-        teacher_ids = [torch.tensor(row.pop("teacher_input_ids", [])) for row in rows]
-        teacher_labels = [torch.tensor(row.pop("teacher_labels", [])) for row in rows]
+        first = TeacherLayout(self.teacher_states, self.teacher_sequence_len, self.aligner)
+        layouts = [first, *self.further]
+        sides = [
+            [[torch.tensor(row.pop(name, [])) for row in rows] for name in teacher_columns(number)]
+            for number in range(len(layouts))
+        ]
         source_rows = [row.pop(SOURCE_COLUMN, -1) for row in rows]
         for row in rows:
             row.pop(LENGTH_COLUMN, None)
+            for name in [name for name in row if name.startswith("teacher_")]:
+                del row[name]  # of teachers that no term asks for
             # Nothing predicts a row's first token, whatever is packed or padded before it.
             row["labels"] = [-100, *row["labels"][1:]]
 
@@ -115,9 +151,6 @@ class DualCollator(DataCollatorForSeq2Seq):
         batch = super().__call__(student, return_tensors)
         if not has_teacher:  # axolotl's own evaluation command
             return batch
-        batch.update(teacher_batch(teacher_ids, teacher_labels, packed, self.teacher_sequence_len))
-        if self.teacher_states is not None:
-            batch.update(said_of_rows(map(self.teacher_states, teacher_ids, teacher_labels)))
         width = batch["input_ids"].shape[1]
         starts = []
         for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
@@ -128,20 +161,43 @@ class DualCollator(DataCollatorForSeq2Seq):
                 starts.append(start)
                 start += len(row["input_ids"])
         batch.update(response_positions("student", labels, starts))
-        if self.aligner is not None:
-            sides = (rows, labels, teacher_ids, teacher_labels)
-            find = self.aligner.aligned
-            found = [
-                find(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
-                for row, own, ids, theirs in zip(*sides, strict=True)
+        own, *further = (
+            _side(layout, rows, labels, side, packed, batch)
+            for layout, side in zip(layouts, sides, strict=True)
+        )
+        batch.update(own)
+        if further:
+            batch[FURTHER] = further
+            taught = [side["teacher_lengths"].tolist() for side in (own, *further)]
+            batch[TAUGHT_BY] = [
+                [number for number, length in enumerate(lengths) if length]
+                for lengths in zip(*taught, strict=True)
             ]
-            paired, spelt = zip(*found, strict=True)
-            names = ("student_pairs", "teacher_pairs", "student_read")
-            batch.update(aligned_positions(paired, batch, names))
-            names = ("student_spelt", "teacher_spelt", "student_spelt_read")
-            batch.update(aligned_positions(spelt, batch, names))
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
         return batch
+
+
+def _side(
+    layout: TeacherLayout,
+    rows: list[dict[str, Any]],
+    labels: list[Tensor],
+    side: list[list[Tensor]],
+    packed: bool,
+    batch: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """A teacher's side of a batch that has the student's: `side` has each row's ids and labels."""
+    result = teacher_batch(*side, packed, layout.sequence_len)
+    if layout.states is not None:
+        result |= said_of_rows(map(layout.states, *side))
+    if layout.aligner is not None:
+        find = layout.aligner.aligned
+        found = [
+            find(row["input_ids"], own.tolist(), ids.tolist(), theirs.tolist())
+            for row, own, ids, theirs in zip(rows, labels, *side, strict=True)
+        ]
+        for keys, pairs in zip(ALIGNED, zip(*found, strict=True), strict=True):
+            result |= aligned_positions(pairs, {**batch, **result}, keys)
+    return result
 
 
 def said_of_rows(rows: Iterable[Tensor | TopTokens | int]) -> dict[str, Tensor]:

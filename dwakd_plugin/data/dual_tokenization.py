@@ -1,12 +1,13 @@
-"""One row of the data set becomes student *and* teacher token ids and labels.
+"""One row of the data set becomes student *and* teacher token ids and labels, of each teacher.
 
 Each row goes through axolotl's own tokenising strategy twice, once per tokenizer and chat
 template, so that prompt masking, roles and `train_on_inputs` mean on the teacher's side what they
 mean on the student's. One row in, one row out: the two sides are aligned by construction, and
 merging, shuffling, splitting and saving carry both.
 
-Columns added to axolotl's: `teacher_input_ids`, `teacher_labels`, and `source_row` (the row's place
-in the data sets as the recipe lists them).
+Columns added to axolotl's: `teacher_input_ids`, `teacher_labels` (of further teachers too, see
+`models.batches.teacher_columns`), and `source_row` (the row's place in the data sets as the recipe
+lists them).
 """
 
 from __future__ import annotations
@@ -26,17 +27,15 @@ from axolotl.utils.data.shared import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
 from dwakd_plugin.data.dual_strategy import ANSWERS_COLUMN, STATUS_COLUMN
 from dwakd_plugin.data.first_rows import check_first_rows, explain_bad_file
 from dwakd_plugin.data.row_report import TRAINING, RowReport
-from dwakd_plugin.data.teacher_side import fingerprint, load_teacher_tokenizer, teacher_recipe
-from dwakd_plugin.data.two_strategies import dual_strategy
+from dwakd_plugin.data.several_strategies import strategy_of_all
+from dwakd_plugin.data.teacher_side import TeacherSide, fingerprint, teacher_sides
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import DWAKDConfig
 
-TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 SOURCE_COLUMN = "source_row"
 _WRITTEN_LAST = "dataset_info.json"  # of prepared rows
 _FEW = 100_000  # are written in less time than axolotl takes to be imported
@@ -50,28 +49,19 @@ def dual_tokenization(cfg: DictDefault, config: DWAKDConfig) -> Iterator[RowRepo
     teacher, or with another, are never mixed in. The report is complete when the block ends, with
     a UserError where no row is left, or none has a teacher's side that the loss asks for.
     """
-    teacher_tokenizer = load_teacher_tokenizer(config.teacher)
-    teacher_cfg = teacher_recipe(cfg, config.teacher, teacher_tokenizer)
+    sides = teacher_sides(cfg, config)
     prepared_path = cfg.dataset_prepared_path
     folder = Path(prepared_path or DEFAULT_DATASET_PREPARED_PATH) / (
-        f"dwakd-{fingerprint(cfg, config, teacher_cfg, teacher_tokenizer)}"
+        f"dwakd-{fingerprint(cfg, sides)}"
     )
     _remove_half_written(folder)
     if not any(folder.glob(f"*/{_WRITTEN_LAST}")):
-        check_first_rows(cfg, config, teacher_tokenizer, teacher_cfg)
+        check_first_rows(cfg, sides)
     report = RowReport()
     original = axolotl_sft.get_dataset_wrapper
 
     def wrap(dataset_config: DictDefault, tokenizer: Any, cfg: DictDefault, **kwargs: Any) -> Any:
-        return _wrap_both_sides(
-            original,
-            dataset_config,
-            (tokenizer, teacher_tokenizer),
-            (cfg, teacher_cfg),
-            config,
-            report,
-            kwargs,
-        )
+        return _wrap_all_sides(original, dataset_config, tokenizer, cfg, sides, report, kwargs)
 
     axolotl_sft.get_dataset_wrapper = wrap
     cfg.dataset_prepared_path = str(folder)
@@ -107,20 +97,19 @@ def _few_rows_saved_here() -> Iterator[None]:
         Dataset.save_to_disk = save
 
 
-def _wrap_both_sides(
+def _wrap_all_sides(
     original: Callable[..., Any],
     dataset_config: DictDefault,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-    recipes: tuple[DictDefault, DictDefault],
-    config: DWAKDConfig,
+    tokenizer: Any,
+    cfg: DictDefault,
+    sides: list[TeacherSide],
     report: RowReport,
     kwargs: dict[str, Any],
 ) -> tuple[Dataset, Any]:
-    """axolotl's `get_dataset_wrapper` for both sides, the student's first: tokenised rows, and the
-    prompter."""
-    dataset, cfg = kwargs["dataset"], recipes[0]
-    strategy, prompter, process_kwargs = dual_strategy(
-        original, dataset_config, tokenizers, recipes, config, kwargs
+    """axolotl's `get_dataset_wrapper` for all sides: tokenised rows, and the prompter."""
+    dataset = kwargs["dataset"]
+    strategy, prompter, process_kwargs = strategy_of_all(
+        original, dataset_config, tokenizer, cfg, sides, kwargs
     )
     start = report.total
     report.sources.append((str(dataset_config.path), start))

@@ -14,30 +14,23 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.sft import _load_and_process_single_dataset
 from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.dict import DictDefault
-from transformers import PreTrainedTokenizerBase
 
 from dwakd_plugin.data.dual_strategy import STATUS_COLUMN
 from dwakd_plugin.data.row_report import TRAINING
-from dwakd_plugin.data.teacher_side import local_files
-from dwakd_plugin.data.two_strategies import dual_strategy
+from dwakd_plugin.data.several_strategies import strategy_of_all
+from dwakd_plugin.data.teacher_side import TeacherSide, local_files
 from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.io.json_rows import json_rows
-from dwakd_plugin.recipe.schema import DWAKDConfig
 
 FEW = 8  # rows of a data set that are looked at
 MANY = 1000  # where none of them trains: perhaps others do
 
 
-def check_first_rows(
-    cfg: DictDefault,
-    config: DWAKDConfig,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    teacher_cfg: DictDefault,
-) -> None:
+def check_first_rows(cfg: DictDefault, sides: list[TeacherSide]) -> None:
     """Raises UserError that names each data set of the recipe that cannot be trained on, and why.
 
     A data set is loaded as axolotl loads it, and some of its rows, spread over it, are tokenised
-    for both sides. No model is loaded, and nothing is written but the data libraries' own caches.
+    for all sides. No model is loaded, and nothing is written but the data libraries' own caches.
     """
     try:
         student_tokenizer = load_tokenizer(cfg)
@@ -52,13 +45,8 @@ def check_first_rows(
     def look(dataset_config: DictDefault, tokenizer: Any, cfg: DictDefault, **kwargs: Any) -> Any:
         if dataset_config.type is None and "input_ids" not in kwargs["dataset"].column_names:
             raise UserError("it has no `type`: write `type: alpaca`, `type: chat_template`, ...")
-        strategy, prompter, _ = dual_strategy(
-            original,
-            dataset_config,
-            (tokenizer, teacher_tokenizer),
-            (cfg, teacher_cfg),
-            config,
-            kwargs,
+        strategy, prompter, _ = strategy_of_all(
+            original, dataset_config, tokenizer, cfg, sides, kwargs
         )
         _look(strategy, kwargs["dataset"])
         return kwargs["dataset"], prompter

@@ -9,7 +9,8 @@ transformers turns into block-diagonal attention, or into flash attention's vari
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM
 
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.models.batches import teacher_columns
 from dwakd_plugin.models.causal_lm import causal_lm, hidden_states
 from dwakd_plugin.models.teacher.loaded import (
     check_teacher,
@@ -38,34 +40,38 @@ TEACHER_REMEDY = (
 )
 
 
-def pair_lengths(rows: Dataset, student_len: int, teacher_len: int) -> Dataset:
+def pair_lengths(rows: Dataset, student_len: int, *teacher_lens: int) -> Dataset:
     """The rows with `length`: the share of a sequence that a pair takes, in the student's tokens.
 
-    A sequence has `student_len` tokens on the student's side and `teacher_len` on the teacher's; a
-    pair takes the larger of its two shares. Rows whose lengths together are no more than
-    `student_len` fit both sides.
+    A sequence has `student_len` tokens on the student's side and `teacher_lens` on each teacher's;
+    a pair takes the largest of its shares. Rows whose lengths together are no more than
+    `student_len` fit all sides.
     """
     lengths: list[int] = []
-    columns = rows.select_columns(["input_ids", "teacher_input_ids"]).with_format("arrow")
+    names = ["input_ids", *(teacher_columns(number)[0] for number in range(len(teacher_lens)))]
+    columns = rows.select_columns(names).with_format("arrow")
     for table in columns.iter(10_000):
-        student, teacher = (
-            list_value_length(table[name]).to_numpy().astype("int64")
-            for name in ("input_ids", "teacher_input_ids")
+        student, *teachers = (
+            list_value_length(table[name]).to_numpy().astype("int64") for name in names
         )
-        lengths += maximum(student, -(-teacher * student_len // teacher_len)).tolist()
+        shares = [
+            -(-teacher * student_len // own)
+            for teacher, own in zip(teachers, teacher_lens, strict=True)
+        ]
+        lengths += reduce(maximum, shares, student).tolist()
     if LENGTH_COLUMN in rows.column_names:
         rows = rows.remove_columns(LENGTH_COLUMN)
     return rows.add_column(LENGTH_COLUMN, lengths)
 
 
-def pack_by_pairs(cfg: Any, teacher_len: int, datasets: Any) -> None:
+def pack_by_pairs(cfg: Any, teacher_lens: Sequence[int], datasets: Any) -> None:
     """Has axolotl's sampler pack pairs, and counts the run's steps again; changes `datasets`."""
     from axolotl.utils.trainer import calculate_total_num_steps
 
-    rows = pair_lengths(datasets.train_dataset, cfg.sequence_len, teacher_len)
+    rows = pair_lengths(datasets.train_dataset, cfg.sequence_len, *teacher_lens)
     datasets.train_dataset = rows
     if datasets.eval_dataset is not None:
-        datasets.eval_dataset = pair_lengths(datasets.eval_dataset, cfg.sequence_len, teacher_len)
+        datasets.eval_dataset = pair_lengths(datasets.eval_dataset, cfg.sequence_len, *teacher_lens)
     steps = calculate_total_num_steps(cfg, rows)
     datasets.total_num_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from axolotl.utils.logging import get_logger
 
@@ -45,6 +46,8 @@ class RowReport:
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # student's, teacher's
     example_rows: dict[str, int] = field(default_factory=dict)  # their `source_row`
     unpaired_ends: dict[str, int] = field(default_factory=dict)  # by the side that has an end
+    # Of several teachers by name: then what is above, but for counts and sources, is each one's.
+    each: dict[str, RowReport] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -65,17 +68,21 @@ class RowReport:
         """Counts the rows of one data set; `answers` are JSON, as `dual_tokenization` makes it."""
         start = self.total
         for place, (status, text) in enumerate(zip(statuses, answers, strict=True), start):
-            self.counts[status] = self.counts.get(status, 0) + 1
-            found = json.loads(text)
-            if "kind" in found:
-                kind = found["kind"]
-                self.answers[kind] = self.answers.get(kind, 0) + 1
-                if "example" in found:
-                    student, teacher = found["example"]
-                    self.examples.setdefault(kind, (student, teacher))
-                    self.example_rows.setdefault(kind, place)
-            if "end" in found:
-                self.unpaired_ends[found["end"]] = self.unpaired_ends.get(found["end"], 0) + 1
+            self._add_row(place, status, json.loads(text))
+
+    def _add_row(self, place: int, status: str, found: dict[str, Any]) -> None:
+        self.counts[status] = self.counts.get(status, 0) + 1
+        for name, (own_status, own) in found.get("each", {}).items():
+            self.each.setdefault(name, RowReport())._add_row(place, own_status, own)
+        if "kind" in found:
+            kind = found["kind"]
+            self.answers[kind] = self.answers.get(kind, 0) + 1
+            if "example" in found:
+                student, teacher = found["example"]
+                self.examples.setdefault(kind, (student, teacher))
+                self.example_rows.setdefault(kind, place)
+        if "end" in found:
+            self.unpaired_ends[found["end"]] = self.unpaired_ends.get(found["end"], 0) + 1
 
     def check(self, needs_teacher: bool) -> None:
         """Raises UserError where no row is left to train on, or none with a teacher; warns of few.
@@ -88,6 +95,11 @@ class RowReport:
         reasons = "\n".join(f"  {count} rows {status}" for status, count in self.counts.items())
         if not self.kept:
             raise UserError(f"No row of the data is left to train on:\n{reasons}{self.shown()}")
+        for name, own in self.each.items():
+            try:
+                own.check(needs_teacher)
+            except UserError as error:
+                raise UserError(f"Of teacher `{name}`: {error}") from error
         taught = sum(self.counts.get(status, 0) for status in TAUGHT)
         if not needs_teacher:
             return
@@ -136,16 +148,18 @@ class RowReport:
             replace_file(file, json.dumps(asdict(self), indent=1))
         elif not self.sources and file.is_file():
             try:
-                saved = json.loads(file.read_text(encoding="utf-8"))
-                for name in ("counts", "answers", "unpaired_ends", "example_rows"):
-                    found = saved.get(name, {}) if name == "example_rows" else saved[name]
-                    getattr(self, name).update({str(k): int(n) for k, n in found.items()})
-                self.sources.extend((str(path), int(start)) for path, start in saved["sources"])
-                self.examples.update(
-                    {k: (str(a), str(b)) for k, (a, b) in saved["examples"].items()}
-                )
+                self._read(json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{file} is damaged ({error}). Remove the folder {folder}: its rows are "
                     "prepared again."
                 ) from error
+
+    def _read(self, saved: dict[str, Any]) -> None:
+        for name in ("counts", "answers", "unpaired_ends", "example_rows"):
+            found = saved.get(name, {}) if name == "example_rows" else saved[name]
+            getattr(self, name).update({str(k): int(n) for k, n in found.items()})
+        self.sources.extend((str(path), int(start)) for path, start in saved["sources"])
+        self.examples.update({k: (str(a), str(b)) for k, (a, b) in saved["examples"].items()})
+        for name, own in saved.get("each", {}).items():
+            self.each.setdefault(name, RowReport())._read(own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from axolotl.utils.dict import DictDefault
 from transformers import PreTrainedTokenizerBase
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig
+from dwakd_plugin.recipe.schema import DWAKDConfig, NamedTeacher, TeacherConfig
 from dwakd_plugin.tokenizers.loading import load_tokenizer
 
 # Words that no template has, to see what it makes of a conversation.
@@ -21,6 +22,29 @@ _PROBE = (
     {"role": "user", "content": "Zq7Question"},
     {"role": "assistant", "content": "Zq7Answer"},
 )
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """One of the teachers, and what its side of a row is made with.
+
+    `config` are the settings with this teacher alone, `recipe` the recipe as its side sees it.
+    """
+
+    teacher: NamedTeacher
+    config: DWAKDConfig
+    tokenizer: PreTrainedTokenizerBase
+    recipe: DictDefault
+
+
+def teacher_sides(cfg: DictDefault, config: DWAKDConfig) -> list[TeacherSide]:
+    """Each teacher's side, in the recipe's order. Raises UserError."""
+    sides = []
+    for teacher in config.each_teacher:
+        tokenizer = load_teacher_tokenizer(teacher)
+        own = teacher_recipe(cfg, teacher, tokenizer)
+        sides.append(TeacherSide(teacher, config.of(teacher), tokenizer, own))
+    return sides
 
 
 def load_teacher_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
@@ -136,11 +160,18 @@ def renders_chats(cfg: DictDefault) -> bool:
     )
 
 
-def fingerprint(
-    cfg: DictDefault, config: DWAKDConfig, own: DictDefault, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """Names what prepared rows depend on and axolotl's own hash ignores: the teacher's side (`own`
-    is its recipe), and the state of local data files, which axolotl knows by name only."""
+def fingerprint(cfg: DictDefault, sides: list[TeacherSide]) -> str:
+    """Names what prepared rows depend on and axolotl's own hash ignores: the teachers' sides, and
+    the state of local data files, which axolotl knows by name only."""
+    each = [_fingerprint_of(cfg, side) for side in sides]
+    if len(sides) == 1:
+        return each[0]
+    own = [(side.teacher.name, side.teacher.datasets) for side in sides]
+    return hashlib.sha256(json.dumps([each, own]).encode()).hexdigest()[:16]
+
+
+def _fingerprint_of(cfg: DictDefault, side: TeacherSide) -> str:
+    config, own, tokenizer = side.config, side.recipe, side.tokenizer
     # All of it: two tokenizers may share a vocabulary and cut or begin texts in different ways.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()

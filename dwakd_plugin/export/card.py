@@ -33,8 +33,8 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
     `record` is what the run says of itself (run.json), `log` the trainer's history, `report` what
     the export found. Local folders appear by their last name alone.
     """
-    identity = record.get("identity", {})
-    student, teacher = identity.get("student"), identity.get("teacher")
+    student = record.get("identity", {}).get("student")
+    teachers = [public_name(name) for name, _ in _teachers(record)]
     header = [
         "---",
         "library_name: peft" if report["kind"] == "adapter" else "library_name: transformers",
@@ -42,9 +42,10 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
     if student and _is_hub_id(student):
         header.append(f"base_model: {student}")
     header += ["tags:", "- knowledge-distillation", "- dwakd", "---", ""]
+    taught_by = _cell(", ".join(dict.fromkeys(teachers)) or "not recorded")
     names = {
         "student": _cell(public_name(student) if student else "not recorded"),
-        "teacher": _cell(public_name(teacher) if teacher else "not recorded"),
+        "teachers" if len(teachers) > 1 else "teacher": taught_by,
         "data": ", ".join(record.get("data", [])) or "not recorded",
         "contents": f"{KINDS[report['kind']]}; {report['parameters']:,} parameters, "
         f"{report['dtype']}; no projector and no teacher",
@@ -52,7 +53,7 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
     lines = [
         f"# {public_name(report['destination'])}",
         "",
-        f"**{names['student']}**, taught by **{names['teacher']}** with cross-tokenizer knowledge "
+        f"**{names['student']}**, taught by **{taught_by}** with cross-tokenizer knowledge "
         "distillation (DWA-KD, [arXiv 2602.21669](https://arxiv.org/abs/2602.21669)).",
         "",
         *_table(("", ""), names),
@@ -69,6 +70,15 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
         "",
     ]
     return "\n".join(header + lines)
+
+
+def _teachers(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Of each teacher, its model and what the run's settings say of it."""
+    settings = record.get("settings", {})
+    if several := settings.get("teachers"):
+        return [(str(one.get("model") or one["base_model"]), one) for one in several]
+    name = record.get("identity", {}).get("teacher")
+    return [(str(name), settings.get("teacher", {}))] if name else []
 
 
 def public_name(name: str) -> str:
@@ -90,14 +100,16 @@ def _settings(record: dict[str, Any]) -> list[str]:
     shown: dict[str, Any] = dict(record.get("training", {}))
     if settings:
         shown["variant"] = settings.get("variant")
-        precision = settings.get("teacher", {})
-        shown["teacher's precision"] = (
-            "8 bit"
-            if precision.get("load_in_8bit")
-            else "4 bit"
-            if precision.get("load_in_4bit")
-            else precision.get("dtype")
-        )
+        for _, own in _teachers(record):
+            whose = f"teacher {own['name']}" if "name" in own else "teacher"
+            shown[f"{whose}'s precision"] = (
+                "8 bit"
+                if own.get("load_in_8bit")
+                else "4 bit"
+                if own.get("load_in_4bit")
+                else own.get("dtype")
+            )
+            shown[f"{whose}'s weight"] = own.get("weight")
         for block in ("loss", "soft_dtw", "projectors"):
             for key, value in settings.get(block, {}).items():
                 if key != "path":

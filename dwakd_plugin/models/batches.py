@@ -7,6 +7,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
+def teacher_columns(number: int) -> tuple[str, str]:
+    """The columns of a row's token ids and labels by the teacher with this number, from 0.
+
+    >>> teacher_columns(0), teacher_columns(1)
+    (('teacher_input_ids', 'teacher_labels'), ('teacher_input_ids_2', 'teacher_labels_2'))
+    """
+    suffix = f"_{number + 1}" if number else ""
+    return f"teacher_input_ids{suffix}", f"teacher_labels{suffix}"
+
+
 def teacher_batch(
     teacher_ids: list[Tensor],
     teacher_labels: list[Tensor],

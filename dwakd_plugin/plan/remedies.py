@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import variant_of
@@ -46,7 +45,7 @@ def suggestions(
 
 def _changes(recipe: Recipe, now: Plan) -> Iterator[tuple[str, str, Recipe]]:
     teacher = recipe.config.teacher
-    with_teacher = partial(recipe.with_block, "teacher")
+    with_teacher = recipe.with_teacher
     if not teacher.cache:
         if not teacher.load_in_8bit and not teacher.load_in_4bit:
             yield (

@@ -10,7 +10,7 @@ from typing import Any
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.adapters import CHANGES_BASE, adapter_settings, changes_base
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
-from dwakd_plugin.recipe.messages import as_found, name_problem
+from dwakd_plugin.recipe.messages import as_found, name_problem, nearest
 from dwakd_plugin.recipe.recipe import Recipe
 
 # Settings of axolotl that distillation does not go with: key, and what to do about it.
@@ -99,6 +99,34 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
+def check_taught(recipe: Recipe) -> None:
+    """Raises UserError where a teacher is for data that isn't there, or data are without one."""
+    teachers = recipe.config.teachers
+    if not teachers:
+        return
+    every = [*recipe.datasets, *entries(recipe.keys.get("test_datasets"))]
+    paths = [str(dataset.get("path")) for dataset in every]
+    problems = []
+    for number, teacher in enumerate(teachers):
+        for path in teacher.datasets or ():
+            if path not in paths:
+                near = nearest(path, paths)
+                hint = f"did you mean `{near}`?" if near else f"it has: {', '.join(paths)}"
+                problems.append(
+                    f"  dwakd.teachers[{number}].datasets: {path} — no `path` of the recipe's data "
+                    f"sets; {hint}"
+                )
+    for number, path in enumerate(paths[: len(recipe.datasets)]):
+        if not any(teacher.teaches(path) for teacher in teachers):
+            names = ", ".join(teacher.name for teacher in teachers)
+            problems.append(
+                f"  datasets[{number}].path: {path} — none of the teachers ({names}) teaches it; "
+                "name it among the `datasets` of one, or leave those out of a teacher of all"
+            )
+    if problems:
+        raise UserError("Teachers and data sets do not fit together:\n" + "\n".join(problems))
+
+
 def _adapter_problems(recipe: Recipe) -> Iterator[str]:
     """LoRAs that no run folder keeps whole."""
     if _section(_section(recipe.keys, "peft"), "loftq_config").get("loftq_bits"):
@@ -109,10 +137,9 @@ def _adapter_problems(recipe: Recipe) -> Iterator[str]:
             f"  peft_init_lora_weights: {asked} — {CHANGES_BASE}; use "
             "`peft_init_lora_weights: gaussian`, or leave it out"
         )
-    folders = {
-        "lora_model_dir": recipe.keys.get("lora_model_dir"),
-        "dwakd.teacher.adapter": recipe.written("teacher", "adapter"),
-    }
+    folders = {"lora_model_dir": recipe.keys.get("lora_model_dir")}
+    for place, teacher in recipe.written_teachers.items():
+        folders[f"{place}.adapter"] = _section({"teacher": teacher}, "teacher").get("adapter")
     for key, folder in folders.items():
         init = adapter_settings(folder).get("init_lora_weights")
         if changes_base(init):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -42,8 +43,11 @@ def about(key: str, message: str) -> PydanticCustomError:
 def _place(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
     """The keys of a place in the schema: pydantic's also says which part of a union it tried."""
     block: Any = schema
-    path = []
+    path: list[str] = []
     for part in location:
+        if isinstance(part, int) and path:  # of a list
+            path[-1] += f"[{part}]"
+            continue
         fields = getattr(block, "model_fields", {})
         if part not in fields:
             break
@@ -79,11 +83,20 @@ def unknown_key(path: list[str], schema: type[BaseModel], name: str) -> str:
     """The place of a key that the block `name` does not have, and the nearest that it has."""
     block: Any = schema
     for key in path[:-1]:
-        block = _block_of(block.model_fields[key].annotation)
+        block = _block_of(block.model_fields[key.partition("[")[0]].annotation)
     known = list(block.model_fields)
-    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are: {', '.join(known)}"
+    near = nearest(path[-1], known)
+    hint = f"did you mean `{near}`?" if near else f"known are: {', '.join(known)}"
     return f"{'.'.join([name, *path])}: unknown key; {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was meant, as far as can be told.
+
+    >>> nearest("coed", ["maths", "code"])
+    'code'
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 
 def name_problem(name: str) -> str | None:

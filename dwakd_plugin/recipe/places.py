@@ -36,8 +36,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     """Place in the recipe, value, and remedy or None where nothing is wrong."""
     own = ("base_model", "tokenizer_config", "lora_model_dir")
     models = {key: recipe.keys.get(key) for key in own}
-    for key in ("base_model", "tokenizer", "adapter"):
-        models[f"dwakd.teacher.{key}"] = recipe.written("teacher", key)
+    for place, teacher in recipe.written_teachers.items():
+        for key in ("base_model", "tokenizer", "adapter"):
+            models[f"{place}.{key}"] = teacher.get(key) if isinstance(teacher, dict) else None
     for place, model in models.items():
         if _is_name(model):
             remedy = model_remedy(model, is_adapter="model_dir" in place)

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.schema import teacher_keys
+from dwakd_plugin.recipe.teacher import teacher_keys
+from dwakd_plugin.recipe.teachers import with_one_of
 
 PLUGIN = "dwakd_plugin.DWAKDPlugin"
 
@@ -52,8 +53,9 @@ def with_distillation(
 ) -> tuple[dict[str, Any], list[str]]:
     """The recipe with all that distillation needs, and what that changed, one line each.
 
-    `teacher` overrides keys of `dwakd.teacher`. The recipe itself is left as it is.
-    Raises UserError where neither names a teacher.
+    `teacher` overrides keys of `dwakd.teacher`; of several, its `base_model` is the name of the one
+    that is meant. The recipe itself is left as it is. Raises UserError where neither names a
+    teacher.
     """
     recipe, changes = dict(recipe), []
     block = recipe.get("dwakd")
@@ -78,6 +80,10 @@ def with_distillation(
                     "objective is larger"
                 )
         recipe["distillation"] = "dwakd"
+    if teacher and isinstance(block, dict) and isinstance(block.get("teachers"), list):
+        given = dict(teacher)
+        recipe = with_one_of(recipe, given.pop("base_model", None), given)
+        block, teacher = recipe["dwakd"], {}
     own = teacher_keys(block.get("teacher")) if isinstance(block, dict) else block
     if teacher and (own is None or isinstance(own, dict)):  # else it is left to the schema
         block, own = block or {}, own or {}

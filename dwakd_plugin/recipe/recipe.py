@@ -10,7 +10,8 @@ from typing import Any
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.reading import read_recipe, with_distillation
-from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe, teacher_keys
+from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
+from dwakd_plugin.recipe.teacher import teacher_keys
 
 # What shards the student over several processes.
 ENGINE_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "deepspeed")
@@ -70,6 +71,23 @@ class Recipe:
                 value = teacher_keys(value)
         return value
 
+    @property
+    def written_teachers(self) -> dict[str, Any]:
+        """What the `dwakd:` block says of each teacher, as `written`, by its place."""
+        teachers = self.written("teachers")
+        if isinstance(teachers, list):
+            return {f"dwakd.teachers[{place}]": one for place, one in enumerate(teachers)}
+        return {"dwakd.teacher": self.written("teacher")}
+
+    def check_one_teacher(self, command: str, option: str = "--teacher ") -> None:
+        """Raises UserError where a command that is about one teacher has several."""
+        if len(self.config.teachers) > 1:
+            names = [one.name for one in self.config.teachers]
+            raise UserError(
+                f"The recipe has several teachers ({', '.join(names)}), and `{command}` is about "
+                f"one: name it (`{option}{names[0]}`)."
+            )
+
     # Changed ones --------------------------------------------------------------------------------
 
     def but(self, *without: str, **keys: Any) -> Recipe:
@@ -83,6 +101,15 @@ class Recipe:
         if not isinstance(block, dict) or not isinstance(own, dict | None):
             return self
         return self.but(dwakd=block | {name: (own or {}) | settings})
+
+    def with_teacher(self, number: int = 0, **settings: Any) -> Recipe:
+        """With settings of a teacher, by its place among several; as `with_block` of the only."""
+        teachers = self.written("teachers")
+        if teachers is None:
+            return self.with_block("teacher", **settings)
+        changed = list(teachers)
+        changed[number] = changed[number] | settings
+        return self.but(dwakd=self.keys["dwakd"] | {"teachers": changed})
 
     # axolotl's keys ------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig, ProjectorConfig, SoftDTWConfig
-from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig, TeacherConfig
+from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig, NamedTeacher, TeacherConfig
 
 
 def configuration_table() -> str:
@@ -16,20 +16,28 @@ def configuration_table() -> str:
     for prefix, block in (
         ("dwakd", DWAKDConfig),
         ("dwakd.teacher", TeacherConfig),
+        ("dwakd.teachers[]", NamedTeacher),
         ("dwakd.loss", LossConfig),
         ("dwakd.soft_dtw", SoftDTWConfig),
         ("dwakd.projectors", ProjectorConfig),
         ("dwakd.own_answers", OwnAnswersConfig),
     ):
         lines = [f"### `{prefix}`", "", "| key | values | default | meaning |", "|---|---|---|---|"]
-        for name, field in block.model_fields.items():
+        shown = _own_fields(block)
+        for name, field in shown.items():
             values = _values(field.annotation) + _bounds(field.metadata)
             default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-            if values == "block":
+            if values in ("block", "blocks"):
                 default = "see below"
             lines.append(f"| `{name}` | {values} | {default} | {field.description} |")
         sections.append("\n".join(lines))
     return "\n\n".join(sections)
+
+
+def _own_fields(block: type[BaseModel]) -> dict[str, Any]:
+    """The keys of a block that the block which it is a kind of doesn't have."""
+    inherited = getattr(block.__base__, "model_fields", {})
+    return {name: field for name, field in block.model_fields.items() if name not in inherited}
 
 
 def _values(annotation: Any) -> str:
@@ -43,8 +51,8 @@ def _values(annotation: Any) -> str:
             part = get_args(part)[0]
         if get_origin(part) is Literal:
             words += [f"`{value}`" for value in get_args(part)]
-        elif get_origin(part) is dict:
-            words.append("mapping")
+        elif get_origin(part) in (dict, list):
+            words.append("mapping" if get_origin(part) is dict else "list of texts")
         elif isinstance(part, type):
             names = {str: "text", bool: "true, false", float: "number", int: "whole number"}
             words.append(names.get(part, "null"))

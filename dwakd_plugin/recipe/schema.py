@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -24,7 +25,8 @@ from dwakd_plugin.recipe.blocks import ProjectorConfig as ProjectorConfig
 from dwakd_plugin.recipe.blocks import SoftDTWConfig as SoftDTWConfig
 from dwakd_plugin.recipe.messages import about, as_found, explain, unknown_key
 from dwakd_plugin.recipe.teacher import TeacherConfig as TeacherConfig
-from dwakd_plugin.recipe.teacher import teacher_keys as teacher_keys
+from dwakd_plugin.recipe.teachers import NamedTeacher as NamedTeacher
+from dwakd_plugin.recipe.teachers import check_names
 
 StudentWeighting = Literal["entropy_gate", "entropy_then_gate", "entropy", "none"]
 # The rows of the paper's Table 3, and the baselines of docs/baselines.md, as the settings that they
@@ -167,7 +169,14 @@ class LossConfig(Block):
 class DWAKDConfig(Block):
     """The `dwakd:` block of a recipe."""
 
-    teacher: TeacherConfig = Field(description="The big model, and how it is held.")
+    teacher: TeacherConfig = Field(
+        None,  # type: ignore[assignment]  # there is one: `_first_of_several`
+        validate_default=False,
+        description="The big model, and how it is held; of `teachers`, the first.",
+    )
+    teachers: list[NamedTeacher] = Field(
+        [], description="Several, instead of `teacher`; each as that one, with these keys too."
+    )
     variant: Variant = Field(
         DEFAULT_VARIANT,
         description="The method in one word. mapped: the teacher's own probabilities by the "
@@ -198,6 +207,7 @@ class DWAKDConfig(Block):
         if not isinstance(values, dict):
             return values
         values = {"variant": _unnamed_variant(values)} | values
+        check_names(values)
         variant = values["variant"]
         presets = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         yields = _YIELDS.get(variant, set()) if presets else set()
@@ -214,6 +224,47 @@ class DWAKDConfig(Block):
                     )
             values[block] = {**settings, **given}
         return values
+
+    @model_validator(mode="after")
+    def _first_of_several(self) -> DWAKDConfig:
+        if self.teachers:
+            self.__dict__["teacher"] = self.teachers[0]
+        if len(self.teachers) < 2:
+            return self
+        if self.loss.needs_teacher and self.loss.matching in _WARPED:
+            raise about(
+                "teachers",
+                f"several teachers are for variants without projectors (mapped, uld), and matching "
+                f"`{self.loss.matching}` has them; set `variant: mapped`, or give one `teacher`",
+            )
+        if self.own_answers is not None:
+            raise about(
+                "own_answers",
+                "own_answers are judged by one teacher so far, and `teachers` names "
+                f"{len(self.teachers)}; remove own_answers, or give one `teacher`",
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, to_dict: Any) -> dict[str, Any]:
+        found: dict[str, Any] = to_dict(self)
+        found.pop("teacher" if self.teachers else "teachers", None)
+        return found
+
+    @property
+    def each_teacher(self) -> tuple[NamedTeacher, ...]:
+        """All teachers; the only one is called `teacher` where the recipe has no name for it."""
+        only = dict(self.teacher) if self.teacher else {}
+        return tuple(self.teachers) or (NamedTeacher.model_construct(name="teacher", **only),)
+
+    @property
+    def teachers_called(self) -> str:
+        """The teachers' models (`TeacherConfig.called`), of copies one."""
+        return ", ".join(dict.fromkeys(teacher.called for teacher in self.each_teacher))
+
+    def of(self, teacher: NamedTeacher) -> DWAKDConfig:
+        """The same settings with one of the teachers alone."""
+        return self.model_copy(update={"teacher": teacher, "teachers": [teacher]})
 
     @model_validator(mode="after")
     def _own_answers_have_a_judge(self) -> DWAKDConfig:
@@ -278,7 +329,7 @@ def parse_recipe(recipe: Mapping[str, Any]) -> DWAKDConfig | None:
             f"`distillation: {switch}` is not known. Write `distillation: dwakd`, or remove the "
             "line to train without a teacher."
         )
-    if not isinstance(block, dict) or not block.get("teacher"):
+    if not isinstance(block, dict) or not (block.get("teacher") or "teachers" in block):
         keys = block if isinstance(block, dict) else {}
         unknown = [str(key) for key in keys if key not in DWAKDConfig.model_fields]
         raise UserError(

@@ -198,6 +198,11 @@ class TeacherConfig(Block):
         """The model's name: on the server that holds it, or the hub id or folder."""
         return self.model or self.base_model
 
+    @property
+    def precision(self) -> str:
+        """How it is held, as far as the recipe says."""
+        return "8 bit" if self.load_in_8bit else "4 bit" if self.load_in_4bit else self.dtype
+
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:
         if self.load_in_8bit and self.load_in_4bit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from torch import Tensor
 
+from dwakd_plugin.data.collator import TeacherLayout
 from dwakd_plugin.data.packing import TEACHER_REMEDY, check_packing
 from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import ContinuationTable, SpellingTable, trained_projectors, variant_of
+from dwakd_plugin.models.batches import teacher_columns
 from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_logits,
@@ -78,44 +80,38 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     # A sharded student is not on its device before it is wrapped.
     place = trainer.args.device if is_sharded(trainer) else student.device
     device = "cpu" if place.type == "cpu" else str(place)  # accelerate numbers CPUs
-    teacher_tokenizer = load_teacher_tokenizer(config.teacher)
-    teacher, states_of_row = _teacher(config, trainer, device, teacher_tokenizer)
-    teacher_len = config.teacher.sequence_len or cfg.sequence_len
-    if teacher is not None:
-        _check_sizes(teacher, student, teacher_len)
     if cfg.sample_packing:
-        _check_packing(cfg, trainer, teacher)
-    shared = shared_vocabulary(teacher_tokenizer, student_tokenizer)
-    aligner = None
-    ends = _ends(trainer.train_dataset, student_tokenizer, teacher_tokenizer)
-    if teacher is not None and variant_of(config.loss).match.rows is not None:
-        teacher, aligner = _pair_tokens(
-            teacher,
-            teacher_tokenizer,
-            student_tokenizer,
-            causal_lm(student).config.get_text_config().vocab_size,
-            shared,
-            ends,
-            config.loss,
-        )
-    packs = cfg.sample_packing and teacher is not None and teacher.model is not None
+        _check_packing_of_student(cfg, trainer)
+    # Those that fill a cache come first: their bodies go before the others', which stay, are there.
+    numbered = list(enumerate(config.each_teacher))
+    in_turn = sorted(numbered, key=lambda each: each[1].cache is None)
+    found = {
+        number: _taught(cfg, config.of(one), number, trainer, device) for number, one in in_turn
+    }
+    first, *others = [found[number] for number, _ in numbered]
+    teacher, shared = first.teacher, first.shared
+    further = [each.layout for each in others if each.teacher is not None]
     for name in ("data_collator", "train_data_collator", "eval_data_collator"):
         collator = replace(
             getattr(trainer, name),
-            teacher_states=states_of_row,
-            teacher_sequence_len=teacher_len if packs and not _is_flash(teacher) else None,
-            aligner=aligner,
+            teacher_states=first.layout.states,
+            teacher_sequence_len=first.layout.sequence_len,
+            aligner=first.layout.aligner,
+            further=tuple(further),
         )
         setattr(trainer, name, collator)
     facts = Facts(
-        teacher_vocabulary=len(teacher_tokenizer),
+        teacher_vocabulary=len(first.tokenizer),
         student_vocabulary=len(student_tokenizer),
         shared_tokens=len(shared),
         processes=describe_processes(trainer),
+        further=tuple((len(each.tokenizer), len(each.shared)) for each in others),
     )
-    own = own_answers(cfg, config, trainer, teacher, teacher_tokenizer, teacher_len, ends)
+    teacher_len = config.teacher.sequence_len or cfg.sequence_len
+    own = own_answers(cfg, config, trainer, teacher, first.tokenizer, teacher_len, first.ends)
     if teacher is None or not trained_projectors(config.loss):
-        return Distillation(config, rows, facts, teacher, own_answers=own)
+        loaded = tuple(each.teacher for each in others if each.teacher is not None)
+        return Distillation(config, rows, facts, teacher, own_answers=own, further=loaded)
     seed = int(cfg.seed or 42)
     with whole(tables(student)):
         readable, name = has_weights(trainer), str(cfg.base_model)
@@ -144,14 +140,60 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     return Distillation(config, rows, facts, teacher, projectors, pair, follower, own)
 
 
+@dataclass(frozen=True)
+class _Taught:
+    """A teacher as a run has it; None of it where no term asks for one."""
+
+    teacher: Teacher | None
+    tokenizer: Any
+    shared: list[tuple[int, int]]  # tokens that both vocabularies have
+    layout: TeacherLayout
+    ends: dict[int, int]  # the teacher's token that ends an answer, and the student's
+
+
+def _taught(cfg: Any, config: DWAKDConfig, number: int, trainer: Any, device: str) -> _Taught:
+    """One teacher of the recipe, `config` being the settings with it alone."""
+    tokenizer, student_tokenizer = load_teacher_tokenizer(config.teacher), trainer.processing_class
+    shared = shared_vocabulary(tokenizer, student_tokenizer)
+    ends = _ends(trainer.train_dataset, number, student_tokenizer, tokenizer)
+    teacher, states_of_row = _teacher(config, trainer, device, tokenizer, number)
+    if teacher is None:
+        return _Taught(None, tokenizer, shared, TeacherLayout(), ends)
+    length = config.teacher.sequence_len or cfg.sequence_len
+    _check_sizes(teacher, trainer.model, length)
+    if tokenizer.get_vocab() == student_tokenizer.get_vocab():
+        LOG.info(
+            "The teacher %s has the student's own tokenizer. That works; plain distillation, token "
+            "by token, would do as well.",
+            config.teacher.called,
+        )
+    packs = cfg.sample_packing and teacher.model is not None
+    if packs:
+        check_packing(teacher.model, "The teacher", TEACHER_REMEDY, 1 if _is_flash(teacher) else 2)
+    aligner = None
+    if variant_of(config.loss).match.rows is not None:
+        teacher, aligner = _pair_tokens(
+            teacher,
+            tokenizer,
+            student_tokenizer,
+            causal_lm(trainer.model).config.get_text_config().vocab_size,
+            shared,
+            ends,
+            config.loss,
+        )
+    own_length = length if packs and not _is_flash(teacher) else None
+    layout = TeacherLayout(states_of_row, own_length, aligner)
+    return _Taught(teacher, tokenizer, shared, layout, ends)
+
+
 def _teacher(
-    config: DWAKDConfig, trainer: Any, device: str, tokenizer: Any
+    config: DWAKDConfig, trainer: Any, device: str, tokenizer: Any, number: int
 ) -> tuple[Teacher | None, RowStates | None]:
     """The teacher, where a term asks for one; and its states by row, where there is a cache."""
     if not config.loss.needs_teacher:
         return None, None
+    rows = teacher_rows(trainer.train_dataset, trainer.eval_dataset, number=number)
     if config.teacher.cache is None and config.teacher.server is not None:
-        rows = teacher_rows(trainer.train_dataset, trainer.eval_dataset)
         longest = max(len(ids) for ids, _ in rows)
         served = ServedTeacher(config.teacher, tokenizer, longest, warn)
         # Rows are asked for in the process that waits for them, when they are laid out: one batch
@@ -166,7 +208,7 @@ def _teacher(
     teacher, cache = cached_teacher(
         config.teacher,
         device,
-        teacher_rows(trainer.train_dataset, trainer.eval_dataset),
+        rows,
         tokenizer,
         _progress("Teacher states", "token"),
         lambda text: LOG.info(text, main_process_only=False),
@@ -230,8 +272,14 @@ def _pair_tokens(
     return teacher, TokenAligner(*sides, whole=False, **further)
 
 
-def _ends(dataset: Any, student_tokenizer: Any, teacher_tokenizer: Any) -> dict[int, int]:
-    rows = dataset.select_columns(list(COLUMNS)).with_format(None)
+def _ends(
+    dataset: Any, number: int, student_tokenizer: Any, teacher_tokenizer: Any
+) -> dict[int, int]:
+    _, labels = teacher_columns(number)
+    rows = dataset.select_columns(["labels", labels]).rename_columns(
+        dict(zip(("labels", labels), COLUMNS, strict=True))
+    )
+    rows = rows.with_format(None)
     return paired_ends(rows, student_tokenizer, teacher_tokenizer)
 
 
@@ -240,8 +288,8 @@ def _is_flash(teacher: Teacher) -> bool:
     return "flash" in causal_lm(teacher.model).config._attn_implementation
 
 
-def _check_packing(cfg: Any, trainer: Any, teacher: Teacher | None) -> None:
-    """Sees that packed rows stay apart in both models; raises UserError where they don't."""
+def _check_packing_of_student(cfg: Any, trainer: Any) -> None:
+    """Sees that packed rows stay apart in the student; raises UserError where they don't."""
     sequences = cfg.micro_batch_size if trainer.args.multipack_real_batches else 1
     if not is_sharded(trainer):  # whose weights are not whole before it is wrapped
         with trainer.accelerator.autocast():
@@ -251,13 +299,6 @@ def _check_packing(cfg: Any, trainer: Any, teacher: Teacher | None) -> None:
                 "Set `sample_packing: false`, or an attn_implementation that keeps them apart.",
                 sequences,
             )
-    if teacher is not None and teacher.model is not None:
-        check_packing(
-            teacher.model,
-            "The teacher",
-            TEACHER_REMEDY,
-            1 if _is_flash(teacher) else 2,
-        )
 
 
 def _progress(title: str, unit: str, *, shown: bool = True) -> Any:

@@ -24,6 +24,8 @@ class Facts:
     shared_tokens: int
     processes: str
     initialisation: str = "none"  # of the projectors
+    # Of the teachers beside the first: their tokens, and those that the student has too.
+    further: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Distillation:
     pair: dict[str, str] = field(default_factory=dict)
     head_follower: HeadFollower | None = None  # where `s2t` follows a head that trains
     own_answers: OwnAnswers | None = None
+    further: tuple[Teacher, ...] = ()  # the teachers beside the first
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All of them, in the recipe's order."""
+        return () if self.teacher is None else (self.teacher, *self.further)
 
     def gamma(self, step: int, steps: int) -> float:
         """γ after `step` of `steps` optimizer steps: linear from the first to the last (D8)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -94,12 +94,12 @@ class Health:
         `attention_spread` and `attention_limit` (nats per token), `kd_share` and `dtw_share` (see
         `shares`). Of evaluation:
         `eval_teacher_ce`, `eval_paired_ce`, `eval_teacher_end_ce` and `eval_end_ce`. One that is
-        missing is not judged.
+        missing is not judged. What several teachers' own figures are called, `metrics.means` says.
         """
         self.step = step
         if any(name.startswith("eval_") for name in figures):
             own = {name.removeprefix("eval_"): value for name, value in figures.items()}
-            judged = _teacher(own) if step >= WINDOW_STEPS else {}
+            judged = self._of_each_teacher(own, _teacher) if step >= WINDOW_STEPS else {}
         else:
             self._lines.append((step, figures))
             judged = self._judge_window()
@@ -146,18 +146,37 @@ class Health:
         common = set.intersection(*(set(figures) for figures in window))
         mean = {name: fmean(figures[name] for figures in window) for name in common}
         judged = {
-            "few_pairs": self._few_pairs(mean),
             "dtw_dominates": self._dtw_dominates(mean),
             "kd_negligible": self._kd_negligible(mean),
         }
+        judged |= self._of_each_teacher(mean, self._few_pairs)
         if window[-1].get("epoch", 0.0) <= 1:  # after that the student knows the rows by heart
-            judged |= _teacher(mean)
+            judged |= self._of_each_teacher(mean, _teacher)
         if start >= self.settled_after and trained_projectors(self.config.loss):
             judged["t2s_at_chance"] = self._t2s_at_chance(mean)
             judged["gate_low"] = self._gate_low(mean)
             judged |= self._attention(mean)
         if self.cold_start and all(name in mean for name in DTW):
             judged |= self._dtw_flat(window)
+        return judged
+
+    def _of_each_teacher(
+        self, mean: Figures, judge: Callable[[Figures], dict[str, str | None]]
+    ) -> dict[str, str | None]:
+        """What is judged of a teacher, of each: where there are several, by its own figures."""
+        if len(self.config.teachers) < 2:
+            return judge(mean)
+        judged = {}
+        for teacher in self.config.teachers:
+            whose = f"{teacher.name}/"
+            own = {
+                name.removeprefix(whose): value
+                for name, value in mean.items()
+                if name.startswith(whose)
+            }
+            for name, words in judge(own).items():
+                said = None if words is None else f"Of teacher `{teacher.name}`: {words}"
+                judged[whose + name] = said
         return judged
 
     # -- one warning each: its words, or None -----------------------------------------------------
@@ -214,15 +233,16 @@ class Health:
             )
         return {"attention_uniform": uniform, "attention_collapsed": collapsed}
 
-    def _few_pairs(self, mean: Figures) -> str | None:
+    def _few_pairs(self, mean: Figures) -> dict[str, str | None]:
         share = mean.get("paired_share", 1.0) + mean.get("spelt_share", 0.0)  # both are taught
         if variant_of(self.config.loss).match.rows is None or share >= FEWEST_PAIRED:
-            return None
-        return (
+            return {"few_pairs": None}
+        words = (
             f"Only {share:.0%} of the student's tokens have a teacher's token of the same bytes to "
             "learn from (paired_share); the others learn from the labels alone. Use the attention "
             "instead (dwakd.variant: paper), or another teacher: `dwakd check` compares tokenizers."
         )
+        return {"few_pairs": words}
 
     def _dtw_dominates(self, mean: Figures) -> str | None:
         share = mean.get("dtw_share", 0.0)

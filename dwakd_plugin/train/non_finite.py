@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from dwakd_plugin.data.collator import split_batch
+from dwakd_plugin.data.collator import TAUGHT_BY, split_batch
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
-from dwakd_plugin.loss import LossTerms, ResponseStates, names_of
+from dwakd_plugin.loss import ResponseStates, names_of
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.train.distillation import PROJECTORS, Distillation
+from dwakd_plugin.train.parts import Part, Sides, sides_of
 
 
 class NonFiniteLoss(Exception):
@@ -76,7 +77,7 @@ def explain_non_finite(
     inputs: dict[str, Any],
     student: nn.Module,
     distillation: Distillation,
-    terms_of: Callable[[ResponseStates, ResponseStates | None], LossTerms],
+    parts_of: Callable[[list[Sides], list[list[int]] | None], list[Part]],
     decode: Callable[[Tensor], Any],
     *,
     sharded: bool,
@@ -91,23 +92,22 @@ def explain_non_finite(
     if (parameter := non_finite_parameter(student)) is not None:
         return f"{parameter} is not finite (before the first step: as it was loaded)"
     batch, own = split_batch(inputs)
-    frozen = distillation.teacher
     states = student_states(student, batch, **own)
-    teacher_states = None if frozen is None else frozen.states(batch)
+    sides, taught_by = sides_of(distillation, batch, states), batch.get(TAUGHT_BY)
     for index, source in enumerate(batch[SOURCE_COLUMN].tolist()):
-        sample = None if teacher_states is None else teacher_states.sample(index)
-        terms = terms_of(states.sample(index), sample)
+        sample = [(one.sample(index), other and other.sample(index)) for one, other in sides]
         bad = [
-            f"{name} = {getattr(terms, name).item()}"
+            f"{part.whose}{name} = {getattr(part.terms, name).item()}"
+            for part in parts_of(sample, taught_by and [taught_by[index]])
             for name in names_of()
-            if not torch.isfinite(getattr(terms, name))
+            if not torch.isfinite(getattr(part.terms, name))
         ]
         if bad:
             place = rows.locate(source) if source >= 0 else f"row {index}"
             assert states.labels is not None
             labels = states.labels[index]
             text = decode(labels[labels != -100][:200])
-            whose = "" if sample is None else _non_finite_states(sample)
+            whose = "".join(_non_finite_states(other) for _, other in sample if other is not None)
             return f"{', '.join(bad)} in {place}: {text!r}{whose}"
     return "no single row by itself"
 

@@ -137,15 +137,14 @@ def look_at_data(recipe: Recipe) -> None:
 
                 from dwakd_plugin.data.first_rows import check_first_rows
                 from dwakd_plugin.data.packing import check_packing_of_teacher
-                from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, teacher_recipe
+                from dwakd_plugin.data.teacher_side import teacher_sides
 
-                teacher = own.config.teacher
-                if own.packs and own.config.loss.needs_teacher and loads_body(teacher):
-                    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-                    check_packing_of_teacher(teacher, device)
-                tokenizer = load_teacher_tokenizer(teacher)
-                seen = teacher_recipe(cfg, teacher, tokenizer)
-                check_first_rows(cfg, own.config, tokenizer, seen)
+                config = own.config
+                for teacher in config.each_teacher if config.loss.needs_teacher else ():
+                    if own.packs and loads_body(teacher):
+                        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+                        check_packing_of_teacher(teacher, device)
+                check_first_rows(cfg, teacher_sides(cfg, config))
         finally:
             _close()
 

@@ -12,7 +12,13 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.run_lock import check_free
 from dwakd_plugin.models.teacher.quantisation import check_packages, own_quantisation
 from dwakd_plugin.recipe import Recipe
-from dwakd_plugin.recipe.checks import check_data_types, check_kinds, check_recipe, is_sharded
+from dwakd_plugin.recipe.checks import (
+    check_data_types,
+    check_kinds,
+    check_recipe,
+    check_taught,
+    is_sharded,
+)
 from dwakd_plugin.recipe.places import check_files
 from dwakd_plugin.recipe.schema import DWAKDConfig, TeacherConfig
 from dwakd_plugin.train.run_folder import check_output_folder
@@ -39,7 +45,7 @@ def check_all(recipe: Recipe) -> None:
     if passes(check_kinds):  # the rest reads these values
         checks += [check_recipe, check_data_types, check_files]
         if parsed:
-            checks.append(check_variant)
+            checks += [check_taught, check_variant]
             checks.append(lambda recipe: check_teacher_recipe(recipe.config))
         # What is whose run can be said of a recipe that names both models.
         if parsed and recipe.base_model:
@@ -58,16 +64,17 @@ def check_variant(recipe: Recipe) -> None:
         sharded = is_sharded(recipe)
     except (OSError, ValueError):  # `check_recipe` has told of it
         sharded = False
-    loss, teacher = recipe.config.loss, recipe.config.teacher
-    if not sharded and teacher.top_k is None:
+    loss = recipe.config.loss
+    tops = [one.top_k for one in recipe.config.each_teacher if one.top_k is not None]
+    if not sharded and not tops:
         return
     from dwakd_plugin.loss import variant_of
 
     variant, clash = variant_of(loss), "These settings do not work with `distillation: dwakd`:\n  "
-    if teacher.top_k is not None and loss.needs_teacher:
+    if tops and loss.needs_teacher:
         if variant.needs_states:
             raise UserError(
-                f"{clash}dwakd.teacher.top_k: {teacher.top_k} — variant `{recipe.config.variant}` "
+                f"{clash}dwakd.teacher.top_k: {tops[0]} — variant `{recipe.config.variant}` "
                 f"(loss.matching: {loss.matching}) learns from the teacher's hidden states, and "
                 "with top_k it gives its likeliest tokens alone; use variant `mapped`, or remove "
                 "top_k"
@@ -91,9 +98,12 @@ def check_teacher_recipe(config: DWAKDConfig) -> None:
     Looks at the packages, and no further where the recipe leaves attention and device to us: only
     then are torch and transformers not needed for it.
     """
-    teacher = config.teacher
-    if not config.loss.needs_teacher or not loads_body(teacher):
-        return
+    for teacher in config.each_teacher if config.loss.needs_teacher else ():
+        if loads_body(teacher):
+            _check_loading(teacher)
+
+
+def _check_loading(teacher: TeacherConfig) -> None:
     file = Path(teacher.base_model) / "config.json"
     model_config: dict[str, Any] = {}
     if file.is_file():

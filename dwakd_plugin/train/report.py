@@ -27,17 +27,12 @@ def describe_run(cfg: Any, trainer: Any) -> str:
     loss, dtw = config.loss, config.soft_dtw
     evaluated = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     lines = {
-        "teacher": f"{config.teacher.called}: not loaded, as no term asks for it"
-        if teacher is None
-        else f"{config.teacher.called}: "
-        + (f"{_count(teacher.parameters)}, " if teacher.parameters else "")
-        + f"{teacher.precision}, attention {teacher.attention}",
+        **_teachers(distillation),
         "student": f"{cfg.base_model}: {_count(own)}, "
         f"{_count(trained)} trained ({cfg.adapter or 'full fine-tuning'}), "
         f"{str(lm.dtype).removeprefix('torch.')}, attention "
         f"{lm.config._attn_implementation}, on {student.device}",
-        "tokenizers": f"teacher {facts.teacher_vocabulary:,} tokens, student "
-        f"{facts.student_vocabulary:,}; {facts.shared_tokens:,} in both",
+        "tokenizers": _tokenizers(distillation),
         "rows": f"{len(trainer.train_dataset):,} to train on, {evaluated:,} to evaluate on; "
         + (f"packed into sequences of {cfg.sequence_len:,} tokens; " if cfg.sample_packing else "")
         + "; ".join(f"{count:,} {status}" for status, count in sorted(rows.counts.items())),
@@ -51,9 +46,7 @@ def describe_run(cfg: Any, trainer: Any) -> str:
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
         + f"; variant {config.variant}",
         "processes": facts.processes,
-        "cache": config.teacher.cache
-        or f"none: the {'teacher runs' if config.teacher.server is None else 'server is asked'} in "
-        "every step",
+        **_caches(distillation),
     }
     own = config.own_answers
     if own is not None and distillation.own_answers is not None:
@@ -66,6 +59,51 @@ def describe_run(cfg: Any, trainer: Any) -> str:
     if teacher is None:
         return f"Distillation is off: no term asks for the teacher\n{block}"
     return f"Distillation is on (variant {config.variant})\n{block}"
+
+
+def _teachers(distillation: Distillation) -> dict[str, str]:
+    """A line for each teacher: what it is, how it is held, and of several its weight and rows."""
+    each = distillation.config.each_teacher
+    lines = {}
+    for number, one in enumerate(each):
+        words = f"{one.called}: "
+        if distillation.teacher is None:
+            words += "not loaded, as no term asks for it"
+        else:
+            teacher = distillation.teachers[number]
+            words += f"{_count(teacher.parameters)}, " if teacher.parameters else ""
+            words += f"{teacher.precision}, attention {teacher.attention}"
+        if len(each) > 1:
+            words += f"; weight {one.weight:g}, of " + (
+                "all rows" if one.datasets is None else ", ".join(one.datasets)
+            )
+            counts = distillation.rows.each.get(one.name)
+            for status, count in sorted(counts.counts.items()) if counts else ():
+                words += f"; {count:,} {status}"
+        lines["teacher" if len(each) == 1 else f"teacher {one.name}"] = words
+    return lines
+
+
+def _tokenizers(distillation: Distillation) -> str:
+    facts, each = distillation.facts, distillation.config.each_teacher
+    student = f"student {facts.student_vocabulary:,}"
+    if len(each) == 1:
+        first = f"teacher {facts.teacher_vocabulary:,} tokens"
+        return f"{first}, {student}; {facts.shared_tokens:,} in both"
+    counts = [(facts.teacher_vocabulary, facts.shared_tokens), *facts.further]
+    return f"{student} tokens; " + "; ".join(
+        f"teacher {one.name} {own:,}, {shared:,} in both"
+        for one, (own, shared) in zip(each, counts, strict=True)
+    )
+
+
+def _caches(distillation: Distillation) -> dict[str, str]:
+    each = distillation.config.each_teacher
+    return {
+        "cache" if len(each) == 1 else f"cache {one.name}": one.cache
+        or f"none: the {'teacher runs' if one.server is None else 'server is asked'} in every step"
+        for one in each
+    }
 
 
 def final_words(cfg: Any) -> str:

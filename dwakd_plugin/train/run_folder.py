@@ -38,7 +38,7 @@ def run_identity(recipe: Recipe) -> dict[str, str]:
     """Which run an output folder belongs to."""
     return {
         "student": recipe.base_model,
-        "teacher": recipe.config.teacher.called,
+        "teacher": recipe.config.teachers_called,
         "adapter": recipe.adapter or "none",
     }
 

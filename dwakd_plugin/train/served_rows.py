@@ -13,6 +13,7 @@ from axolotl.utils.logging import get_logger
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dwakd_plugin.data.collator import sides_of_teachers
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.served import ServedTeacher
@@ -53,15 +54,21 @@ class ServedRows(Trainer):
             result = super().train(*args, **kwargs)
         except RowsMissing as error:
             raise UserError(f"{error}\n{self._keep_what_there_is()}") from error
-        served = self._served()
-        if served is not None and (lost := served.lost()) is not None:
-            warn(lost)
+        for served, _ in self._served({}):
+            if (lost := served.lost()) is not None:
+                warn(lost)
         return result
 
-    def _served(self) -> ServedTeacher | None:
+    def _served(self, batch: dict[str, Any]) -> list[tuple[ServedTeacher, dict[str, Any]]]:
+        """Each teacher that a server holds, and its side of a batch."""
         distillation = getattr(self, "distillation", None)
-        teacher = None if distillation is None else distillation.teacher
-        return None if teacher is None else teacher.served
+        teachers = () if distillation is None else distillation.teachers
+        sides = sides_of_teachers(batch)
+        return [
+            (teacher.served, sides[number] if number < len(sides) else {})
+            for number, teacher in enumerate(teachers)
+            if teacher.served is not None
+        ]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -69,11 +76,10 @@ class ServedRows(Trainer):
         return batches, count
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        served = self._served()
-        if served is not None:
-            # Ranks may have different numbers of batches to evaluate, so none waits for another.
+        # Ranks may have different numbers of batches to evaluate, so none waits for another.
+        for served, side in self._served(inputs):
             try:
-                served.complete(inputs, stop_asked)
+                served.complete(side, stop_asked)
             except UserError as error:
                 if self.args.world_size > 1:
                     raise
@@ -82,12 +88,12 @@ class ServedRows(Trainer):
 
     def _complete(self, batches: list[dict[str, Any]]) -> None:
         """Puts into batches what the server says of their rows. Raises RowsMissing on all ranks."""
-        served, error = self._served(), None
-        if served is None:
+        error, asked = None, [pair for batch in batches for pair in self._served(batch)]
+        if not self._served({}):
             return
         try:
-            for batch in batches:
-                served.complete(batch, stop_asked)
+            for served, side in asked:
+                served.complete(side, stop_asked)
         except UserError as found:
             error = found
         missing = torch.tensor(int(error is not None), device=self.args.device)

@@ -16,19 +16,20 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dwakd_plugin.data.collator import split_batch
-from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN, TEACHER_COLUMNS
+from dwakd_plugin.data.collator import TAUGHT_BY, split_batch
+from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import SeededOrder
 from dwakd_plugin.data.sampled_rows import OWN_ROWS, given_labels
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import explaining_writes
 from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss, variant_of
+from dwakd_plugin.models.batches import teacher_columns
 from dwakd_plugin.models.causal_lm import body, causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.student import student_states
+from dwakd_plugin.recipe.schema import LossConfig
 from dwakd_plugin.train.callbacks import HealthReport, StopWhenAsked
 from dwakd_plugin.train.checkpoints import (
     AT_THE_END,
@@ -39,15 +40,9 @@ from dwakd_plugin.train.checkpoints import (
     write_projectors,
 )
 from dwakd_plugin.train.distillation import PROJECTORS, Distillation, attach
+from dwakd_plugin.train.distillation_log import DistillationLog
 from dwakd_plugin.train.kept_logits import check_resumed, held_as, keep_logits
-from dwakd_plugin.train.metrics import (
-    LabelCounts,
-    Sums,
-    logged,
-    mean_cross_entropy,
-    means,
-    perplexity,
-)
+from dwakd_plugin.train.metrics import LabelCounts, Sums
 from dwakd_plugin.train.non_finite import (
     LossWatch,
     NonFiniteLoss,
@@ -56,7 +51,16 @@ from dwakd_plugin.train.non_finite import (
     non_finite_parameter,
     steps_in_backward,
 )
-from dwakd_plugin.train.progress import tell
+from dwakd_plugin.train.parts import (
+    Part,
+    Sides,
+    label_tokens,
+    mean_cross_entropy,
+    objective,
+    parts_of,
+    prefixes,
+    sides_of,
+)
 from dwakd_plugin.train.projector_optimizer import (
     TwoOptimizers,
     adamw,
@@ -72,41 +76,9 @@ from dwakd_plugin.train.signals import end_run, stopping_on_sigterm
 HEAR = "hear_terms"  # among a forward's inputs: who takes the loss's terms
 
 
-class _DistillationLog(Trainer):
-    """Adds the loss's terms to each log line; sits below AxolotlTrainer, to correct its `ppl`."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        distillation: Distillation | None = getattr(self, "distillation", None)
-        if distillation is None or not ("loss" in logs or "eval_loss" in logs):
-            super().log(logs, start_time)
-            return
-        prefix = "" if "loss" in logs else "eval_"
-        # Means since the last log line, over the tokens of all ranks.
-        step = self.state.global_step
-        totals = self._sums.pop(prefix, Sums()).over_ranks(self.accelerator)
-        figures = means(totals, distillation.config, distillation.kd_ramp(step), prefix)
-        logs.update(logged(figures, distillation.config, prefix))
-        if distillation.config.loss.dtw_weight > 0 and not prefix:
-            logs["gamma"] = round(distillation.gamma(step - 1, self.state.max_steps), 5)
-        if distillation.own_answers is not None and not prefix:
-            logs.update(distillation.own_answers.logged())
-        if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
-            logs[f"{prefix}ppl"] = round(perplexity(logs[f"{prefix}ce"]), 5)
-        if totals and not prefix:
-            tell(labels=totals["student_tokens"])
-        super().log(logs, start_time)
-        if self.health is not None and figures:
-            seen = {prefix + name: value for name, value in figures.items()}
-            if not prefix:
-                seen |= {"chance": self._label_counts.chance(), "epoch": self.state.epoch or 0.0}
-            self.health.hear(seen, self.args, self.state)
-
-
-class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
+class DWAKDTrainer(AxolotlTrainer, ServedRows, DistillationLog):
     """AxolotlTrainer, inert until `begin_distillation`."""
 
-    distillation: Distillation | None = None
-    health: HealthReport | None = None  # where there is a teacher
     _packs: Any = None  # of the training rows, where they are packed
 
     def begin_distillation(self, distillation: Distillation) -> None:
@@ -127,7 +99,9 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
         self._head_followed_at = 0  # the step of the head that `s2t` belongs to
         attach(distillation.projectors, self.model)
         prepare_for_engine(self, distillation.projectors)
-        self._sums: dict[str, Sums] = defaultdict(Sums)  # by prefix: of training, of evaluation
+        names = prefixes(distillation.config)
+        # By prefix: of training, of evaluation.
+        self._sums: dict[str, Sums] = defaultdict(lambda: Sums(names))
         vocabulary = causal_lm(self.model).config.get_text_config().vocab_size
         tokens = max(vocabulary, len(self.processing_class))
         self._label_counts = LabelCounts(tokens, self.args.device)
@@ -196,18 +170,18 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
         if self.distillation is None:
             _, inputs = split_batch(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        heard: list[LossTerms] = []
+        heard: list[list[Part]] = []
         loss, outputs = super().compute_loss(
             model,
             {**inputs, HEAR: heard.append},
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        (terms,) = heard
+        (parts,) = heard
         if not model.training:
-            loss = mean_cross_entropy(terms)
+            loss = mean_cross_entropy(parts)
         self._watch.hear(loss, inputs, training=model.training)
-        self._sums["" if model.training else "eval_"].add(terms)
+        self._sums["" if model.training else "eval_"].add(parts)
         if model.training:
             self._label_counts.add(given_labels(inputs))
         return (loss, outputs) if return_outputs else loss
@@ -222,28 +196,31 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
         if "teacher_input_ids" not in inputs:
             return self._student_forward(*args, **inputs)
         assert self.distillation is not None
-        label_tokens = inputs.pop("num_items_in_batch", None)
-        student, teacher = self._states(inputs)
+        count = inputs.pop("num_items_in_batch", None)
+        sides = self._sides(inputs)
         own_loss: Tensor | float = 0.0
         if OWN_ROWS in inputs:
             own = self.distillation.own_answers
+            ((student, teacher),) = sides
             assert own is not None and teacher is not None
             student, teacher, own_loss = own.set_apart(student, teacher, inputs[OWN_ROWS])
-        terms = self._terms(student, teacher)
+            sides = [(student, teacher)]
+        parts = self._parts(sides, inputs.get(TAUGHT_BY))
         if hear is not None:
-            hear(terms)
+            hear(parts)
         if not self.model.training:
-            return {"loss": mean_cross_entropy(terms)}
+            return {"loss": mean_cross_entropy(parts)}
         ramp = self.distillation.kd_ramp(self.state.global_step)
-        total = terms.total(self.distillation.config.loss, ramp) + own_loss
-        count = terms.student_tokens if label_tokens is None else label_tokens
+        total = objective(parts, ramp) + own_loss
+        count = label_tokens(parts) if count is None else count
         return {"loss": total / torch.as_tensor(count, device=total.device).clamp(min=1)}
 
     def loss_terms(self, inputs: dict[str, Any]) -> LossTerms:
-        """The loss's terms for one collated batch of given answers."""
-        return self._terms(*self._states(inputs))
+        """The loss's terms for one collated batch of given answers, by the only teacher."""
+        (part,) = self._parts(self._sides(inputs), None)
+        return part.terms
 
-    def _states(self, inputs: dict[str, Any]) -> tuple[ResponseStates, ResponseStates | None]:
+    def _sides(self, inputs: dict[str, Any]) -> list[Sides]:
         assert self.distillation is not None
         if self.is_fsdp_enabled:
             check_gathered(self.model)
@@ -251,19 +228,25 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
         loss = self.distillation.config.loss
         embeds = loss.needs_teacher and variant_of(loss).match.embeds
         student = student_states(self.model, batch, embeds=embeds, **own)
-        teacher = self.distillation.teacher
-        return student, None if teacher is None else teacher.states(batch)
+        return sides_of(self.distillation, batch, student)
 
-    def _terms(self, student: ResponseStates, teacher: ResponseStates | None) -> LossTerms:
+    def _parts(self, sides: list[Sides], taught_by: list[list[int]] | None) -> list[Part]:
+        assert self.distillation is not None
+        config = self.distillation.config
+        loss = config.loss
+        if not self.model.training:
+            loss = loss.model_copy(update={"ce_weight": 1.0})
+        return parts_of(config, sides, taught_by, loss, self._terms)
+
+    def _terms(
+        self, student: ResponseStates, teacher: ResponseStates | None, loss: LossConfig
+    ) -> LossTerms:
         assert self.distillation is not None
         config, step = self.distillation.config, self.state.global_step
         follower = self.distillation.head_follower
         if follower is not None and self._head_followed_at != step:
             follower.update(getattr(self.model, PROJECTORS).s2t, student.head.weight)
             self._head_followed_at = step
-        loss = config.loss
-        if not self.model.training:
-            loss = loss.model_copy(update={"ce_weight": 1.0})
         return dwakd_loss(
             student,
             teacher,
@@ -281,7 +264,7 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
                 inputs,
                 self.model,
                 self.distillation,
-                self._terms,
+                self._parts,
                 self.processing_class.decode,
                 sharded=is_sharded(self),
             )
@@ -294,7 +277,9 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, _DistillationLog):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for column in (*TEACHER_COLUMNS, SOURCE_COLUMN):
+        count = 1 if self.distillation is None else len(self.distillation.config.each_teacher)
+        columns = [name for number in range(count) for name in teacher_columns(number)]
+        for column in (*columns, SOURCE_COLUMN):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 

@@ -41,9 +41,8 @@ def inputs_fingerprint(recipe: Recipe, settings: dict[str, Any]) -> str:
     """
     keys = dict(recipe.but(*NO_INPUT).keys)
     block = keys["dwakd"]
-    if isinstance(block["teacher"], dict):
-        own = {key: value for key, value in block["teacher"].items() if key != "cache"}
-        keys["dwakd"] = block | {"teacher": own}
+    own = {key: _uncached(block[key]) for key in ("teacher", "teachers") if key in block}
+    keys["dwakd"] = block | own
     contents = {}
     for text in sorted(set(_texts(keys))):
         path = Path(text)
@@ -54,6 +53,15 @@ def inputs_fingerprint(recipe: Recipe, settings: dict[str, Any]) -> str:
             contents[text] = fingerprint_of_folder(path)
     everything = json.dumps([keys, settings, contents], sort_keys=True, default=str)
     return hashlib.sha256(everything.encode()).hexdigest()[:32]
+
+
+def _uncached(teacher: Any) -> Any:
+    """What a recipe says of a teacher, or of several, but for the cache."""
+    if isinstance(teacher, list):
+        return [_uncached(one) for one in teacher]
+    if not isinstance(teacher, dict):
+        return teacher
+    return {key: value for key, value in teacher.items() if key != "cache"}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -105,7 +113,7 @@ def make(
     with _alone(work, output), _words_when_stopped(work, say):
         if recipe.config.teacher.cache is None:
             # The teacher reads each row once and is let go; the next epochs read what it wrote.
-            recipe = recipe.with_block("teacher", cache=str(work / "teacher"))
+            recipe = recipe.with_teacher(cache=str(work / "teacher"))
         say(f"Loading {recipe.base_model} and {recipe.config.teacher.base_model} ...")
         with open_run(recipe) as opened:
             report, tensors, pair = _train_opened(opened, work, settings, say, stages)

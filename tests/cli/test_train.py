@@ -89,6 +89,41 @@ def test_a_plain_recipe_takes_a_teacher_without_an_edit(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_teachers_each_is_shown_and_other_commands_ask_for_one(
+    recipe: Recipe, write: Callable[..., Path], lab: Path
+) -> None:
+    folder = str(lab / "teacher")
+    teachers = [
+        {"name": "maths", "weight": 0.7, "cache": "states"},
+        {"name": "code", "datasets": [str(lab / "rows.jsonl")]},
+    ]
+    file = write(recipe({"variant": "mapped", "teachers": teachers}))
+    facts = dry_run(file)
+    assert [(one["name"], one["weight"], one["teacher"]) for one in facts["teachers"]] == [
+        ("maths", 0.7, folder),
+        ("code", 1.0, folder),
+    ]
+    assert facts["teachers"][0]["teacher_cache"] == "states" and "teacher" not in facts
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["train", str(file), "--dry-run"])
+    assert f"maths: {folder}, auto, cache states; weight 0.7, of all rows" in result.output
+    assert dry_run(file, "--teacher", "code")["teacher_cache"] is None
+    for command, how in (
+        (["train", str(file), "--adapt"], "--teacher maths"),
+        (["train", str(file), "--answers"], "--teacher maths"),
+        (["adapt", str(file)], "--teacher maths"),
+        (["answers", str(file)], "--teacher maths"),
+        (["align", str(file)], "--teacher maths"),
+        (["plan", str(file)], "--teacher maths"),
+        (["warmup", str(file)], "--teacher maths"),
+        (["cache", str(file)], "--teacher maths"),
+        (["check", "--data", str(file)], "TEACHER: maths"),
+    ):
+        with pytest.raises(UserError) as error:
+            CliRunner().invoke(app, command, catch_exceptions=False)
+        assert f"has several teachers (maths, code), and `dwakd {command[0]}" in str(error.value)
+        assert f"is about one: name it (`{how}`)" in str(error.value)
+
+
 def test_the_command_line_teacher_goes_before_the_recipes(recipe: Recipe) -> None:
     own = {"load_in_8bit": True, "tokenizer": "of-another", "base_model": "other"}
     given = recipe(None) | {"dwakd": {"teacher": own, "loss": {"temperature": 1.0}}}

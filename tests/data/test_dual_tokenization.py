@@ -135,6 +135,40 @@ def test_both_sides_have_the_same_response(
         assert len(row["teacher_input_ids"]) == len(row["teacher_labels"])
 
 
+def test_every_row_is_cut_by_the_teachers_that_it_has(
+    prepare: Callable[..., Any], recipe: Recipe, lab: Path, tmp_path: Path
+) -> None:
+    one, other = (write_rows(tmp_path / f"{name}.jsonl", ROWS[:8]) for name in "ab")
+    teacher = {"base_model": str(lab / "teacher")}
+    settings = recipe({"variant": "mapped"})
+    settings["datasets"] = [{"path": str(file), "type": "alpaca"} for file in (one, other)]
+    alone, _ = prepare(settings | {"dwakd": {"teacher": teacher}})
+    given = {row["source_row"]: row for row in alone.train_dataset}
+    lengths = [len(given[place]["teacher_input_ids"]) for place in range(8)]
+    short = sorted(lengths)[3]  # half of the rows are longer
+    teachers = [
+        teacher | {"name": "maths", "datasets": [str(one)]},
+        teacher | {"name": "code", "sequence_len": short},
+    ]
+    settings["dwakd"] = {"teachers": teachers}
+    datasets, report = prepare(settings)
+    rows = {row["source_row"]: row for row in datasets.train_dataset}
+    fits = [length <= short for length in lengths]
+    # What is too long for the only teacher that a row has is dropped; what another has, trains.
+    assert set(rows) == {*range(8), *(8 + place for place in range(8) if fits[place])}
+    assert report.counts == {KEPT: len(rows), TEACHER_TOO_LONG: 16 - len(rows)}
+    for place, row in rows.items():
+        assert row["input_ids"] == given[place]["input_ids"]
+        theirs = given[place]["teacher_input_ids"], given[place]["teacher_labels"]
+        sides = [(row[f"teacher_input_ids{n}"], row[f"teacher_labels{n}"]) for n in ("", "_2")]
+        assert sides[0] == (theirs if place < 8 else ([0], [-100]))
+        assert sides[1] == (theirs if fits[place % 8] else ([0], [-100]))
+    assert report.each["maths"].counts == {KEPT: 8}
+    assert report.each["code"].counts == {KEPT: 2 * sum(fits), TEACHER_TOO_LONG: 16 - 2 * sum(fits)}
+    _, again = prepare(settings)  # what was prepared is read back
+    assert again.each == report.each
+
+
 def test_a_strategy_that_edits_its_row_leaves_the_other_what_the_user_wrote() -> None:
     seen = []
 

@@ -149,7 +149,7 @@ def test_pairs_that_fit_the_students_sequence_fit_the_teachers(
             "length": [0] * len(sizes),
         }
     )
-    lengths = pair_lengths(rows, student_len=64, teacher_len=48)["length"]
+    lengths = pair_lengths(rows, 64, 48)["length"]
     assert list(lengths) == [max(one, math.ceil(other * 64 / 48)) for one, other in sizes]
     assert max(lengths) <= 64
     for places in pack(list(lengths), 64):

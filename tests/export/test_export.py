@@ -366,7 +366,8 @@ def test_an_adapter_without_its_base_model(lora_run: Path, tmp_path: Path) -> No
 
 
 def test_a_card_of_a_run_that_recorded_little() -> None:
-    record = {"identity": {"student": "owner/small", "teacher": "owner/big"}}
+    identity = {"student": "owner/small", "teacher": "owner/big"}
+    record: dict[str, Any] = {"identity": identity}
     check = {
         "relative_logit_difference": 0.01,
         "tolerance": 0.1,
@@ -386,6 +387,18 @@ def test_a_card_of_a_run_that_recorded_little() -> None:
     assert "kept no log" in card
     assert "differ from those of the run's student by 0.01 of their size (0.1 was allowed)" in card
     assert "## Settings" not in card
+
+    teachers = [
+        {"name": "maths", "base_model": f"{PRIVATE}/big", "load_in_8bit": True, "weight": 0.7},
+        {"name": "code", "base_model": "owner/tokens", "model": "owner/huge", "dtype": "auto"},
+    ]
+    record["settings"] = {"teachers": teachers}
+    card = model_card(record, [], report)
+    assert "taught by **big, owner/huge** with" in card
+    assert "| teachers | big, owner/huge |" in card
+    for line in ("maths's precision | 8 bit", "maths's weight | 0.7", "code's precision | auto"):
+        assert f"| teacher {line} |" in card
+    assert PRIVATE not in card
 
 
 def test_the_hub_is_asked_at_the_start_and_the_export_survives_it(

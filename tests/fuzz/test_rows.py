@@ -75,7 +75,6 @@ def strategies(lab: Path) -> dict[str, Any]:
 
     config = DWAKDConfig.model_validate({"teacher": str(lab / "teacher")})
     student_tokenizer = AutoTokenizer.from_pretrained(lab / "student")
-    teacher_tokenizer = dual.load_teacher_tokenizer(config.teacher)
 
     def capture(strategy: Any, *_: Any, **__: Any) -> Any:
         raise _Captured(strategy)
@@ -84,7 +83,6 @@ def strategies(lab: Path) -> dict[str, Any]:
     for name, entry in TYPES.items():
         dataset_config = DictDefault({"path": "rows.jsonl", **entry})
         cfg = DictDefault({"sequence_len": 200, "train_on_inputs": False, "datasets": [entry]})
-        teacher_cfg = dual.teacher_recipe(cfg, config.teacher, teacher_tokenizer)
         kwargs = {
             "dataset": Dataset.from_list([{"x": "y"}]),
             "dataset_base_type": entry["type"],
@@ -92,12 +90,12 @@ def strategies(lab: Path) -> dict[str, Any]:
         }
         with pytest.MonkeyPatch.context() as patch, pytest.raises(_Captured) as captured:
             patch.setattr(dual.axolotl_wrappers, "wrap_dataset_for_tokenized_prompt", capture)
-            dual._wrap_both_sides(
+            dual._wrap_all_sides(
                 dual.axolotl_sft.get_dataset_wrapper,
                 dataset_config,
-                (student_tokenizer, teacher_tokenizer),
-                (cfg, teacher_cfg),
-                config,
+                student_tokenizer,
+                cfg,
+                dual.teacher_sides(cfg, config),
                 dual.RowReport(),
                 kwargs,
             )

@@ -61,7 +61,9 @@ def sums_of_one_rank(rank: int, port: int, folder: str) -> None:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from dwakd_plugin.loss import LossTerms, every_sum
+    from dwakd_plugin.recipe.schema import LossConfig
     from dwakd_plugin.train.metrics import Sums
+    from dwakd_plugin.train.parts import Part
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -70,7 +72,8 @@ def sums_of_one_rank(rank: int, port: int, folder: str) -> None:
     sums = Sums()
     if rank == 0:
         for _ in range(2):
-            sums.add(LossTerms(**{name: torch.tensor(1.5) for name in every_sum()}))
+            terms = LossTerms(**{name: torch.tensor(1.5) for name in every_sum()})
+            sums.add([Part("", 1.0, True, LossConfig(), terms)])
     found = [sums.over_ranks(accelerator), Sums().over_ranks(accelerator)]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -65,6 +65,20 @@ def test_a_run_is_that_of_the_same_teacher_here_and_ends_with_a_checkpoint_where
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     assert server.most_at_once > 1
 
+    # So is one of the three that it is in a cache, on the server, and here.
+    teachers = [
+        {"name": "kept", "weight": 0.2, "cache": str(tmp_path / "kept")},
+        {"name": "served", "weight": 0.5, "server": server.address, "model": MODEL},
+        {"name": "live", "weight": 2.0},
+    ]
+    copies = [block(teacher_folder, **own)["teacher"] for own in teachers]
+    mixed = {"variant": "mapped", "teachers": copies}
+    log = train(recipe(mixed, **settings, output_dir=str(tmp_path / "mixed")))
+    for one, other in zip(figures(here), figures(log), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-3)  # a cache rounds
+    for name in ("kept", "served", "live"):
+        assert log[0][f"{name}/student_kd"] == pytest.approx(log[0]["student_kd"], abs=1e-3)
+
     # It dies once the third step's rows are wanted, and nothing has been saved since the second.
     from dwakd_plugin.train import served_rows
 

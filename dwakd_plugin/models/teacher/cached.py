@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import DiskFull
 from dwakd_plugin.loss import Head, TopTokens
-from dwakd_plugin.models.batches import teacher_batch
+from dwakd_plugin.models.batches import teacher_batch, teacher_columns
 from dwakd_plugin.models.causal_lm import EmbeddingTable
 from dwakd_plugin.models.folder import fingerprint_of_folder
 from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache
@@ -92,6 +93,7 @@ def cached_teacher(
         with cache.writing(wait=True, on_wait=on_wait):
             missing = missing_rows(cache, rows)
             fill(config, device, cache, missing, progress, tokenizer=tokenizer, say=on_wait)
+            gc.collect()  # the body goes now, before another teacher's is loaded
     weights = cache.load_weights(device)
     assert weights is not None  # they are written before the first state
     precision = cache.identity["precision"]
@@ -132,17 +134,15 @@ def teacher_of_probabilities(
     )
 
 
-def teacher_rows(*datasets: Any) -> list[Row]:
-    """Teacher ids and labels of every row of the data sets; None is one without rows."""
+def teacher_rows(*datasets: Any, number: int = 0) -> list[Row]:
+    """A teacher's ids and labels of every row of the data sets; None is one without rows."""
     rows = []
+    ids, labels = teacher_columns(number)
     for dataset in datasets:
         if dataset is None:
             continue
-        columns = dataset.select_columns(["teacher_input_ids", "teacher_labels"]).with_format(None)
-        rows += [
-            (torch.tensor(row["teacher_input_ids"]), torch.tensor(row["teacher_labels"]))
-            for row in columns
-        ]
+        columns = dataset.select_columns([ids, labels]).with_format(None)
+        rows += [(torch.tensor(row[ids]), torch.tensor(row[labels])) for row in columns]
     return rows
 
 

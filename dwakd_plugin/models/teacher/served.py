@@ -64,10 +64,10 @@ class ServedTeacher:
         """Asks for a row, both (L,); the number to `take` it by."""
         number, future = next(self._numbers), None
         places = [place + 1 for place in teacher_labels[1:].ne(-100).nonzero().flatten().tolist()]
-        prompt = self.way.prompt(teacher_ids.tolist(), self._tokenizer)
-        if prompt is None:
+        prompt = self.way.prompt(teacher_ids.tolist(), self._tokenizer) if places else None
+        if places and prompt is None:
             self.unasked += 1
-        elif places:
+        elif prompt is not None:
             future = self.server.submit(
                 "/completions", self.way.body(prompt), partial(self._read, teacher_ids, places)
             )
