@@ -30,9 +30,10 @@ from filelock import FileLock
 
 from dwakd_plugin.data.dual_strategy import ANSWERS_COLUMN, STATUS_COLUMN
 from dwakd_plugin.data.first_rows import check_first_rows, explain_bad_file
+from dwakd_plugin.data.named_strategy import NamedStrategy
 from dwakd_plugin.data.row_report import TRAINING, RowReport
 from dwakd_plugin.data.several_strategies import strategy_of_all
-from dwakd_plugin.data.teacher_side import TeacherSide, fingerprint, teacher_sides
+from dwakd_plugin.data.teacher_side import TeacherSide, fingerprint, strategy_name, teacher_sides
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import DWAKDConfig
 
@@ -113,7 +114,8 @@ def _wrap_all_sides(
     )
     start = report.total
     report.sources.append((str(dataset_config.path), start))
-    rows = axolotl_wrappers.wrap_dataset_for_tokenized_prompt(strategy, dataset, **process_kwargs)
+    named = NamedStrategy(strategy, strategy_name(cfg, dataset_config, tokenizer, sides))
+    rows = axolotl_wrappers.wrap_dataset_for_tokenized_prompt(named, dataset, **process_kwargs)
     statuses = rows[STATUS_COLUMN]
     if not cfg.dataset_exact_deduplication:  # which compares whole rows, numbers included
         rows = rows.add_column(SOURCE_COLUMN, list(range(start, start + len(rows))))

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +173,8 @@ def fingerprint(cfg: DictDefault, sides: list[TeacherSide]) -> str:
 
 def _fingerprint_of(cfg: DictDefault, side: TeacherSide) -> str:
     config, own, tokenizer = side.config, side.recipe, side.tokenizer
-    # All of it: two tokenizers may share a vocabulary and cut or begin texts in different ways.
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    content = {
+    content = _tokenizer_identity(tokenizer) | {
         "columns": "teacher_input_ids, teacher_labels, source_row; answers and messages compared",
-        "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "class": type(tokenizer).__name__,
         "chat_template": own.chat_template_jinja,
         "eot_tokens": own.eot_tokens,
         "sequence_len": own.sequence_len,
@@ -193,6 +188,32 @@ def _fingerprint_of(cfg: DictDefault, side: TeacherSide) -> str:
     if (cfg.excess_length_strategy or "").lower() == "truncate":
         content["cut"] = "both sides at the same byte"
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    # All of it: two tokenizers may share a vocabulary and cut or begin texts in different ways.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return {
+        "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "class": type(tokenizer).__name__,
+    }
+
+
+def strategy_name(
+    cfg: DictDefault,
+    dataset_config: DictDefault,
+    tokenizer: PreTrainedTokenizerBase,
+    sides: list[TeacherSide],
+) -> str:
+    """All that a data set's rows of the student (`tokenizer`) and its teachers depend on."""
+    content = [
+        *(cfg.to_dict(), dataset_config.to_dict(), fingerprint(cfg, sides)),
+        *(_tokenizer_identity(tokenizer), tokenizer.chat_template),
+        *(version(package) for package in ("dwakd", "axolotl", "transformers")),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def local_files(cfg: DictDefault) -> list[Path]:

@@ -293,6 +293,18 @@ def test_prepared_rows_of_another_teacher_are_not_reused(
     assert len(list((tmp_path / "prepared").glob("dwakd-*"))) == 2
 
 
+def test_rows_that_were_mapped_for_another_student_are_not_reused(
+    recipe: Recipe, prepare: Any, tmp_path: Path
+) -> None:
+    """`datasets` keeps them beside the data file's, where nobody looks when `prepared` is gone."""
+    labels = {}
+    for on_inputs in (False, True):
+        datasets, _ = prepare(recipe({}, train_on_inputs=on_inputs))
+        labels[on_inputs] = datasets.train_dataset["labels"][0]
+        shutil.rmtree(tmp_path / "prepared")
+    assert labels[False][0] == -100 != labels[True][0]
+
+
 def test_rows_prepared_without_a_teacher_are_not_mixed_in(recipe: Recipe, prepare: Any) -> None:
     both = {"teacher_input_ids", "teacher_labels"}
     plain, _ = prepare(recipe(None))
