@@ -7,6 +7,7 @@ __all__ = [
     "answers",
     "collator",
     "dual_tokenization",
+    "fingerprint",
     "first_rows",
     "library_docs",
     "packing",

@@ -29,11 +29,12 @@ from datasets import Dataset
 from filelock import FileLock
 
 from dwakd_plugin.data.dual_strategy import ANSWERS_COLUMN, STATUS_COLUMN
+from dwakd_plugin.data.fingerprint import fingerprint, strategy_name
 from dwakd_plugin.data.first_rows import check_first_rows, explain_bad_file
 from dwakd_plugin.data.named_strategy import NamedStrategy
 from dwakd_plugin.data.row_report import TRAINING, RowReport
 from dwakd_plugin.data.several_strategies import strategy_of_all
-from dwakd_plugin.data.teacher_side import TeacherSide, fingerprint, strategy_name, teacher_sides
+from dwakd_plugin.data.teacher_side import TeacherSide, teacher_sides
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import DWAKDConfig
 

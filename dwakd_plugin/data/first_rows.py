@@ -16,9 +16,10 @@ from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.dict import DictDefault
 
 from dwakd_plugin.data.dual_strategy import STATUS_COLUMN
+from dwakd_plugin.data.fingerprint import local_files
 from dwakd_plugin.data.row_report import TRAINING
 from dwakd_plugin.data.several_strategies import strategy_of_all
-from dwakd_plugin.data.teacher_side import TeacherSide, local_files
+from dwakd_plugin.data.teacher_side import TeacherSide
 from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.io.json_rows import json_rows
 

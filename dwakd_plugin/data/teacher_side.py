@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -159,74 +156,3 @@ def renders_chats(cfg: DictDefault) -> bool:
         str(dataset.type).startswith(("chat_template", "messages"))
         for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]
     )
-
-
-def fingerprint(cfg: DictDefault, sides: list[TeacherSide]) -> str:
-    """Names what prepared rows depend on and axolotl's own hash ignores: the teachers' sides, and
-    the state of local data files, which axolotl knows by name only."""
-    each = [_fingerprint_of(cfg, side) for side in sides]
-    if len(sides) == 1:
-        return each[0]
-    own = [(side.teacher.name, side.teacher.datasets) for side in sides]
-    return hashlib.sha256(json.dumps([each, own]).encode()).hexdigest()[:16]
-
-
-def _fingerprint_of(cfg: DictDefault, side: TeacherSide) -> str:
-    config, own, tokenizer = side.config, side.recipe, side.tokenizer
-    content = _tokenizer_identity(tokenizer) | {
-        "columns": "teacher_input_ids, teacher_labels, source_row; answers and messages compared",
-        "chat_template": own.chat_template_jinja,
-        "eot_tokens": own.eot_tokens,
-        "sequence_len": own.sequence_len,
-        "excess_length_strategy": cfg.excess_length_strategy,
-        "min_sample_len": cfg.min_sample_len,
-        "eval_sequence_len": cfg.eval_sequence_len,
-        "different_answers": config.different_answers,
-        "thinking_key": config.teacher.thinking_key,
-        "files": [_state(file) for file in local_files(cfg)],
-    }
-    if (cfg.excess_length_strategy or "").lower() == "truncate":
-        content["cut"] = "both sides at the same byte"
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    # All of it: two tokenizers may share a vocabulary and cut or begin texts in different ways.
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return {
-        "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "class": type(tokenizer).__name__,
-    }
-
-
-def strategy_name(
-    cfg: DictDefault,
-    dataset_config: DictDefault,
-    tokenizer: PreTrainedTokenizerBase,
-    sides: list[TeacherSide],
-) -> str:
-    """All that a data set's rows of the student (`tokenizer`) and its teachers depend on."""
-    content = [
-        *(cfg.to_dict(), dataset_config.to_dict(), fingerprint(cfg, sides)),
-        *(_tokenizer_identity(tokenizer), tokenizer.chat_template),
-        *(version(package) for package in ("dwakd", "axolotl", "transformers")),
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def local_files(cfg: DictDefault) -> list[Path]:
-    """The data files of the recipe that lie on this machine, also those in folders."""
-    files: list[Path] = []
-    for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
-        named = dataset.data_files or dataset.path
-        for name in named if isinstance(named, list) else [named]:
-            place = Path(str(name))
-            files += [file for file in [place, *sorted(place.glob("*"))] if file.is_file()]
-    return files
-
-
-def _state(file: Path) -> tuple[str, int, int]:
-    found = file.stat()
-    return str(file), found.st_size, found.st_mtime_ns

@@ -15,7 +15,8 @@ import torch
 from axolotl.utils.dict import DictDefault
 from transformers import GenerationConfig
 
-from dwakd_plugin.data.teacher_side import load_teacher_tokenizer, local_files
+from dwakd_plugin.data.fingerprint import local_files
+from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate.answer_choice import Keep, write_answers
 from dwakd_plugin.evaluate.answer_files import AnswerFiles

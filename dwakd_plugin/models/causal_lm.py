@@ -108,7 +108,8 @@ def check_logits(
     head: Head | None = None,
     device: torch.device | None = None,
 ) -> bool:
-    """Raises UserError where hidden states and head don't give the model's own logits.
+    """Raises UserError where hidden states and head don't give the model's own logits, or the first
+    tokens' states hang on those that follow, so that a teacher would have read the answer.
 
     Gives whether these are finite. `name` is the model's in the message. Of a model whose weights
     are elsewhere between forwards, `head` is its head with values, and `device` takes the tokens.
@@ -117,14 +118,17 @@ def check_logits(
     lm = causal_lm(model)
     generator = torch.Generator().manual_seed(0)
     weight = lm.get_input_embeddings().weight
-    ids = torch.randint(weight.shape[0], (1, 8), generator=generator).to(device or weight.device)
+    ids = torch.randint(weight.shape[0], (2, 8), generator=generator)
+    ids[1, :4] = ids[0, :4]  # two texts that begin alike
+    ids = ids.to(device or weight.device)
     was_training = model.training
     model.eval()
     try:
         own = model(input_ids=ids).logits
-        hidden = hidden_states(model, ids, torch.ones_like(ids)).flatten(0, 1)
+        states = hidden_states(model, ids, torch.ones_like(ids))
     finally:
         model.train(was_training)
+    hidden = states.flatten(0, 1)
     head = head or output_head(model)
     given = head.logits(hidden.to(head.weight.device)).view(own.shape).to(own.device)
     error = ((given - own).norm() / own.float().norm()).item()
@@ -134,6 +138,15 @@ def check_logits(
             f"{name}: the logits that {type(lm).__name__} gives differ from those of its hidden "
             f"states and its head by {error:.1%}, so that the loss would teach another model. This "
             "architecture isn't supported."
+        )
+    # Rounding that sends one token to another expert, or an 8-bit layer's neighbours, move some.
+    one, other = states[:, :4].float()
+    moved = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
+    if moved > (1e-3 if whole and not getattr(lm, "is_quantized", False) else 0.1):
+        raise UserError(
+            f"{name}: the states that {type(lm).__name__} gives of a text's first tokens differ by "
+            f"{moved:.1%} with the tokens that follow, so that it has read what it is to predict. "
+            "Another attention may not: attn_implementation: eager (for the teacher, in its block)."
         )
     return math.isfinite(error)
 

@@ -18,9 +18,9 @@ from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.dict import DictDefault
 from torch import Tensor
 
+from dwakd_plugin.data.fingerprint import local_files
 from dwakd_plugin.data.teacher_side import (
     load_teacher_tokenizer,
-    local_files,
     renders_chats,
     teacher_recipe,
 )

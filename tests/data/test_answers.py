@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unicodedata import normalize
 
 import pytest
+from axolotl.utils.dict import DictDefault
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -30,15 +33,19 @@ from dwakd_plugin.data.answers import (
     order,
     said,
 )
+from dwakd_plugin.data.fingerprint import fingerprint
 from dwakd_plugin.data.row_report import (
     DROPPED_DIFFERENT,
     KEPT,
     LABELS_DIFFERENT,
     RowReport,
 )
+from dwakd_plugin.data.teacher_side import TeacherSide
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.tokenizers.alignment import TokenAligner
 from dwakd_plugin.tokenizers.same_text import common_runs
+from dwakd_plugin.tokenizers.template_date import template_date
 from tests.conftest import CHAT_TEMPLATE, write_rows
 from tests.data.test_dual_tokenization import prepare
 
@@ -379,6 +386,42 @@ def test_rows_that_were_added_are_read(
     assert len(prepare(settings)[0].train_dataset) == 10
     write_rows(file, rows)
     assert len(prepare(settings)[0].train_dataset) == 30
+
+
+def test_all_that_rows_are_made_of_is_in_their_name(lab: Path, tmp_path: Path) -> None:
+    """axolotl knows files by name alone, and nothing of the day that a template prints."""
+    student, data = tmp_path / "student", tmp_path / "data" / "deep"
+    student.mkdir()
+    data.mkdir(parents=True)
+    teacher = AutoTokenizer.from_pretrained(lab / "teacher")
+    config = parse_recipe({"distillation": "dwakd", "dwakd": {"teacher": "big"}})
+    assert config is not None
+    keys = {
+        "base_model": str(student),
+        "output_dir": str(tmp_path / "data" / "out"),
+        "chat_template_jinja": str(tmp_path / "own.jinja"),
+        "datasets": [{"path": "json", "data_files": {"train": str(tmp_path / "*.jsonl")}}],
+        "test_datasets": [{"path": str(tmp_path / "data")}],
+    }
+
+    def name(day: int = 1, **own: Any) -> str:
+        with template_date(date(2030, 1, day)):
+            side = SimpleNamespace(config=config, recipe=DictDefault(own), tokenizer=teacher)
+            return fingerprint(DictDefault(keys), [cast(TeacherSide, side)])
+
+    names = [name()]
+    for file in ("more.jsonl", "own.jinja", "data/deep/a.csv", "student/tokenizer_config.json"):
+        (tmp_path / file).write_text("x")
+        names.append(name())
+    assert len(set(names)) == 5
+    for ignored in ("data/out/log", "data/.cache/a", "student/model.safetensors"):
+        (tmp_path / ignored).parent.mkdir(exist_ok=True)
+        (tmp_path / ignored).write_text("x")
+        assert name() == names[-1] == name(day=2)
+    dated = "{{ strftime_now('%d') }}"
+    assert name(chat_template_jinja=dated) != name(chat_template_jinja=dated, day=2)
+    (student / "chat_template.jinja").write_text(dated)
+    assert name() != name(day=2)
 
 
 @pytest.mark.parametrize(

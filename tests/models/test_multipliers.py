@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
+    DogeConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma3Config,
@@ -153,6 +154,18 @@ class _Biased(LlamaForCausalLM):
 class _FedOtherwise(LlamaForCausalLM):
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         return super().forward(inputs_embeds=3 * self.model.embed_tokens(input_ids).cos(), **kwargs)
+
+
+def test_a_model_that_reads_what_follows_is_refused() -> None:
+    """transformers leaves Doge's causal mask out where sdpa is to make one, and it makes none."""
+    for attention, config in (("sdpa", DogeConfig(**TINY)), ("eager", DogeConfig(**TINY))):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        if attention == "eager":
+            assert check_logits(model, "The teacher")
+        else:
+            with pytest.raises(UserError, match="it has read what it is to predict"):
+                check_logits(model, "The teacher")
 
 
 def test_what_is_added_to_the_logits_is_refused() -> None:
