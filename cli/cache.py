@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import yaml
 
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.options import JsonReport, LoadIn4Bit, LoadIn8Bit, RecipeFile, Teacher, of_teacher
@@ -59,6 +62,8 @@ def cache(
     --top-k, which keeps probabilities, nothing but its tokenizer. Says what it takes on disk before
     it begins. Ctrl-C exits with 130; the same command goes on from there,
     and adds the rows that the recipe has got since.
+
+    Of several teachers those that name a cache, one after another; all, where none does.
     """
     from dwakd_plugin.recipe import Recipe
 
@@ -69,32 +74,43 @@ def cache(
         given["top_k"] = top_k
     console = PlainConsole(stderr=json_output, soft_wrap=True)
     read = Recipe.read(recipe, given)
-    read.check_one_teacher("dwakd cache")
     for change in read.changes:
         console.print(change, style="yellow")
-    if read.config.teacher.cache is None:
-        output = read.output_dir
-        given["cache"] = str(output.with_name(f"{output.name}-teacher-cache"))
-        read = read.with_teacher(cache=given["cache"])
+    named = read.written("teachers") is not None
+    if all(one.cache is None for one in read.config.each_teacher):
+        for number, one in enumerate(read.config.each_teacher):
+            own = f"{read.output_dir.name}-{one.name}-cache"  # the only one is called `teacher`
+            read = read.with_teacher(number, cache=str(read.output_dir.with_name(own)))
     console.print("Preparing the rows ...")
     from dwakd_plugin.train.open_run import open_rows
 
+    reports = {}
     with open_rows(read) as (config, datasets, _):
-        report = _cache(config.teacher, datasets, batch_tokens, verify, console)
+        from dwakd_plugin.models.teacher.cached import teacher_rows
+
+        for number, one in enumerate(config.each_teacher):
+            if one.cache is not None:
+                rows = teacher_rows(*datasets, number=number)
+                reports[one.name] = _cache(one, rows, batch_tokens, verify, console)
+                gc.collect()  # its body goes before the next one comes
     if json_output:
-        print(json.dumps(report, indent=1))
-    else:
-        _show(report, given, console)
+        (only, *others) = reports.values()
+        print(json.dumps({"teachers": reports} if others else only, indent=1))
+        return
+    for report in reports.values():
+        _show(report, console)
+    if not verify:
+        _show_lines(reports, given, named, console)
 
 
 def _cache(
     config: TeacherConfig,
-    datasets: list[Any],
+    rows: list[Any],
     batch_tokens: int | None,
     verify: bool,
     console: PlainConsole,
 ) -> dict[str, Any]:
-    """Fills or verifies; returns the report."""
+    """Fills or verifies with a teacher's ids and labels of all rows; returns the report."""
     import torch
 
     from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
@@ -106,7 +122,6 @@ def _cache(
         missing_rows,
         open_cache,
         readable_size,
-        teacher_rows,
         token_bytes,
     )
 
@@ -114,7 +129,6 @@ def _cache(
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     tokenizer = load_teacher_tokenizer(config)
     cache = open_cache(config, device, tokenizer)
-    rows = teacher_rows(*datasets)
     missing = missing_rows(cache, rows)
     report: dict[str, Any] = {
         "folder": str(cache.folder),
@@ -134,9 +148,9 @@ def _cache(
         need = disk_need(config, device, cache, missing)
         free = check_disk(cache, need)
         console.print(
-            f"{len(missing):,} of {len(rows):,} rows to compute. They take {readable_size(need)} "
-            f"on disk, {token_bytes(config, device, cache):,} bytes a response token; "
-            f"{readable_size(free)} are free."
+            f"{config.called}: {len(missing):,} of {len(rows):,} rows to compute. They take "
+            f"{readable_size(need)} on disk, {token_bytes(config, device, cache):,} bytes a "
+            f"response token; {readable_size(free)} are free."
         )
         with (
             cache.writing(wait=False),
@@ -189,7 +203,7 @@ def _words_when_stopped(cache: Any, console: PlainConsole) -> Iterator[None]:
         raise
 
 
-def _show(report: dict[str, Any], teacher: dict[str, Any], console: PlainConsole) -> None:
+def _show(report: dict[str, Any], console: PlainConsole) -> None:
     from dwakd_plugin.models.teacher.cached import readable_size
 
     size = readable_size(report["bytes"])
@@ -215,9 +229,23 @@ def _show(report: dict[str, Any], teacher: dict[str, Any], console: PlainConsole
         if report["rows_computed"]
         else "Nothing to do: every row is there.\n"
     )
-    # What the command line said of the teacher, the run has to know too.
-    lines = {"cache": report["folder"]} | teacher
-    part = "nothing of the teacher is" if report["top_k"] else "the teacher's body is not"
+
+
+def _show_lines(
+    reports: dict[str, Any], given: dict[str, Any], named: bool, console: PlainConsole
+) -> None:
+    """The recipe's lines; what the command line said of the teacher, the run has to know too.
+
+    named: whether the recipe has `teachers`, whose names `--teacher` takes.
+    """
+    kept = all(report["top_k"] for report in reports.values())
+    part = "nothing of the teacher is" if kept else "the teacher's body is not"
     console.print(f"Put this into the recipe, and {part} loaded in training:")
-    block = "".join(f"    {key}: {json.dumps(value)}\n" for key, value in lines.items())
-    console.print(f"dwakd:\n  teacher:\n{block}", end="")
+    console.print("dwakd:\n  teachers:" if named else "dwakd:\n  teacher:")
+    for name, report in reports.items():
+        lines = {"cache": report["folder"]} | given
+        if named:
+            lines = {"name": name} | lines
+            lines.pop("base_model", None)
+        block = yaml.safe_dump([lines] if named else lines, sort_keys=False)
+        console.print(indent(block, "    "), end="")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The first word of a recipe's name says what it is for; in the order of the list.
 GROUPS = {
     "chat": "Today's models, chat data, one GPU",
+    "several": "Two teachers, each of its own rows",
     "served": "A teacher on a server of its own, several GPUs",
     "axolotl": "An axolotl recipe of your own, with a teacher",
     "paper": "The paper's pairs on one GPU, and the teachers before they teach",

@@ -161,12 +161,7 @@ def _taught(cfg: Any, config: DWAKDConfig, number: int, trainer: Any, device: st
         return _Taught(None, tokenizer, shared, TeacherLayout(), ends)
     length = config.teacher.sequence_len or cfg.sequence_len
     _check_sizes(teacher, trainer.model, length)
-    if tokenizer.get_vocab() == student_tokenizer.get_vocab():
-        LOG.info(
-            "The teacher %s has the student's own tokenizer. That works; plain distillation, token "
-            "by token, would do as well.",
-            config.teacher.called,
-        )
+    _say_if_same(config.teacher.called, tokenizer, student_tokenizer)
     packs = cfg.sample_packing and teacher.model is not None
     if packs:
         check_packing(teacher.model, "The teacher", TEACHER_REMEDY, 1 if _is_flash(teacher) else 2)
@@ -214,6 +209,15 @@ def _teacher(
         lambda text: LOG.info(text, main_process_only=False),
     )
     return teacher, cache.read
+
+
+def _say_if_same(teacher: str, tokenizer: Any, student_tokenizer: Any) -> None:
+    if tokenizer.get_vocab() == student_tokenizer.get_vocab():
+        LOG.info(
+            "The teacher %s has the student's own tokenizer. That works; plain distillation, token "
+            "by token, would do as well.",
+            teacher,
+        )
 
 
 def _check_sizes(teacher: Teacher, student: Any, teacher_len: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import dwakd_plugin.models.teacher.cached as cached_teacher_module
@@ -34,6 +35,7 @@ from dwakd_plugin.models.teacher.cached import (
 from dwakd_plugin.models.teacher.kept_states import encode, row_key
 from dwakd_plugin.models.teacher.loaded import Teacher, load_teacher
 from dwakd_plugin.recipe.schema import TeacherConfig
+from tests.conftest import ROWS, write_rows
 
 IDENTITY = {"teacher": "big", "precision": "float32", "hidden_size": 4}
 IDS = torch.tensor([5, 6, 7, 8])
@@ -329,6 +331,40 @@ def run_cache(file: Path, *options: str) -> dict[str, Any]:
     assert result.exit_code == 0, result.stderr
     report: dict[str, Any] = json.loads(result.stdout)
     return report
+
+
+@pytest.mark.slow
+def test_the_command_fills_the_caches_of_several_teachers_one_after_another(
+    recipe: Callable[..., dict[str, Any]], write: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    parts = {"maths": ROWS[:9], "code": ROWS[9:21]}
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in parts.items()
+    }
+    kept, live = (
+        [{"name": name, "datasets": [file]} | own for name, file in files.items()]
+        for own in ({"top_k": 8}, {})
+    )
+    for one in kept:
+        one["cache"] = str(tmp_path / f"{one['name']}-says")
+    given = recipe({"variant": "mapped", "teachers": [*kept, {"name": "both"}]}, val_set_size=4)
+    given["datasets"] = [{"path": file, "type": "alpaca"} for file in files.values()]
+    found = run_cache(write(given))["teachers"]
+    assert {name: each["rows_computed"] for name, each in found.items()} == {"maths": 9, "code": 12}
+    assert found["code"]["folder"] == kept[1]["cache"]
+    by_name = run_cache(write(given), "--teacher", "code")
+    assert (by_name["rows"], by_name["rows_computed"]) == (12, 0)
+    with pytest.raises(UserError, match="has several teachers"):
+        run_cache(write(given), "--dtype", "float16")
+
+    # Where none names a cache, all.
+    given = recipe({"variant": "mapped", "teachers": live}) | {"datasets": given["datasets"]}
+    result = CliRunner().invoke(app, ["cache", str(write(given))], catch_exceptions=False)
+    lines = result.output.partition("dwakd:\n")[2]
+    teachers = yaml.safe_load(f"dwakd:\n{lines}")["dwakd"]["teachers"]
+    assert teachers == [
+        {"name": name, "cache": str(tmp_path / f"out-{name}-cache")} for name in files
+    ]
 
 
 @pytest.mark.slow

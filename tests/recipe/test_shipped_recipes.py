@@ -111,8 +111,12 @@ def test_axolotls_schema_takes_it_whole(name: str) -> None:
     for key in ("base_model", "distillation", "learning_rate", "attn_implementation"):
         assert valid[key] == recipe.get(key)
     if "dwakd" in recipe:
-        given = recipe["dwakd"]["teacher"]
-        assert {key: valid["dwakd"]["teacher"][key] for key in given} == given
+        given, kept = (
+            block.get("teachers") or [block["teacher"]]
+            for block in (recipe["dwakd"], valid["dwakd"])
+        )
+        for own, found in zip(given, kept, strict=True):
+            assert {key: found[key] for key in own} == own
 
 
 @pytest.mark.parametrize("name", DISTILLING)
@@ -223,8 +227,8 @@ ALSO = (
     [
         pytest.param(name, marks=[pytest.mark.slow] if name in ALSO else [])
         for name in DISTILLING
-        # `dwakd quickstart` runs its own as they are; a server: tests/train/test_served_teacher.py.
-        if not name.startswith(("quickstart", "served"))
+        # `dwakd quickstart` runs its own as they are; tests/train/ has a server, and several.
+        if not name.startswith(("quickstart", "served", "several"))
     ],
 )
 def test_two_steps(

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import dwakd_plugin.models.teacher.cached as cached
 from dwakd_plugin.models.teacher.loaded import Teacher
+from dwakd_plugin.train.assembly import _say_if_same
 from tests.conftest import ROWS, write_rows
 from tests.runs import losses, weights
 
@@ -94,6 +96,10 @@ def test_live_and_cached_teachers_of_their_own_rows_resume(
     finally:
         gc.enable()
     assert len(bodies) == 2
+    said = {"live": ("weight 0.3, of", "; 40 kept"), "maths": ("from the cache", "; 20 kept")}
+    for name, words in said.items():
+        (line,) = {each for each in caplog.text.splitlines() if f"  teacher {name} " in each}
+        assert all(each in line for each in words)
     trained = [line for line in log if "loss" in line]
     assert {"live/student_kd", "student_kd", "ce"} <= set(trained[0])
     (record,) = [json.loads((Path(settings["output_dir"]) / "dwakd" / "run.json").read_text())]
@@ -105,3 +111,14 @@ def test_live_and_cached_teachers_of_their_own_rows_resume(
     assert losses(train(again))[-2:] == losses(log)[-2:]
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_teacher_of_the_students_own_tokenizer_is_told_of(
+    lab: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = (AutoTokenizer.from_pretrained(lab / side) for side in ("student", "teacher"))
+    with caplog.at_level("INFO"):
+        _say_if_same("big", other, own)
+        assert not caplog.text
+        _say_if_same("big", own, own)
+    assert "big has the student's own tokenizer. That works; plain distillation" in caplog.text
