@@ -77,7 +77,7 @@ def strategies(lab: Path) -> dict[str, Any]:
     student_tokenizer = AutoTokenizer.from_pretrained(lab / "student")
 
     def capture(strategy: Any, *_: Any, **__: Any) -> Any:
-        raise _Captured(strategy)
+        raise _Captured(strategy.strategy)  # what the name stands for
 
     found = {}
     for name, entry in TYPES.items():
