@@ -79,12 +79,14 @@ def alternate(
 
 
 def _cpu_seconds_of_others() -> float:
-    """All CPU time since boot, that of a hypervisor's other guests included, less our own."""
+    """All CPU time since boot, that of a hypervisor's other guests included, less our own and that
+    of processes of ours that have ended."""
     user, nice, system, _, _, irq, softirq, steal = (
         int(ticks) for ticks in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]
     )
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - time.process_time()
+    own = os.times()
+    return busy - own.user - own.system - own.children_user - own.children_system
 
 
 def _seconds(run: Callable[[], Any], calls: int) -> float:
