@@ -171,6 +171,17 @@ def status_bytes(field: str) -> int:
     raise LookupError(f"/proc/self/status has no {field}")
 
 
+def write_between(document: Path, name: str, text: str) -> None:
+    """Puts a text between the lines of a page that say where `name` begins and ends."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    content = document.read_text(encoding="utf-8")
+    if [content.count(line) for line in (begin, end)] != [1, 1]:
+        raise SystemExit(f"{document} must have one line {begin} and one line {end}")
+    head, _, rest = content.partition(begin)
+    _, _, tail = rest.partition(end)
+    document.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+
+
 def target(name: str, measured: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
     """One promise and whether it was kept."""
     return {

@@ -6,11 +6,10 @@ python -m benchmarks.performance
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from benchmarks import gold, mapped, objective, soft_dtw
-from benchmarks.measure import RESULTS, Report
+from benchmarks.measure import RESULTS, Report, write_between
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold, mapped)}
@@ -50,20 +49,13 @@ def disturbances(value: object) -> list[float]:
 
 
 def main() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
     for name in TABLES:
         file = RESULTS / f"{name}.json"
         if not file.is_file():
             print(f"{file} is not there: its table stays as it is. `python -m benchmarks.{name}`")
             continue
         report = json.loads(file.read_text(encoding="utf-8"))
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = re.compile(f"(?<={begin}\n).*?(?={end})", re.DOTALL)
-        replacement = section(report) + "\n"
-        text, found = pattern.subn(lambda _, new=replacement: new, text)
-        if found != 1:
-            raise SystemExit(f"{DOCUMENT} must have one line {begin} and one line {end}")
-    DOCUMENT.write_text(text, encoding="utf-8")
+        write_between(DOCUMENT, name, section(report))
 
 
 if __name__ == "__main__":

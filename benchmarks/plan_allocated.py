@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import MIB
+from benchmarks.measure import MIB, write_between
 
 NAME = "plan_allocated"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "planning.md"
@@ -247,10 +247,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = table(compared(Path(folder)))
     print(text)
-    content = DOCUMENT.read_text(encoding="utf-8")
-    begin, end = f"<!-- {NAME} -->\n", f"<!-- end of {NAME} -->"
-    head, tail = content.split(begin)[0], content.split(end)[1]
-    DOCUMENT.write_text(f"{head}{begin}{text}\n{end}{tail}", encoding="utf-8")
+    write_between(DOCUMENT, NAME, text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plan, plan_held_out
-from benchmarks.measure import MIB, RESULTS
+from benchmarks.measure import MIB, RESULTS, write_between
 
 NAME = "plan_recorded"
 MACHINE = 23.5  # GiB, of both recordings; the chunks' size depends on it
@@ -106,10 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = table(planned(Path(folder)), recorded())
     print(text)
-    content = DOCUMENT.read_text(encoding="utf-8")
-    begin, end = f"<!-- {NAME} -->\n", f"<!-- end of {NAME} -->"
-    head, tail = content.split(begin)[0], content.split(end)[1]
-    DOCUMENT.write_text(f"{head}{begin}{text}\n{end}{tail}", encoding="utf-8")
+    write_between(DOCUMENT, NAME, text)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def plan(
     read.check_one_teacher("dwakd plan")
     check_recipe(read)
     check_variant(read)
-    changes = [*read.changes]
+    changes = list(read.changes)
     if read.has_engine:
         changes.append(
             "The figures are for a GPU that holds the whole student, as without FSDP and DeepSpeed"

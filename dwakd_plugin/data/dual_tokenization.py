@@ -115,7 +115,7 @@ def _wrap_all_sides(
     )
     start = report.total
     report.sources.append((str(dataset_config.path), start))
-    named = NamedStrategy(strategy, strategy_name(cfg, dataset_config, tokenizer, sides))
+    named = NamedStrategy(strategy, strategy_name(cfg, dataset_config, tokenizer))
     rows = axolotl_wrappers.wrap_dataset_for_tokenized_prompt(named, dataset, **process_kwargs)
     statuses = rows[STATUS_COLUMN]
     if not cfg.dataset_exact_deduplication:  # which compares whole rows, numbers included

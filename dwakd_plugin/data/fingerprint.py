@@ -66,14 +66,12 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def strategy_name(
-    cfg: DictDefault,
-    dataset_config: DictDefault,
-    tokenizer: PreTrainedTokenizerBase,
-    sides: list[TeacherSide],
+    cfg: DictDefault, dataset_config: DictDefault, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """All that a data set's rows of the student (`tokenizer`) and its teachers depend on."""
+    """All that a data set's rows depend on: the student's `tokenizer`, the recipe, and in its
+    `dataset_prepared_path`, as it is while rows are prepared, the `fingerprint` of the rest."""
     content = [
-        *(cfg.to_dict(), dataset_config.to_dict(), fingerprint(cfg, sides)),
+        *(cfg.to_dict(), dataset_config.to_dict()),
         *(_identity(tokenizer), tokenizer.chat_template),
         *(version(package) for package in ("dwakd", "axolotl", "transformers")),
     ]

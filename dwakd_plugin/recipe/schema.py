@@ -240,7 +240,7 @@ class DWAKDConfig(Block):
         if self.own_answers is not None:
             raise about(
                 "own_answers",
-                "own_answers are judged by one teacher so far, and `teachers` names "
+                "they are judged by one teacher so far, and `teachers` names "
                 f"{len(self.teachers)}; remove own_answers, or give one `teacher`",
             )
         return self

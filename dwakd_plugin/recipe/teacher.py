@@ -141,11 +141,10 @@ class TeacherConfig(Block):
                     "a served teacher's tokenizer is loaded here; give its folder or hub id",
                 )
             return {"base_model": values.get("tokenizer"), "top_k": SERVED_TOP_K} | values
-        for key in _OF_A_SERVER if isinstance(values, dict) else ():  # whether base_model is or not
+        # First of all: who forgot the server has no base_model.
+        for key in _OF_A_SERVER if isinstance(values, dict) else ():
             if key in values and values[key] != cls.model_fields[key].default:
-                raise about(
-                    key, "it is for a teacher on a server; give its address as dwakd.teacher.server"
-                )
+                raise about(key, "it is for a teacher on a server; give its address as server")
         folder = values.get("base_model") if isinstance(values, dict) else None
         base = base_of_adapter(folder) if isinstance(folder, str) else None
         if base is None or values.get("adapter"):
@@ -175,8 +174,8 @@ class TeacherConfig(Block):
         for key in filter(self._asks_for, _OF_A_LOADED_TEACHER):
             raise about(
                 key,
-                "it is for a teacher that is loaded here, and dwakd.teacher.server names one that "
-                "isn't; remove one of the two",
+                "it is for a teacher that is loaded here, and server names one that isn't; remove "
+                "one of the two",
             )
         return self
 
@@ -206,11 +205,9 @@ class TeacherConfig(Block):
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:
         if self.load_in_8bit and self.load_in_4bit:
-            raise about(
-                "load_in_4bit", "it is set, and so is dwakd.teacher.load_in_8bit; choose one"
-            )
+            raise about("load_in_4bit", "it is set, and so is load_in_8bit; choose one")
         if self.int8_threshold is not None and not self.load_in_8bit:
-            raise about("int8_threshold", "it is for dwakd.teacher.load_in_8bit, which isn't set")
+            raise about("int8_threshold", "it is for load_in_8bit, which isn't set")
         return self
 
     @model_validator(mode="after")
@@ -218,8 +215,7 @@ class TeacherConfig(Block):
         if self.top_k is not None and self.cache_dtype != "auto":
             raise about(
                 "cache_dtype",
-                "it is of hidden states, and dwakd.teacher.top_k keeps the likeliest tokens; "
-                "remove one of the two",
+                "it is of hidden states, and top_k keeps the likeliest tokens; remove one",
             )
         return self
 

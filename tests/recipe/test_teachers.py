@@ -74,7 +74,7 @@ def test_one_in_the_list_is_the_teacher_and_a_dump_is_read_again() -> None:
         ),
         (
             {"teachers": [MATHS, CODE], "own_answers": {}},
-            "own_answers are judged by one teacher so far, and `teachers` names 2",
+            "dwakd.own_answers: they are judged by one teacher so far, and `teachers` names 2",
         ),
     ],
 )
