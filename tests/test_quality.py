@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.quality import by_token, methods, report
-from benchmarks.quality.gold import gold_loss
+from benchmarks.quality.gold import gold_loss, use_gold
 from benchmarks.quality.materials import (
     TEST_SETS,
     Materials,
@@ -22,9 +24,13 @@ from benchmarks.quality.materials import (
 )
 from benchmarks.quality.runs import Run, recipe
 from benchmarks.small_student import create_student
+from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.evaluate.held_out import held_out_bits_per_byte
-from dwakd_plugin.recipe.schema import parse_recipe
+from dwakd_plugin.recipe.schema import DWAKDConfig, parse_recipe
 from dwakd_plugin.tokenizers.training import train_tokenizer
+from dwakd_plugin.train import trainer
+from dwakd_plugin.train.distillation import PROJECTORS, Distillation, Facts
+from dwakd_plugin.train.parts import parts_of
 
 TEXTS = ["the cat sat on the mat", "the dog sat on a log", "<|endoftext|>", "12 cats, 12 mats"]
 
@@ -167,7 +173,9 @@ def test_more_rows_are_for_fine_tuning_alone(tmp_path: Path) -> None:
         base.first_rows(41)
 
 
-def test_golds_loss_reads_what_its_own_trainer_would_give_it(tmp_path: Path) -> None:
+def test_golds_loss_reads_what_its_own_trainer_would_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole sequences with their prompts, beside what is made of the response's states alone."""
     from transformers import AutoModelForCausalLM
     from trl.experimental.gold.gold_config import GOLDConfig
@@ -219,6 +227,22 @@ def test_golds_loss_reads_what_its_own_trainer_would_give_it(tmp_path: Path) -> 
         loss = ULDLoss(config, *tokenizers, device=torch.device("cpu"))
         expected = loss(*(side for both in zip(*whole, strict=True) for side in both))
         torch.testing.assert_close(gold_loss(loss, *sides), expected)
+
+    # As a training has it: in the place of the only term that its recipe has.
+    settings = {"uld_use_hybrid_loss": True, "uld_crossentropy_weight": 1.0}
+    monkeypatch.setattr(trainer, "dwakd_loss", trainer.dwakd_loss)  # and back, behind the test
+    use_gold(settings | {"uld_token_merge_strategy": strategy}, *tokenizers)
+    config = DWAKDConfig.model_validate({"teacher": "big"} | methods.GOLD)
+    run = SimpleNamespace(
+        distillation=Distillation(config, RowReport(), Facts(1, 1, 0, "one")),
+        state=SimpleNamespace(global_step=0, max_steps=1),
+        model=SimpleNamespace(**{PROJECTORS: None}),
+    )
+    (part,) = parts_of(
+        config, [sides], None, config.loss, partial(trainer.DWAKDTrainer._terms, run)
+    )
+    count = sides[0].lengths.sum()
+    torch.testing.assert_close(part.terms.total(config.loss), expected * count)
 
 
 def test_difference_is_students_interval_over_paired_seeds() -> None:

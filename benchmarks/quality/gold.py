@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwakd_plugin.loss import ResponseStates
 from dwakd_plugin.loss.objective import LossTerms
-from dwakd_plugin.train.trainer import DWAKDTrainer
+from dwakd_plugin.train import trainer
 
 
 def use_gold(settings: Mapping[str, Any], student_tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -36,16 +36,18 @@ def use_gold(settings: Mapping[str, Any], student_tokenizer: Any, teacher_tokeni
         **settings,
     )
     loss = ULDLoss(config, student_tokenizer, teacher_tokenizer, device=torch.device("cpu"))
-    ours = DWAKDTrainer._terms
+    ours = trainer.dwakd_loss
 
-    def terms(self: Any, student: ResponseStates, teacher: ResponseStates | None) -> LossTerms:
+    def terms(
+        student: ResponseStates, teacher: ResponseStates | None, *further: Any, **settings: Any
+    ) -> LossTerms:
         assert teacher is not None
-        logged = vars(ours(self, student, teacher))
+        logged = vars(ours(student, teacher, *further, **settings))
         found = gold_loss(loss, student, teacher)
         # The trainer divides by the batch's labels; GOLD's is a mean already.
         return LossTerms(None, **(logged | {"uld": found * logged["student_tokens"]}))
 
-    DWAKDTrainer._terms = terms  # type: ignore[method-assign]
+    trainer.dwakd_loss = terms
 
 
 def gold_loss(loss: Any, student: ResponseStates, teacher: ResponseStates) -> Tensor:
