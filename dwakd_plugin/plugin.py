@@ -136,10 +136,11 @@ class DWAKDPlugin(BasePlugin):
         return datasets
 
     def pre_model_load(self, cfg: DictDefault) -> None:
-        # axolotl seeds later, with its trainer: a new LoRA would differ from run to run.
+        # axolotl seeds later, with its trainer: a new LoRA would differ from run to run. Without a
+        # teacher too: the LoRA of `dwakd adapt`, and the student alone that one is compared to.
+        set_seed(cfg.seed)
         if self._recipe(cfg) is not None:
             progress.tell(doing="Loading the student")
-            set_seed(cfg.seed or 42)
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         if self._recipe(cfg) is None:

@@ -112,7 +112,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     if teacher is None or not trained_projectors(config.loss):
         loaded = tuple(each.teacher for each in others if each.teacher is not None)
         return Distillation(config, rows, facts, teacher, own_answers=own, further=loaded)
-    seed = int(cfg.seed or 42)
+    seed = int(cfg.seed)
     with whole(tables(student)):
         readable, name = has_weights(trainer), str(cfg.base_model)
         projectors, pair, how, follower = start_projectors(

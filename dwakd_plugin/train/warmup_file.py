@@ -132,7 +132,7 @@ def _train_opened(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """The report, the projectors' tensors, and the pair that they belong to."""
     trainer, distillation = opened.trainer, opened.distillation
-    seed = int(opened.cfg.seed or 42)
+    seed = int(opened.cfg.seed)
     rows, held_out = split_rows(trainer.train_dataset, trainer.eval_dataset, seed)
     width = embedding_table(trainer.model).weight.shape[1]
     cache = TeacherCache(work / "student", {"side": "student", "hidden_size": width})

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from axolotl.utils.dict import DictDefault
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dwakd_cli.main import app
+from dwakd_plugin import DWAKDPlugin
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.loaded import load_teacher
 from dwakd_plugin.recipe import Recipe as ReadRecipe
@@ -133,6 +135,17 @@ def test_train_says_that_the_teacher_would_learn_first(
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_new_lora_starts_from_the_recipes_seed(seed: int) -> None:
+    """axolotl seeds later: two adapters of one recipe had nothing in common."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        DWAKDPlugin().pre_model_load(DictDefault(seed=seed))
+        found = torch.rand(4)
+        torch.manual_seed(seed)
+        assert torch.equal(found, torch.rand(4))
+
+
 @pytest.mark.slow
 def test_a_teacher_learns_once_and_is_found_by_train(
     recipe: Recipe, write: Callable[..., Path], tmp_path: Path
@@ -148,5 +161,8 @@ def test_a_teacher_learns_once_and_is_found_by_train(
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
     again = json.loads(adapt(*options).stdout)
     assert again == report | {"skipped": True}
+    assert adapt(*options, "--output", str(tmp_path / "second")).exit_code == 0
+    second = load_file(tmp_path / "second" / WEIGHTS_FILE)
+    assert all(torch.equal(weight, second[name]) for name, weight in weights.items())
     with pytest.raises(UserError, match="another teacher or other settings"):
         adapt(str(file), "--epochs", "1")
