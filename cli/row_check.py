@@ -52,6 +52,11 @@ def rows_of(recipe: Recipe, student: Any, teacher: Any) -> dict[str, Any]:
             "counts": dict(report.counts),
             "answers": dict(report.answers),
             "ends_on_one_side": dict(report.unpaired_ends),
+            "unread": {
+                what: {"rows": count, "row": report.locate(place), "text": text}
+                for what, count in report.unread.items()
+                for place, text in [report.unread_examples[what]]
+            },
             "examples": examples,
         }
 
@@ -67,7 +72,11 @@ def show_rows(found: dict[str, Any], console: PlainConsole) -> None:
         table.add_row(f"both sides' answers are {kind}", f"{count:,}")
     for side, count in found["ends_on_one_side"].items():
         table.add_row(f"the answer's end is a label on the {side}'s side only", f"{count:,}")
+    for what, unread in found["unread"].items():
+        table.add_row(f"neither side reads {what}", f"{unread['rows']:,}")
     console.print(table)
+    for what, unread in found["unread"].items():
+        console.print(Text(f"Neither side reads {what}: {unread['row']}: {unread['text']!r}"))
     for kind, example in found["examples"].items():
         sides = Table(title=Text(f"Answers {kind}: {example['row']}"), show_lines=True)
         for side in ("student", "teacher"):

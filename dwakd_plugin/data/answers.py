@@ -37,6 +37,7 @@ _OWN_REASONING = re.compile(
 _OPENED = re.compile(r"\A\s*(?:<(?:think|thinking|reasoning)>|<\|begin_of_thought\|>)")
 _ANSWERING = ("assistant", "gpt", "model")
 _LONGEST = 160  # characters of an answer in an example
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,28 @@ def misplaced(messages: Sequence[tuple[str, ...]], found: Sequence[int]) -> str:
             rest = [each for each in found if each != due]
             return f"moves {shortened(messages[due if rest == sorted(rest) else number][0])!r}"
     return ""
+
+
+def unread_reasoning(
+    messages: Sequence[Any], thinking: str | None, rendered: Sequence[str]
+) -> dict[str, str]:
+    """The reasoning in a row's messages that no rendering of the row has: by its field, the first.
+
+    `thinking` is what the data set calls it, beside the usual names.
+    """
+    texts = [spelling(text) for text in rendered]
+    turns = [each for each in messages if isinstance(each, dict)]
+    contents = [spelling(str(turn.get("content", turn.get("value")))) for turn in turns]
+    found: dict[str, str] = {}
+    for turn in turns:
+        for name in {*_REASONING_FIELDS, thinking}:
+            text = turn.get(name)
+            if not isinstance(text, str) or not (wanted := substance(text)):
+                continue
+            beside = sum(content.count(wanted) for content in contents)  # asked or answered, too
+            if all(each.count(wanted) <= beside for each in texts):
+                found.setdefault(str(name), shortened(text))
+    return found
 
 
 def quoting_answers(messages: Any) -> list[str]:

@@ -29,6 +29,7 @@ from dwakd_plugin.data.answers import (
     said,
     shortened,
     tool_names,
+    unread_reasoning,
 )
 from dwakd_plugin.data.row_report import (
     CUT,
@@ -68,6 +69,7 @@ class DualStrategy:
         different_answers: str,
         messages: str,
         tools: str,
+        thinking: str | None,
         teacher_name: str,
     ) -> None:
         self.student = student
@@ -80,6 +82,7 @@ class DualStrategy:
         self.different_answers = different_answers
         self.messages = messages
         self.tools = tools
+        self.thinking = thinking
         self.teacher_name = teacher_name
         self.filter_rows = getattr(student, "filter_rows", None)
 
@@ -110,7 +113,7 @@ class DualStrategy:
             tokens = strategy.tokenize_prompt(row)
             ids, labels = tokens["input_ids"], tokens["labels"]
         except Exception as error:  # strategies and templates raise whatever they like
-            lacking = _lacking(row, self.messages)
+            lacking = self._lacking(row, side, error)
             why = lacking or f"{type(error).__name__}: {first_line(error)}"
             words = f"A row of {self.name} doesn't fit its type: {why}"
             if lacking is None and side == "teacher":
@@ -127,6 +130,43 @@ class DualStrategy:
                 f"`type: chat_template` or `type: input_output`.\nThe row: {_preview(row)}"
             )
         return tokens
+
+    def _lacking(self, row: dict[str, Any], side: str, error: Exception) -> str | None:
+        """What a conversation lacks that templates ask for; None where it is something else."""
+        name, keys = self.messages, getattr(self.student, "prompter", None)
+        keys = getattr(keys, "message_property_mappings", {})
+        role, content = keys.get("role", "role"), keys.get("content", "content")
+        if name not in row:
+            if not hasattr(self.student, "get_conversation_thread"):
+                return None
+            return f"it has no `{name}`, but {', '.join(row)}; name its conversation field_messages"
+        turns = row[name]
+        if not turns:
+            return f"`{name}` is empty, and there is nothing to learn from"
+        if not isinstance(turns, list):
+            return f"`{name}` is {type(turns).__name__}, and must be a list of messages"
+        for number, turn in enumerate(turns, start=1):
+            where = f"message {number} of `{name}`"
+            if not isinstance(turn, dict):
+                return f"{where} isn't a mapping with a role and a content"
+            if not {role, content} & turn.keys():
+                return (
+                    f"{where} has neither `{role}` nor `{content}`, but {', '.join(turn)}; say "
+                    "which is which, as in message_property_mappings: {role: from, content: value}"
+                )
+            if turn.get(role) is None:
+                return f"{where} has no {role}"
+            where, said = f"{where} ({turn[role]})", turn.get(content)
+            if said is None and not turn.get("tool_calls"):
+                return f"{where} has no {content}"
+            if said is None and "content" in str(error):
+                return (
+                    f"{where} has calls of tools and no {content}, which the {side}'s template "
+                    'asks for; write "" there, or take a template that knows tools'
+                )
+            if said is not None and not isinstance(said, (str, list)):
+                return f"{where} has the {type(said).__name__} {said} as {content}; write a text"
+        return None
 
     def _status(self, student: dict[str, Any], teacher: dict[str, Any], row: Any) -> str:
         if not _has_response(student["labels"]):
@@ -186,8 +226,13 @@ class DualStrategy:
             answers["end"] = "student" if own.has_end else "teacher"
         if own.turns != others.turns:
             answers["example"] = example(own, others)
-        if kind not in DIFFERENT and (shown := self._other_messages(student, teacher, row)):
-            kind, answers["kind"], answers["example"] = MESSAGES, MESSAGES, shown
+        messages, *orders = self._messages(student, teacher, row)
+        if kind not in DIFFERENT and orders[0] != orders[1]:
+            kind = answers["kind"] = MESSAGES
+            answers["example"] = [misplaced(messages, each) for each in orders]
+        answers["unread"] = self._unread(student, teacher, row)
+        if orders[0] == orders[1] and len(orders[0]) < len(messages):
+            answers["unread"]["a message"] = misplaced(messages, orders[0])
         for found, shown in self._other_differences(student, teacher, (own, others), row):
             kind = answers["kind"] = found
             answers["example"] = shown
@@ -203,19 +248,45 @@ class DualStrategy:
         dropped = self.different_answers == "drop"
         return DROPPED_DIFFERENT if dropped else LABELS_DIFFERENT, answers
 
-    def _other_messages(
+    def _messages(
         self, student: dict[str, Any], teacher: dict[str, Any], row: Any
-    ) -> tuple[str, str] | None:
-        """What the two sides read before they answer, where that isn't the same: an example."""
+    ) -> tuple[list[tuple[str, ...]], list[int], list[int]]:
+        """What a row's messages say, and in which order the two sides read them."""
         if not hasattr(self.student, "get_conversation_thread"):  # both have the same prompt
-            return None
+            return [], [], []
         turns = self.student.get_conversation_thread(remove_none_values(copy.deepcopy(row)))
         messages = said(turns)
         sides = zip(self.readers, (student, teacher), strict=True)
         own, theirs = (order(messages, reader.text(side["input_ids"])) for reader, side in sides)
-        if own == theirs:
-            return None
-        return misplaced(messages, own), misplaced(messages, theirs)
+        return messages, own, theirs
+
+    def _unread(self, student: dict[str, Any], teacher: dict[str, Any], row: Any) -> dict[str, str]:
+        """What of a row's messages neither side reads, by what it is: an example."""
+        turns = row.get(self.messages)
+        if not isinstance(turns, list):
+            return {}
+        texts = [
+            reader.text(side["input_ids"])
+            for reader, side in zip(self.readers, (student, teacher), strict=True)
+        ]
+        found = {
+            f"reasoning (`{name}`)": text
+            for name, text in unread_reasoning(turns, self.thinking, texts).items()
+        }
+        calls = [each.get("tool_calls") for each in turns if isinstance(each, dict)]
+        if names := set[str]().union(*map(tool_names, calls)):
+            without = [{k: v for k, v in turn.items() if k != "tool_calls"} for turn in turns]
+            if not any(name in text for name in names for text in texts) or self._is_unchanged(
+                self.student, student["input_ids"], {**row, self.messages: without}
+            ):
+                found["calls of tools (`tool_calls`)"] = ", ".join(sorted(names))
+        return found
+
+    def _is_unchanged(self, strategy: Any, ids: list[int], row: dict[str, Any]) -> bool:
+        """Whether a side's tokens are those of a row that lacks something."""
+        with suppress(Exception):  # templates raise whatever they like: this one needs it
+            return bool(strategy.tokenize_prompt(copy.deepcopy(row))["input_ids"] == ids)
+        return False
 
     def _left_out(self, names: set[str], strategy: Any, ids: list[int], text: str, row: Any) -> Any:
         """Which of a row's tools a side (its strategy, ids and text) was not told of, sorted.
@@ -225,9 +296,8 @@ class DualStrategy:
         left_out = sorted(name for name in names if name not in text)
         if not left_out:
             without = {key: value for key, value in row.items() if key != self.tools}
-            with suppress(Exception):  # templates raise whatever they like: this one needs them
-                if strategy.tokenize_prompt(copy.deepcopy(without))["input_ids"] == ids:
-                    return sorted(names)
+            if self._is_unchanged(strategy, ids, without):
+                return sorted(names)
         return left_out
 
     def _other_differences(
@@ -252,27 +322,6 @@ class DualStrategy:
             if any(left_out):
                 words = [f"leaves out {', '.join(some)}" if some else "" for some in left_out]
                 yield TOOLS, (words[0], words[1])
-
-
-def _lacking(row: dict[str, Any], messages: str) -> str | None:
-    """What a conversation lacks that any template asks for; None where it is something else."""
-    if messages not in row:
-        return None
-    turns = row[messages]
-    if not turns:
-        return f"`{messages}` is empty, and there is nothing to learn from"
-    if not isinstance(turns, list):
-        return f"`{messages}` is {type(turns).__name__}, and must be a list of messages"
-    keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
-    names = [name for name in ("role", "from") if name in keys]
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            return f"message {number} of `{messages}` isn't a mapping with a role and a content"
-        if names and all(turn.get(name) is None for name in names):
-            return f"message {number} of `{messages}` has no {names[0]}"
-        if all(turn.get(key) is None for key in ("content", "value", "tool_calls")):
-            return f"message {number} of `{messages}` ({turn.get('role')}) has no content"
-    return None
 
 
 def _cut(side: dict[str, Any], length: int) -> None:

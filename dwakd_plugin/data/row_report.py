@@ -46,6 +46,9 @@ class RowReport:
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # student's, teacher's
     example_rows: dict[str, int] = field(default_factory=dict)  # their `source_row`
     unpaired_ends: dict[str, int] = field(default_factory=dict)  # by the side that has an end
+    # What neither side reads of rows that have it: by what it is, and the first, with its row.
+    unread: dict[str, int] = field(default_factory=dict)
+    unread_examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     # Of several teachers by name: then what is above, but for counts and sources, is each one's.
     each: dict[str, RowReport] = field(default_factory=dict)
 
@@ -81,6 +84,9 @@ class RowReport:
                 student, teacher = found["example"]
                 self.examples.setdefault(kind, (student, teacher))
                 self.example_rows.setdefault(kind, place)
+        for what, text in found.get("unread", {}).items():
+            self.unread[what] = self.unread.get(what, 0) + 1
+            self.unread_examples.setdefault(what, (place, text))
         if "end" in found:
             self.unpaired_ends[found["end"]] = self.unpaired_ends.get(found["end"], 0) + 1
 
@@ -100,6 +106,18 @@ class RowReport:
                 own.check(needs_teacher)
             except UserError as error:
                 raise UserError(f"Of teacher `{name}`: {error}") from error
+        for what, count in self.unread.items():
+            place, text = self.unread_examples[what]
+            LOG.warning(
+                "%s of %s rows have %s that neither side's chat template writes, so it isn't "
+                "learnt. Take templates that write it (chat_template, dwakd.teacher.chat_template)."
+                " The first is %s: %r",
+                count,
+                self.total,
+                what,
+                self.locate(place),
+                text,
+            )
         taught = sum(self.counts.get(status, 0) for status in TAUGHT)
         if not needs_teacher:
             return
@@ -156,10 +174,12 @@ class RowReport:
                 ) from error
 
     def _read(self, saved: dict[str, Any]) -> None:
-        for name in ("counts", "answers", "unpaired_ends", "example_rows"):
-            found = saved.get(name, {}) if name == "example_rows" else saved[name]
+        for name in ("counts", "answers", "unpaired_ends", "example_rows", "unread"):
+            found = saved.get(name, {}) if name in ("example_rows", "unread") else saved[name]
             getattr(self, name).update({str(k): int(n) for k, n in found.items()})
         self.sources.extend((str(path), int(start)) for path, start in saved["sources"])
         self.examples.update({k: (str(a), str(b)) for k, (a, b) in saved["examples"].items()})
+        for what, (place, text) in saved.get("unread_examples", {}).items():
+            self.unread_examples[what] = int(place), str(text)
         for name, own in saved.get("each", {}).items():
             self.each.setdefault(name, RowReport())._read(own)

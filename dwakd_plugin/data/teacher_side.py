@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from axolotl.utils.chat_templates import get_chat_template
@@ -12,6 +11,7 @@ from axolotl.utils.dict import DictDefault
 from transformers import PreTrainedTokenizerBase
 
 from dwakd_plugin.errors import UserError, first_line
+from dwakd_plugin.io.files import user_path
 from dwakd_plugin.recipe.schema import DWAKDConfig, NamedTeacher, TeacherConfig
 from dwakd_plugin.tokenizers.loading import load_tokenizer
 
@@ -75,10 +75,10 @@ def teacher_template(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase)
     if "{{" in asked or "{%" in asked:
         return asked
     try:
-        if Path(asked).is_file():
-            return Path(asked).read_text(encoding="utf-8")
+        if user_path(asked).is_file():
+            return user_path(asked).read_text(encoding="utf-8-sig")  # some editors' first mark
         return get_chat_template(asked)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"dwakd.teacher.chat_template: {asked} cannot be read: {error}") from error
     except ValueError as error:
         others = f" The teacher's tokenizer has: {', '.join(named)}." if named else ""

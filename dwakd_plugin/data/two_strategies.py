@@ -79,6 +79,7 @@ def dual_strategy(
         different_answers=config.different_answers,
         messages=dataset_config.field_messages or "messages",
         tools=dataset_config.field_tools or "tools",
+        thinking=dataset_config.field_thinking,
         teacher_name=config.teacher.tokenizer or config.teacher.base_model,
     )
     return strategy, prompter, process_kwargs
@@ -98,14 +99,34 @@ def _check_template(
     dataset_config: DictDefault, tokenizer: PreTrainedTokenizerBase, cfg: DictDefault
 ) -> None:
     """Raises UserError where a data set has chats, and the student nothing to render them with."""
-    if tokenizer.chat_template or not _has_chats(dataset_config):
+    if not _has_chats(dataset_config):
         return
     if (dataset_config.chat_template or cfg.chat_template) in (None, "tokenizer_default"):
+        if tokenizer.chat_template:
+            return
         raise UserError(
             f"The student's tokenizer ({tokenizer.name_or_path}) has no chat template, "
             f"and {dataset_config.path} (type: {dataset_config.type}) needs one. Name one that "
             "axolotl has, as `chat_template: chatml`, or give `chat_template: jinja` and "
             "`chat_template_jinja`."
+        )
+    try:
+        template = get_chat_template_from_config(cfg, dataset_config, tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The student's chat template cannot be read: {error}. Name one that axolotl has, as "
+            "`chat_template: chatml`, or give `chat_template: jinja` and, as "
+            "`chat_template_jinja`, Jinja or a UTF-8 file of it."
+        ) from error
+    if isinstance(template, str) and "{{" not in template:
+        raise UserError(
+            f"The student's chat template `{template}` is neither Jinja nor a file that is there: "
+            "it would write the same for every row. Give `chat_template_jinja` as one of the two."
+        )
+    if isinstance(template, str) and template.startswith("\ufeff"):
+        raise UserError(
+            "The file of the student's chat template begins with a byte-order mark, which would be "
+            "a token at the beginning of every row. Save it as UTF-8 without one."
         )
 
 
@@ -123,11 +144,9 @@ def templates(
     """The data set's settings for each side: the same, but for the chat templates."""
     student, teacher = copy.deepcopy(dataset_config), copy.deepcopy(dataset_config)
     if _has_chats(dataset_config):
-        asked = dataset_config.chat_template or cfg.chat_template
-        if isinstance(student_tokenizer.chat_template, dict) and asked in (
-            None,
-            "tokenizer_default",
-        ):
+        asked = dataset_config.chat_template or cfg.chat_template or "tokenizer_default"
+        own = isinstance(student_tokenizer.chat_template, dict)
+        if own and asked.startswith("tokenizer_default"):
             student.chat_template = "jinja"
             student.chat_template_jinja = default_template(
                 student_tokenizer.chat_template, "The student's tokenizer", "chat_template_jinja"

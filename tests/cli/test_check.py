@@ -213,6 +213,7 @@ def test_the_rows_of_a_recipe_side_by_side(
     messages = [
         {"messages": [{"role": role, "content": content} for role, content in row]} for row in rows
     ]
+    messages[1]["messages"][1]["reasoning_content"] = "two and two"
     keys = recipe(
         {"teacher": {"chat_template": template}},
         datasets=[
@@ -237,6 +238,9 @@ def test_the_rows_of_a_recipe_side_by_side(
         "kept for its labels only: the teacher's side has another answer": 2,
     }
     assert found["answers"]["different in their reasoning"] == 2
+    unread = found["unread"]["reasoning (`reasoning_content`)"]
+    assert unread["rows"] == 1 and unread["text"] == "two and two"
+    assert unread["row"].startswith("row 1 of")
     example = found["examples"]["different in their reasoning"]
     assert example["row"].startswith("row 2 of")
     assert "two and two are four" in example["student_rendering"]
@@ -245,6 +249,7 @@ def test_the_rows_of_a_recipe_side_by_side(
 
     shown = check("--data", file)
     assert shown.exit_code == 0 and "Answers different in their reasoning: row 2 of" in shown.output
+    assert "Neither side reads reasoning (`reasoning_content`): row 1 of" in shown.output
     assert check().exit_code == 1
 
 

@@ -277,6 +277,40 @@ def test_a_message_that_the_teacher_never_reads_is_said(
     assert report.examples[MESSAGES] == ("", "leaves out 'Answer in French.'")
 
 
+def test_what_neither_side_reads_is_said(
+    chats: Callable[..., dict[str, Any]], prepare: Prepare, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reasoning, calls of tools and a system message that both templates leave out alike."""
+    call = {"type": "function", "function": {"name": "add_up", "arguments": "{}"}}
+    asked = chat("Use add_up: 1, 2?", "", "And?", "Three.")
+    asked["messages"][1]["tool_calls"] = [call]
+    asked["messages"][3]["reasoning_content"] = "one and two"
+    asked["messages"].insert(0, {"role": "system", "content": "Answer in French."})
+    rows = [chat("Two?", "Two."), asked]
+    reads = TOOLS_TEMPLATE.replace(
+        "{{ message.content }}", "{{ message.reasoning_content }}{{ message.content }}"
+    )
+    leaves_out = CHAT_TEMPLATE.replace("messages %", "messages if message.role != 'system' %")
+    for template, unread in (
+        (reads, {}),
+        (
+            leaves_out,
+            {
+                "a message": (1, "leaves out 'Answer in French.'"),
+                "calls of tools (`tool_calls`)": (1, "add_up"),
+                "reasoning (`reasoning_content`)": (1, "one and two"),
+            },
+        ),
+    ):
+        settings = chats(rows, {"teacher": {"chat_template": template}})
+        settings["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": template}
+        _, report = prepare(settings)
+        assert report.counts == {KEPT: 2}
+        assert report.unread_examples == unread
+        assert report.unread == dict.fromkeys(unread, 1)
+    assert "1 of 2 rows have reasoning (`reasoning_content`) that neither side's" in caplog.text
+
+
 def test_an_answer_that_quotes_the_end_of_a_reasoning_is_not_torn_unnoticed(
     chats: Callable[..., dict[str, Any]], prepare: Prepare
 ) -> None:
@@ -312,11 +346,11 @@ def test_a_run_without_a_teachers_side_stops(
 # Templates ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["name", "file", "jinja", "named"])
+@pytest.mark.parametrize("kind", ["name", "file", "mark", "jinja", "named"])
 def test_a_teachers_template_goes_by_name_file_or_text(
     kind: str, chats: Callable[..., dict[str, Any]], prepare: Prepare, tmp_path: Path, lab: Path
 ) -> None:
-    (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
+    (tmp_path / "own.jinja").write_text(("\ufeff" if kind == "mark" else "") + CHAT_TEMPLATE)
     teacher = tmp_path / "teacher"
     shutil.copytree(lab / "teacher", teacher)
     if kind == "named":
@@ -327,6 +361,7 @@ def test_a_teachers_template_goes_by_name_file_or_text(
     asked = {
         "name": "chatml",
         "file": str(tmp_path / "own.jinja"),
+        "mark": str(tmp_path / "own.jinja"),  # with a byte-order mark, as some editors write it
         "jinja": CHAT_TEMPLATE,
         "named": None,
     }
@@ -352,6 +387,30 @@ def test_a_template_that_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         prepare(chats([chat("And?", "Nothing.")], {"teacher": {"chat_template": template}}))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"chat_template_jinja": "none.jinja"}, "`none.jinja` is neither Jinja nor a file"),
+        ({"chat_template_jinja": "own.jinja"}, "begins with a byte-order mark"),
+        ({"chat_template": "chatlm"}, "cannot be read: Template 'chatlm' not found"),
+    ],
+)
+def test_a_students_template_that_cannot_be_meant_is_refused(
+    template: dict[str, str],
+    words: str,
+    chats: Callable[..., dict[str, Any]],
+    prepare: Prepare,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.jinja").write_text("\ufeff" + CHAT_TEMPLATE)
+    settings = chats([chat("And?", "Nothing.")], {})
+    settings["datasets"][0] |= {"chat_template": "jinja"} | template
+    with pytest.raises(UserError, match=words):
+        prepare(settings)
 
 
 def test_the_teachers_turns_end_as_its_template_has_it(
@@ -442,13 +501,28 @@ def test_all_that_rows_are_made_of_is_in_their_name(lab: Path, tmp_path: Path) -
             },
             r"message 2 of `messages` \(assistant\) has no content",
         ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+                ]
+            },
+            r"2 of `messages` \(assistant\) has calls of tools and no content, which the student's",
+        ),
+        ({"messages": [{"role": "assistant", "content": 4}]}, "has the int 4 as content"),
+        (
+            {"messages": [{"from": "human", "value": "?"}]},
+            "neither `role` nor `content`, but from, value; [^✗]*message_property_mappings",
+        ),
+        ({"conversations": [{"role": "user", "content": "?"}]}, "name its conversation field_mess"),
     ],
 )
 def test_a_conversation_that_lacks_something_says_what(
     row: dict[str, Any], words: str, chats: Callable[..., dict[str, Any]], prepare: Prepare
 ) -> None:
     with pytest.raises(UserError, match=words):
-        prepare(chats([chat("And?", "Nothing."), row], {}))
+        prepare(chats([row], {}))
 
 
 def test_a_system_message_that_the_teacher_refuses_names_the_teacher(

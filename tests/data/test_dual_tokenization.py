@@ -189,6 +189,7 @@ def test_a_strategy_that_edits_its_row_leaves_the_other_what_the_user_wrote() ->
         different_answers="drop",
         messages="messages",
         tools="tools",
+        thinking=None,
         teacher_name="teacher",
     )
     row = {"messages": ["Hi"]}
