@@ -138,6 +138,8 @@ class DWAKDPlugin(BasePlugin):
     def pre_model_load(self, cfg: DictDefault) -> None:
         # axolotl seeds later, with its trainer: a new LoRA would differ from run to run. Without a
         # teacher too: the LoRA of `dwakd adapt`, and the student alone that one is compared to.
+        if cfg.seed is None:  # axolotl's default, which its schema gives a written `null` alone
+            cfg.seed = 42
         set_seed(cfg.seed)
         if self._recipe(cfg) is not None:
             progress.tell(doing="Loading the student")
