@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from dwakd_plugin.errors import UserError
 
 
 def teacher_columns(number: int) -> tuple[str, str]:
@@ -93,3 +98,20 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
         rooms[index] -= lengths[place]
         sequences[index].append(place)
     return sequences
+
+
+def check_ids(rows: Iterable[Sequence[int] | Tensor], size: int, teacher: str, tokens: Any) -> None:
+    """Raises UserError where a row has a token beyond the teacher's embeddings, of `size` rows.
+
+    tokens: the teacher's tokenizer, which has tokens that were never added to its model.
+    """
+    largest = max((int(max(ids)) for ids in rows if len(ids)), default=0)
+    if largest >= size:
+        token = largest if tokens is None else repr(tokens.convert_ids_to_tokens(largest))
+        raise UserError(
+            f"The teacher {teacher} has embeddings of {size:,} tokens, and its side of the data "
+            f"has the token {largest} ({token}), which was added to its tokenizer and not to the "
+            "model. Give the tokenizer that it was trained with "
+            "(dwakd.teacher.tokenizer), or a chat template without that token "
+            "(dwakd.teacher.chat_template)."
+        )

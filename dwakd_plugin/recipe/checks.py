@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.adapters import CHANGES_BASE, adapter_settings, changes_base
+from dwakd_plugin.recipe.adapters import (
+    CHANGES_BASE,
+    adapter_settings,
+    base_of_adapter,
+    changes_base,
+)
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.messages import as_found, name_problem, nearest
 from dwakd_plugin.recipe.recipe import Recipe
@@ -139,7 +144,10 @@ def _adapter_problems(recipe: Recipe) -> Iterator[str]:
         )
     folders = {"lora_model_dir": recipe.keys.get("lora_model_dir")}
     for place, teacher in recipe.written_teachers.items():
-        folders[f"{place}.adapter"] = _section({"teacher": teacher}, "teacher").get("adapter")
+        own = _section({"teacher": teacher}, "teacher")
+        folders[f"{place}.adapter"] = own.get("adapter")
+        if not own.get("adapter") and base_of_adapter(own.get("base_model")) is not None:
+            folders[f"{place}.base_model"] = own["base_model"]
     for key, folder in folders.items():
         init = adapter_settings(folder).get("init_lora_weights")
         if changes_base(init):

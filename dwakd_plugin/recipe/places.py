@@ -48,6 +48,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
                     f"`lora_model_dir: {model}`; to train all of it, `dwakd export` it first"
                 )
             yield place, model, remedy
+            if "teacher" in place and (base := base_of_adapter(model)) is not None:
+                below = model_remedy(base, is_adapter=False)
+                yield place, f"{model} (a LoRA on {base})", below and f"its base model: {below}"
     files = {
         "dwakd.projectors.path": recipe.written("projectors", "path"),
         "resume_from_checkpoint": recipe.keys.get("resume_from_checkpoint"),

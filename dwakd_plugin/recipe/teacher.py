@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.recipe.adapters import base_of_adapter
+from dwakd_plugin.recipe.adapters import adapter_settings, base_of_adapter
 from dwakd_plugin.recipe.blocks import Block, Name
 from dwakd_plugin.recipe.messages import about
 
@@ -149,9 +149,23 @@ class TeacherConfig(Block):
         base = base_of_adapter(folder) if isinstance(folder, str) else None
         if base is None or values.get("adapter"):
             return values
+        if base_of_adapter(base) is not None:
+            raise about(
+                "base_model",
+                f"it is a LoRA on {base}, which is a LoRA itself; merge that one into its base "
+                "(peft's `merge_and_unload`), and name the merged model in adapter_config.json",
+            )
         own = (Path(str(folder)) / "tokenizer_config.json").is_file()
         tokenizer = values.get("tokenizer") or (folder if own else None)
-        return {**values, "base_model": base, "adapter": folder, "tokenizer": tokenizer}
+        # What the LoRA learnt on, which the hub may have replaced since.
+        revision = values.get("revision") or adapter_settings(folder).get("revision")
+        return {
+            **values,
+            "base_model": base,
+            "adapter": folder,
+            "tokenizer": tokenizer,
+            "revision": revision,
+        }
 
     @model_validator(mode="after")
     def _served_or_loaded(self) -> TeacherConfig:

@@ -18,7 +18,7 @@ from dwakd_plugin.data.row_report import RowReport
 from dwakd_plugin.data.teacher_side import load_teacher_tokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import ContinuationTable, SpellingTable, trained_projectors, variant_of
-from dwakd_plugin.models.batches import teacher_columns
+from dwakd_plugin.models.batches import check_ids, teacher_columns
 from dwakd_plugin.models.causal_lm import (
     causal_lm,
     check_logits,
@@ -199,7 +199,10 @@ def _teacher(
         size = served.vocabulary
         return teacher_of_probabilities(size, device, str(served), None, served), served.want
     if config.teacher.cache is None:
-        return load_teacher(config.teacher, device), None
+        teacher = load_teacher(config.teacher, device)
+        size = teacher.embeddings.weight.shape[0]
+        check_ids((ids for ids, _ in rows), size, config.teacher.called, tokenizer)
+        return teacher, None
     teacher, cache = cached_teacher(
         config.teacher,
         device,

@@ -93,14 +93,24 @@ class TwoOptimizers(torch.optim.Optimizer):
 def give_their_rate(
     optimizer: torch.optim.Optimizer, projectors: nn.Module, learning_rate: float
 ) -> None:
-    """Moves the projectors' parameters into parameter groups of their own."""
-    own = set(map(id, projectors.parameters()))
+    """Moves the projectors' parameters into parameter groups of their own.
+
+    What an optimizer has made of the student's rate (AdamC's `max_lr`) is scaled with it. Groups
+    that were made before there were projectors (Q-GaLore's) hold none of them: they are added.
+    """
+    own = {id(each): each for each in projectors.parameters() if each.requires_grad}
     for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in own]
+        mine = [own.pop(id(each)) for each in group["params"] if id(each) in own]
         if not mine:
             continue
-        group["params"] = [each for each in group["params"] if id(each) not in own]
-        optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
+        theirs = set(map(id, mine))
+        group["params"] = [each for each in group["params"] if id(each) not in theirs]
+        new = {**group, "params": mine, "lr": learning_rate}
+        if group.get("max_lr"):
+            new["max_lr"] = group["max_lr"] * learning_rate / group["lr"]
+        optimizer.add_param_group(new)
+    if own:
+        optimizer.add_param_group({"params": list(own.values()), "lr": learning_rate})
     # DeepSpeed cannot flatten a group of none.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
@@ -110,6 +120,7 @@ def schedule_their_rate(scheduler: Any, projectors: nn.Module, learning_rate: fl
 
     Other schedules multiply each group's rate.
     """
+    scheduler = getattr(scheduler, "inner_schedule", scheduler)  # of jagged restarts
     if not isinstance(scheduler, OneCycleLR):
         return
     own = set(map(id, projectors.parameters()))

@@ -311,6 +311,13 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, DistillationLog):
         if self.distillation is None or projectors is None or self.optimizer is not None:
             return super().create_optimizer(model=model)
         rate = self.distillation.config.projectors.learning_rate
+        if steps_in_backward(self) and not self.is_deepspeed_enabled:
+            raise UserError(
+                f"optimizer: {self.args.optim} changes each weight within the backward pass, all "
+                "at one rate, and the projectors have their own "
+                f"(dwakd.projectors.learning_rate: {rate:g}). Take another optimizer, or a variant "
+                "without projectors."
+            )
         if chooses_by_parameter(self):
             with left_out(projectors):
                 student = super().create_optimizer(model=model)

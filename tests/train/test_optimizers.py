@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from axolotl.utils.optimizers.adamc import AdamC
 from safetensors.torch import load_file
 
 from dwakd_plugin.models.projectors import Projectors
@@ -50,6 +51,31 @@ def test_one_cycle_peaks_at_the_projectors_own_rate() -> None:
     student, own = map(list, zip(*seen, strict=True))
     assert max(student) == pytest.approx(1e-3)
     assert own == pytest.approx([20 * rate for rate in student])
+
+
+def test_what_an_optimizer_made_of_the_students_rate_goes_with_the_projectors_own() -> None:
+    """AdamC's decay is w · lr² / max_lr: with the student's max_lr it would be 20 times that."""
+    model = torch.nn.ModuleDict({"student": torch.nn.Linear(3, 3), "own": Projectors(3, 5)})
+    plain, own = (
+        AdamC(model["own"].parameters(), lr=0.02, weight_decay=0.5),
+        AdamC(model.parameters(), lr=1e-3, weight_decay=0.5),
+    )
+    give_their_rate(own, model["own"], 0.02)
+    same_rate = [group for group in own.param_groups if group["lr"] == 0.02]
+    assert {group["max_lr"] for group in same_rate} == {plain.param_groups[0]["max_lr"]} == {0.02}
+    assert {group["max_lr"] for group in own.param_groups if group["lr"] != 0.02} == {1e-3}
+
+
+def test_projectors_that_no_group_holds_are_added() -> None:
+    """Q-GaLore's groups are made of the student before the projectors are attached to it."""
+    student, projectors = torch.nn.Linear(3, 3), Projectors(3, 5)
+    projectors.query.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    give_their_rate(optimizer, projectors, 0.02)
+    _, own = optimizer.param_groups
+    assert own["lr"] == 0.02
+    trained = [each for each in projectors.parameters() if each.requires_grad]
+    assert list(map(id, own["params"])) == list(map(id, trained))
 
 
 def test_the_best_model_is_student_and_projectors_of_one_checkpoint(

@@ -17,7 +17,7 @@ from torch import Tensor
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import DiskFull
 from dwakd_plugin.loss import Head, TopTokens
-from dwakd_plugin.models.batches import teacher_batch, teacher_columns
+from dwakd_plugin.models.batches import check_ids, teacher_batch, teacher_columns
 from dwakd_plugin.models.causal_lm import EmbeddingTable
 from dwakd_plugin.models.folder import fingerprint_of_folder
 from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache
@@ -234,6 +234,8 @@ def fill(
             say(lost)
         return teacher_of_probabilities(served.vocabulary, device, str(served), None, served)
     teacher = load_teacher(config, device)
+    size = teacher.embeddings.weight.shape[0]
+    check_ids((ids for ids, _ in missing.values()), size, config.base_model, tokenizer)
 
     def said(rows: Sequence[Row]) -> list[Tensor | TopTokens]:
         batch = teacher_batch(*map(list, zip(*rows, strict=True)))

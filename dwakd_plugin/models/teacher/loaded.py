@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,6 +42,7 @@ from dwakd_plugin.models.causal_lm import (
     short_dtype,
     weights_dtype,
 )
+from dwakd_plugin.models.folder import ADAPTER_WEIGHTS, fit_vocabulary
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.teacher.attention import attention_facts, choose_attention
 from dwakd_plugin.models.teacher.quantisation import (
@@ -172,7 +174,15 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
             if config.adapter:
                 from peft import PeftModel
 
+                if (weights := Path(config.adapter) / ADAPTER_WEIGHTS).is_file():
+                    fit_vocabulary(model, weights)  # as tokens may have been added to it
                 model = PeftModel.from_pretrained(model, config.adapter)
+                if model.active_peft_config.is_prompt_learning:
+                    raise UserError(
+                        f"The teacher's adapter {config.adapter} is learnt prompts "
+                        f"({model.peft_type.value}), which stand before the tokens and aren't read "
+                        "here. Give a LoRA, or a whole model."
+                    )
                 if not quantised:
                     model = model.merge_and_unload()
     except UserError:
