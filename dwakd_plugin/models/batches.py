@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -100,12 +100,12 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return sequences
 
 
-def check_ids(rows: Iterable[Sequence[int] | Tensor], size: int, teacher: str, tokens: Any) -> None:
+def check_ids(rows: Iterable[Tensor], size: int, teacher: str, tokens: Any) -> None:
     """Raises UserError where a row has a token beyond the teacher's embeddings, of `size` rows.
 
     tokens: the teacher's tokenizer, which has tokens that were never added to its model.
     """
-    largest = max((int(max(ids)) for ids in rows if len(ids)), default=0)
+    largest = max((int(ids.max()) for ids in rows if len(ids)), default=0)
     if largest >= size:
         token = largest if tokens is None else repr(tokens.convert_ids_to_tokens(largest))
         raise UserError(

@@ -97,7 +97,7 @@ def test_learnt_prompts_are_refused(lab: Path, tmp_path: Path) -> None:
 
 def test_a_token_beyond_the_teachers_embeddings_is_named(lab: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(lab / "teacher")
-    rows = [[1, 2], torch.tensor([3, len(tokenizer) - 1]), []]
+    rows = [torch.tensor([1, 2]), torch.tensor([3, len(tokenizer) - 1]), torch.tensor([])]
     check_ids(rows, len(tokenizer), "big", tokenizer)
     last = re.escape(repr(tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)))
     with pytest.raises(UserError, match=f"The teacher big has embeddings of .*{last}"):
