@@ -215,7 +215,8 @@ def _batch(
         for side in ("student", "teacher"):
             batch |= {f"{side}_pairs": positions, f"{side}_spelt": spelt}
         batch["student_read"] = torch.zeros_like(positions)
-        batch["student_spelt_read"] = torch.ones_like(spelt)
+        further = spelt[len(spelt) // 2 :]
+        batch["student_spelt_read"] = torch.ones_like(further)
     if config.teacher.cache:
         said = torch.zeros(rows, length - 1, config.teacher.top_k or width)
         if config.teacher.top_k:

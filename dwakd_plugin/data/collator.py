@@ -21,8 +21,10 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
     student_read (P,)                                    what the student has read of the teacher's
                                                          token (`ResponseStates.read`)
     student_spelt (Q,), teacher_spelt (Q,)               places of the student's that the teacher
-                                                         spells, and of the teacher's there
-    student_spelt_read (Q,)                              what of the spelling comes before
+                                                         spells, and of the teacher's there; first
+                                                         those with nothing of the spelling before
+    student_spelt_read (R,)                              what of the spelling comes before the last
+                                                         R (`ResponseStates.spelt_read`)
     source_row (B,)                                      where each row comes from
     teacher_hidden (B, T, D), float                      only where `teacher_states` are given;
     teacher_top (B, T, k, 2), int32                      the second where they are `TopTokens`
@@ -197,6 +199,7 @@ def _side(
         ]
         for keys, pairs in zip(ALIGNED, zip(*found, strict=True), strict=True):
             result |= aligned_positions(pairs, {**batch, **result}, keys)
+        result |= first_before_further(result)
     return result
 
 
@@ -245,3 +248,12 @@ def aligned_positions(
     ]
     columns = torch.tensor(places, dtype=torch.long).view(-1, 3).T.contiguous()
     return dict(zip(names, columns, strict=True))
+
+
+def first_before_further(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The spelt places with those first that have nothing of the spelling before. Numbers are left
+    of the others alone, so that the tensors' sizes say where these begin."""
+    read = batch["student_spelt_read"]
+    order = (read > 0).long().argsort(stable=True)
+    places = {name: batch[name][order] for name in ("student_spelt", "teacher_spelt")}
+    return {**places, "student_spelt_read": read[read > 0]}

@@ -9,7 +9,7 @@ into gradients of the logits. Logits live only while their chunk is at work.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -96,8 +96,11 @@ class Kernel:
         return tuple(column.detach() for column in columns), grad
 
 
+KernelParts = Sequence[tuple[int, Kernel]]
+
+
 def through_student_head(
-    kernel: Kernel,
+    kernel: Kernel | KernelParts,
     hidden: Tensor,
     other: Tensor,
     labels: Tensor,
@@ -116,15 +119,17 @@ def through_student_head(
 
     Shapes: hidden (N, d) and the states that it is compared with, other (N, ·); labels and targets
     (N,); weights (N,), constants, for each differentiable column → columns (N,) each, the sum ().
-    `other_head` is a constant, None where `other` is compared as it is; the heads' products are in
-    `product`, or where that is None in the heads' own dtypes. Zero tokens pass as one empty chunk,
-    with a graph.
+    Instead of one kernel for all tokens there may be several, each for so many after another; they
+    have as many columns. `other_head` is a constant, None where `other` is compared as it is; the
+    heads' products are in `product`, or where that is None in the heads' own dtypes. Zero tokens
+    pass as one empty chunk, with a graph.
     """
     computed = product or head.weight.dtype
     if computed == torch.float16 or not torch.is_grad_enabled():
         weights = None  # what is small in half precision needs the scale that backward brings
     other_head = other_head and other_head.detached()
-    settings = (kernel, head, other_head, chunk_size, product, weights)
+    parts = [(len(hidden), kernel)] if isinstance(kernel, Kernel) else kernel
+    settings = (parts, head, other_head, chunk_size, product, weights)
     *columns, weighted = _StudentPass.apply(  # type: ignore[no-untyped-call]
         hidden, other, head.weight, head.bias, labels, targets, settings
     )
@@ -180,18 +185,18 @@ class _StudentPass(torch.autograd.Function):
         labels: Tensor,
         targets: Tensor,
         settings: tuple[
-            Kernel, Head, Head | None, int, torch.dtype | None, Sequence[Tensor] | None
+            KernelParts, Head, Head | None, int, torch.dtype | None, Sequence[Tensor] | None
         ],
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden, other, weight, bias, labels, targets)
         ctx.settings, ctx.ready = settings, None
         ctx.set_materialize_grads(False)
-        kernel, head, other_head, chunk_size, product, weights = settings
+        parts, head, other_head, chunk_size, product, weights = settings
         head, other_head = head.cast(product), other_head and other_head.cast(product)
         tokens = (hidden, other, labels, targets, *(weights or ()))
         gradients = None if weights is None else _Gradients(ctx, weight, bias)
         rows = []
-        for h, o, y, target, *grads in zip(*_chunks(tokens, chunk_size), strict=True):
+        for kernel, h, o, y, target, *grads in _chunks(parts, tokens, chunk_size):
             logits, arguments = head.logits(h), (_logits(other_head, o), y, target)
             if gradients is None:
                 rows.append(kernel.statistics(logits, *arguments, **kernel.settings))
@@ -202,18 +207,19 @@ class _StudentPass(torch.autograd.Function):
                 del grad
             del logits, arguments  # before others of their size are made
         columns = tuple(map(torch.cat, zip(*rows, strict=True)))
-        ctx.mark_non_differentiable(*columns[kernel.differentiable :])
+        differentiable = parts[0][1].differentiable
+        ctx.mark_non_differentiable(*columns[differentiable:])
         if weights is None or gradients is None:
             return (*columns, columns[0].new_zeros(()))
         ctx.ready = gradients.of(hidden, other, weight, bias)
-        taught = zip(weights, columns[: kernel.differentiable], strict=True)
+        taught = zip(weights, columns[:differentiable], strict=True)
         return (*columns, torch.stack([(each * column).sum() for each, column in taught]).sum())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel, *_, weights = ctx.settings
-        *seeds, scale = (*grads[: kernel.differentiable], grads[-1])
+        parts, *_, weights = ctx.settings
+        *seeds, scale = (*grads[: parts[0][1].differentiable], grads[-1])
         ready, ctx.ready = ctx.ready, None  # scaled in place: a second backward finds none
         if scale is None or weights is None:
             ready = None
@@ -231,14 +237,14 @@ class _StudentPass(torch.autograd.Function):
     @staticmethod
     def _again(ctx: Any, seeds: Sequence[Tensor | None]) -> list[Tensor | None]:
         hidden, other, weight, bias, labels, targets = ctx.saved_tensors
-        kernel, head, other_head, chunk_size, product, _ = ctx.settings
+        parts, head, other_head, chunk_size, product, _ = ctx.settings
         head = replace(head, weight=weight, bias=bias).cast(product)
         other_head = other_head and other_head.cast(product)
         gradients = _Gradients(ctx, weight, bias)
         known = next(seed for seed in seeds if seed is not None)
         seeds = [torch.zeros_like(known) if seed is None else seed for seed in seeds]
         tokens = (hidden, other, labels, targets, *seeds)
-        for h, o, y, target, *grads in zip(*_chunks(tokens, chunk_size), strict=True):
+        for kernel, h, o, y, target, *grads in _chunks(parts, tokens, chunk_size):
             logits, other_logits = head.logits(h), _logits(other_head, o)
             grad, other_grad = kernel.backward(logits, other_logits, y, target, grads=grads)
             gradients.add(grad, logits, h, head)
@@ -253,8 +259,13 @@ def _logits(head: Head | None, states: Tensor) -> Tensor:
     return states if head is None else head.logits(states)
 
 
-def _chunks(tokens: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
-    return [torch.split(tensor, size) for tensor in tokens]
+def _chunks(parts: KernelParts, tokens: Sequence[Tensor], size: int) -> Iterator[Any]:
+    """Each chunk of the tokens, behind the kernel that is theirs: none has tokens of two."""
+    counts = [count for count, _ in parts]
+    of_parts = zip(*(torch.split(tensor, counts) for tensor in tokens), strict=True)
+    for (_, kernel), own in zip(parts, of_parts, strict=True):
+        for chunk in zip(*(torch.split(tensor, size) for tensor in own), strict=True):
+            yield kernel, *chunk
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -139,6 +139,17 @@ class SpellingTable:
     outcomes: Tensor
 
     @cached_property
+    def by_first(self) -> tuple[int, Tensor, Tensor]:
+        """How many of the teacher's tokens any spelling begins with, and `firsts` and `groups` as
+        places among these: a GPU is waited for, once."""
+        size = len(self.firsts)
+        both = torch.cat([self.firsts, self.groups])
+        known, places = torch.unique(both.clamp_min(-1), return_inverse=True)
+        none = int((known < 0).sum())  # places are those of `known`, which begins with it
+        places -= none
+        return len(known) - none, places[:size].clone(), places[size:].clone()
+
+    @cached_property
     def longest(self) -> tuple[int, int, int]:
         """The most entries and outcomes that one number has, and the most entries of one outcome:
         a GPU is waited for, once."""
@@ -185,9 +196,10 @@ class ResponseStates:
     continuations   of the teacher, where the student has `read`
     spelt           (Q,) long, as `pairs`, for mapped matching: the student's positions whose token
                     the teacher spells with several, each as often as it has places of the
-                    teacher's. None: no such positions
-    spelt_read      (Q,) long, beside the student's: the number in the teacher's `spellings` of what
-                    comes before, 0 for nothing
+                    teacher's; first those with nothing of the spelling before. None: no such
+                    positions
+    spelt_read      (R,) long, beside the last R of the student's: the number in the teacher's
+                    `spellings`, from 1, of what comes before
     spellings       of the teacher, where both have `spelt`
     top             (B, L, k) of a teacher, for a variant that needs no states (`Variant.
                     needs_states`): it is read instead of the states and the head, which may then
@@ -252,7 +264,8 @@ class ResponseStates:
         size = self.hidden.shape[1]
         found = number[places // size]
         kept = found >= 0
-        return (found * size + places % size)[kept], None if read is None else read[kept]
+        with_read = kept[0 if read is None else len(places) - len(read) :]
+        return (found * size + places % size)[kept], None if read is None else read[with_read]
 
     def sample(self, index: int) -> ResponseStates:
         """One sample of the batch, as a batch of one."""

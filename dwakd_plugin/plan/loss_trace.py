@@ -96,7 +96,7 @@ def trace_loss(sizes: LossSizes, loss: LossConfig, *, compiled: bool) -> Events:
     widths = [width for width in (sizes.d, sizes.D) if width]
     scale = max(1.0, min(max(sizes.S, sizes.T) / LENGTH, min(widths) / LEAST_WIDTH))
     small = _scaled(sizes, ("S", "T", "d", "D", "top_k"), scale)
-    events = record(_Run(small, loss, (2, 2), SPELT_SHARE, compiled).prepare)
+    events = record(_Run(small, loss, (2, 2), SPELT_SHARE / 2, compiled).prepare)
     return replace(events, fixed=scale**2 * events.fixed, each=scale**2 * events.each)
 
 
@@ -112,8 +112,9 @@ def trace_heads(
     """The heads' part: of few tokens of narrow states nothing but logits counts, and what wide
     states add is of a head's size.
 
-    rows: of the student's and of the teacher's head. spelt: with as many places of tokens that the
-    teacher spells as there are positions. compiled: by the kernels for a CPU, where there are any.
+    rows: of the student's and of the teacher's head. spelt: with as many places as there are
+    positions where a spelling of the teacher's begins, and as many where one goes on. compiled: by
+    the kernels for a CPU, where there are any.
     """
     scale = max(rows) / ROWS
     s, t = (max(64, round(number / scale)) for number in rows)
@@ -161,6 +162,7 @@ class _Run:
         self.compiled = compiled
         self.sizes, self.loss = sizes, loss
         self.rows, self.match = rows, variant_of(loss).match
+        # Where spellings begin, and as many where they go on.
         self.spelt = min(sizes.S, round(spelt * sizes.T)) if self.spells else 0
         self.tables = tables(*rows)
         self.projectors = self._projectors()
@@ -228,7 +230,7 @@ class _Run:
             index=torch.arange(batch * S),
             pairs=self._places(batch, S, pairs) if self.match.rows else None,
             read=torch.zeros(batch * pairs, dtype=torch.long) if self.inside else None,
-            spelt=self._places(batch, S, self.spelt) if self.spelt else None,
+            spelt=self._places(batch, S, self.spelt).repeat(2) if self.spelt else None,
             spelt_read=torch.ones(batch * self.spelt, dtype=torch.long) if self.spelt else None,
         )
 
@@ -249,7 +251,7 @@ class _Run:
             pairs=self._places(batch, T, min(sizes.S, T)) if self.match.rows else None,
             token_map=token_map if self.match.rows else None,
             continuations=continuations if self.inside else None,
-            spelt=self._places(batch, T, self.spelt) if self.spelt else None,
+            spelt=self._places(batch, T, self.spelt).repeat(2) if self.spelt else None,
             spellings=spellings if self.spells else None,
             top=top,
         )
@@ -276,7 +278,7 @@ def tables(student_rows: int, teacher_rows: int) -> tuple[Tensor, ContinuationTa
     outcomes = tokens(max(1, entries // 4), teacher_rows)
     spellings = SpellingTable(
         firsts=tokens(student_rows, teacher_rows),
-        groups=tokens(teacher_rows, teacher_rows),
+        groups=tokens(teacher_rows, min(student_rows, teacher_rows)),
         starts=torch.tensor([*starts, entries]),
         student_tokens=tokens(entries, student_rows),
         places=tokens(entries, len(outcomes) + 1).sort().values,
@@ -284,7 +286,7 @@ def tables(student_rows: int, teacher_rows: int) -> tuple[Tensor, ContinuationTa
         outcomes=outcomes,
     )
     # What is found once in a run is found now.
-    for each in (token_map, spellings.firsts, spellings.groups):
+    for each in (token_map, *spellings.by_first[1:]):
         token_order(each)
     continuations.in_order, spellings.longest  # noqa: B018
     continuations.after(torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))

@@ -21,9 +21,8 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     weights = run.weights()
     held, student_peak, student_backward = run.body("student")
     loss_held, loss_forward, loss_backward = run.loss()
-    chunks = max(run.head_chunks())
     dtw, dtw_held, dtw_backward = run.dtw()
-    copies, copies_held = run.head_copies()
+    (copies, chunks), copies_held = run.head_pass(), run.head_gradients()
     gradients = run.gradients()
     accumulated = int(run.recipe.get("gradient_accumulation_steps") or 1) > 1
     before = gradients if accumulated else 0

@@ -294,18 +294,21 @@ class Parts:
         scratch = quantisation_scratch(model, bits, dtype.itemsize, batch * length)
         return held, peak + scratch[0], backward + scratch[1]
 
-    def head_chunks(self) -> tuple[float, float]:
-        """Logits of a chunk, forward and backward, at most."""
+    def head_pass(self) -> tuple[float, float]:
+        """Of the pass that takes most: heads in another dtype or as gradients, and the logits of a
+        chunk, forward or backward."""
         B, lengths = self.batch, self.lengths
         places = B * lengths.student_response, B * lengths.teacher_response
-        spelt = round(SPELT_SHARE * places[1])
-        peaks = [(0.0, 0.0)]
-        for each in self.head_traces():
-            peaks.append(each.at(*map(self._chunk_of, self.head_rows, places)))
-        for each in self.head_traces(spelt=True):
-            peaks.append(each.at(*map(self._chunk_of, self.head_rows, (spelt, spelt))))
-        forward, backward = (max(each) for each in zip(*peaks, strict=True))
-        return forward, backward
+        # A spelling goes on once at least, and where it does less lives at once than at its first.
+        spelt = round(SPELT_SHARE / 2 * places[1])
+        teacher = self.teacher.head_rows * self.teacher.hidden_size
+        found = [(0.0, 0.0)]
+        for also_spelt, tokens in ((False, places), (True, (spelt, spelt))):
+            chunks = [*map(self._chunk_of, self.head_rows, tokens)]
+            for each in self.head_traces(spelt=also_spelt):
+                copies = each.copies[0] * self.student_head.numel + each.teacher_copies * teacher
+                found.append((copies, max(each.at(*chunks))))
+        return max(found, key=sum)
 
     @property
     def head_rows(self) -> tuple[int, int]:
@@ -320,12 +323,10 @@ class Parts:
             for loss in self.losses
         ]
 
-    def head_copies(self) -> tuple[int, int]:
-        """Of the heads, in another dtype or as gradients: at most, and at backward's beginning."""
-        student, traces = self.student_head.numel, self.head_traces(spelt=True)
-        teacher = self.teacher.head_rows * self.teacher.hidden_size
-        most = max(each.copies[0] * student + each.teacher_copies * teacher for each in traces)
-        return most, max(max(each.copies[1:]) * student for each in traces)
+    def head_gradients(self) -> int:
+        """Of the student's head, at backward's beginning at most."""
+        traces = self.head_traces(spelt=True)
+        return max(max(each.copies[1:]) * self.student_head.numel for each in traces)
 
     def _chunk_of(self, rows: int, tokens: int) -> int:
         return min(tokens, self.chunk(rows))

@@ -26,8 +26,8 @@ def seconds_per_step(run: Parts) -> float:
     sizes = [each.head_rows * each.hidden_size for each in (student, teacher)]
     ordinary, also_spelt = (run.head_traces(spelt=each)[0].products for each in (False, True))
     heads = sum(
-        size * (tokens * once + SPELT_SHARE * T * (twice - once))
-        for size, tokens, once, twice in zip(sizes, (S, T), ordinary, also_spelt, strict=True)
+        size * (tokens * once + SPELT_SHARE / 2 * T * (thrice - once))
+        for size, tokens, once, thrice in zip(sizes, (S, T), ordinary, also_spelt, strict=True)
     )
     logits = S * student.head_rows + T * teacher.head_rows
     micro = (

@@ -171,8 +171,9 @@ def evaluate(
             for k, own in enumerate(order)
             for i, j, number in spelt[own]
         ]
+        flat.sort(key=lambda place: place[2] > 0)
         places = torch.tensor(flat, dtype=torch.long).view(-1, 3).T
-        student = replace(student, spelt=places[0], spelt_read=places[2])
+        student = replace(student, spelt=places[0], spelt_read=places[2][places[2] > 0])
         how = SpellingTable(*map(torch.tensor, spellings.table()))
         teacher = replace(teacher, spelt=places[1], spellings=how)
     table = None

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from benchmarks import plan_allocated
 from benchmarks.plan import LIMIT
 from dwakd_plugin.loss.terms.warp import normalised_soft_dtw
+from dwakd_plugin.plan.loss_trace import LossSizes, trace_heads
 from dwakd_plugin.plan.model_sizes import (
     Layer,
     Model,
@@ -25,6 +26,7 @@ from dwakd_plugin.plan.model_sizes import (
 )
 from dwakd_plugin.plan.soft_dtw import matrices, shapes, soft_dtw_bytes
 from dwakd_plugin.plan.trace import Recorder, trace_body
+from dwakd_plugin.recipe.schema import VARIANTS, LossConfig
 
 Recipe = Callable[..., dict[str, Any]]
 
@@ -161,6 +163,20 @@ def test_quantised_layers_are_unpacked_one_at_a_time() -> None:
     assert quantisation_scratch(model, 4, 2, 7) == (2 * 600, 2 * 600)
     assert quantisation_scratch(model, 8, 2, 7) == (4 * 7 * 30, 2 * 600)
     assert quantisation_scratch(model, 0, 2, 7) == (0, 0)
+
+
+def test_what_the_teacher_spells_holds_no_more_logits_than_the_rest() -> None:
+    """On a GPU: each place has what its own kind of spelling asks for, and no table of both."""
+    half = torch.bfloat16
+    sizes = LossSizes(0, 0, 0, 1, half, half, half, head_trained=False)
+    loss = LossConfig.model_validate(VARIANTS["mapped"]["loss"])
+    alone, spelt = (
+        trace_heads(sizes, loss, (49_152, 151_936), spelt=spelt, compiled=False)
+        for spelt in (False, True)
+    )
+    assert max(spelt.both) <= 1.01 * max(alone.both)
+    further = zip(spelt.products, alone.products, strict=True)
+    assert all(own == pytest.approx(rest * 3) for own, rest in further)
 
 
 @pytest.mark.parametrize("S", [40, 130])

@@ -14,11 +14,14 @@ Where no token ends at r, the teacher's probabilities are those of the v alone, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dwakd_plugin.loss.batch import Batch
-from dwakd_plugin.loss.divergence import DIVERGENCES, softmax
+from dwakd_plugin.loss.divergence import DIVERGENCES, nll, softmax
 from dwakd_plugin.loss.head_pass import Kernel, through_student_head
 from dwakd_plugin.loss.states import SpellingTable, gathered, required_labels
 from dwakd_plugin.loss.terms.mapped_top import LEAST_READ
@@ -26,7 +29,32 @@ from dwakd_plugin.loss.token_order import summed_runs, token_order
 from dwakd_plugin.recipe.schema import Divergence
 
 
-def spelt_divergences(
+def first_divergences(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    _: Tensor,
+    table: SpellingTable,
+    divergence: Divergence,
+    temperature: float,
+) -> tuple[Tensor]:
+    """D(p_t ‖ p_s) of each row's first token of a spelling (C,), the teacher's a constant;
+    −log p_s(actual) where the teacher says nearly nothing of what may come first.
+
+    Shapes: student_logits (C, Vs), teacher_logits (C, Vt), labels (C,) of the student's.
+    """
+    count, firsts, groups = table.by_first
+    with torch.no_grad():
+        said = softmax(teacher_logits.to(student_logits.dtype), temperature)
+        teacher = token_order(groups).sums(said, count).T
+        del said
+    student: Tensor = _LogShares.apply(  # type: ignore[no-untyped-call]
+        student_logits, firsts, count, temperature
+    )
+    return _compared(student, teacher, firsts[labels].clamp_min(0), divergence)
+
+
+def further_divergences(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
@@ -35,65 +63,87 @@ def spelt_divergences(
     divergence: Divergence,
     temperature: float,
 ) -> tuple[Tensor]:
-    """D(p_t(· | r) ‖ p_s(· | r)) of each row (C,), the teacher's a constant; −log p_s(actual | r)
-    where the teacher says nearly nothing of what may follow.
+    """D(p_t(· | r) ‖ p_s(· | r)) of each row (C,), as `first_divergences`; read (C,) has the
+    numbers of the beginnings r, 1 and more.
 
-    Shapes: student_logits (C, Vs), teacher_logits (C, Vt), labels (C,) of the student's, read (C,)
-    the numbers of the beginnings, 0 where nothing was read.
+    Nothing but softmax's sum goes over a vocabulary: outcomes are few, and the first is that
+    nothing more comes.
     """
-    own = softmax(student_logits, temperature)
-    theirs = softmax(teacher_logits.to(own.dtype), temperature).detach()
-    further = read > 0
-    pairs = _first(own, theirs, labels, table), _after(own, theirs, labels, read, table)
-    found = []
-    for student, teacher, actual in pairs:
-        said, smallest = teacher.sum(1, keepdim=True), torch.finfo(own.dtype).tiny
-        student, teacher = (
-            (each / each.sum(1, keepdim=True).clamp_min(smallest)).clamp_min(smallest).log()
-            for each in (student, teacher)
-        )
-        label = -student.gather(1, actual[:, None])
-        value = DIVERGENCES[divergence](teacher, student)
-        found.append(torch.where(said[:, 0] >= LEAST_READ, value, label[:, 0]))
-    return (torch.where(further, found[1], found[0]),)
-
-
-def _first(
-    own: Tensor, theirs: Tensor, labels: Tensor, table: SpellingTable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides' masses (C, Vt) by the first token of a spelling, and the actual one's (C,)."""
-    rows = theirs.shape[1]
-    student = token_order(table.firsts).sums(own, rows).T
-    teacher = token_order(table.groups).sums(theirs, rows).T
-    return student, teacher, table.firsts[labels].clamp_min(0)
-
-
-def _after(
-    own: Tensor, theirs: Tensor, labels: Tensor, read: Tensor, table: SpellingTable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by what comes behind `read`, (C, 1 + the most outcomes): first that nothing does."""
     entries, outcomes, most = table.longest
-
-    def places(starts: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        number = torch.arange(most, device=read.device)
-        inside = number < starts.diff()[read][:, None]
-        return torch.where(inside, starts[read][:, None] + number, 0), inside
-
-    at, inside = places(table.starts, entries)
-    if entries == 0:
-        nothing = own[:, :1] * 0.0
-        return nothing, nothing.detach(), labels * 0
+    at, inside = _places(table.starts, read, entries)
     tokens = table.student_tokens[at]
     into = torch.where(inside, table.places[at], outcomes + 1)  # the last is dropped
-    masses, last = summed_runs(own.gather(1, tokens).where(inside, 0.0), into, most)
+    own = student_logits.gather(1, tokens) / temperature
+    # Shares of the entries alone: what all tokens' softmax divides by is no part of them.
+    masses, last = summed_runs(own.where(inside, -torch.inf).softmax(1), into, most)
     into = into.where(last, outcomes + 1)  # so that no two are added to one place
-    student = own.new_zeros(len(own), outcomes + 2).scatter_add(1, into, masses)
-    actual = torch.where(inside & (tokens == labels[:, None]), table.places[at], 0).sum(1)
-    at, inside = places(table.outcome_starts, outcomes)
-    teacher = theirs.gather(1, table.outcomes[at]).where(inside, 0.0)
-    ends = (into == 0).any(1, keepdim=True)
-    rest = (1.0 - teacher.sum(1, keepdim=True)).clamp_min(0.0).where(ends, 0.0)
-    return student[:, :-1], torch.cat([rest, teacher], 1), actual
+    student = own.new_zeros(len(own), outcomes + 2).scatter_add(1, into, masses)[:, :-1]
+    with torch.no_grad():
+        at, inside = _places(table.outcome_starts, read, outcomes)
+        theirs = teacher_logits.to(own.dtype)
+        theirs = theirs if temperature == 1 else theirs / temperature
+        whole = theirs.logsumexp(1, keepdim=True)
+        teacher = (theirs.gather(1, table.outcomes[at]) - whole).exp().where(inside, 0.0)
+        ends = (into == 0).any(1, keepdim=True)
+        rest = (1.0 - teacher.sum(1, keepdim=True)).clamp_min(0.0).where(ends, 0.0)
+        teacher = torch.cat([rest, teacher], 1)
+        at, inside = _places(table.starts, read, entries)
+        is_label = inside & (tokens == labels[:, None])
+        actual = torch.where(is_label, table.places[at], 0).sum(1)
+    return _compared(_log(student), teacher, actual, divergence)
+
+
+def _places(starts: Tensor, read: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The entries of each number in `read`, (C, most), and which of these there are."""
+    number = torch.arange(most, device=read.device)
+    inside = number < starts.diff()[read][:, None]
+    return torch.where(inside, starts[read][:, None] + number, 0), inside
+
+
+def _log(shares: Tensor) -> Tensor:
+    return shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+
+
+def _compared(
+    student: Tensor, teacher: Tensor, actual: Tensor, divergence: Divergence
+) -> tuple[Tensor]:
+    """Of the student's log-probabilities and the teacher's masses, (C, outcomes)."""
+    said = teacher.sum(1, keepdim=True)
+    teacher = _log(teacher / said.clamp_min(torch.finfo(teacher.dtype).tiny))
+    value = DIVERGENCES[divergence](teacher, student)
+    return (torch.where(said[:, 0] >= LEAST_READ, value, nll(student, actual)),)
+
+
+class _LogShares(torch.autograd.Function):
+    """log p_s(v) of the v that each token begins with: logits (C, Vs) → (C, count).
+
+    Backward keeps a softmax: with P = Σ p_s over all that has a v, and g a gradient in log p_s(v),
+
+        ∂ / ∂ logit(s) = p_s(s) / P · (g_v / p_s(v) − Σ g),   v what s begins with
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, firsts: Tensor, count: int, temperature: float) -> Tensor:
+        own = softmax(logits, temperature)
+        masses = token_order(firsts).sums(own, count)
+        whole = masses.sum(0).clamp_min_(torch.finfo(own.dtype).tiny)
+        found = _log(masses / whole).T
+        ctx.save_for_backward(own, whole, found, firsts)
+        ctx.temperature = temperature
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own, whole, found, firsts = ctx.saved_tensors
+        shares = found.T.exp()  # (count, C), as rows are taken below
+        grad = grad.T.where(shares > torch.finfo(own.dtype).tiny, 0.0)
+        total = grad.sum(0)
+        each = shares.new_zeros(len(shares) + 1, len(own))  # the last of what has no v
+        torch.div(grad, shares, out=each[:-1])
+        each[:-1].sub_(total).div_(whole * ctx.temperature)
+        by_token = each.index_select(0, firsts.where(firsts >= 0, len(shares)))
+        return own * by_token.T, None, None, None
 
 
 def spelt_sum(batch: Batch) -> Tensor | None:
@@ -102,17 +152,19 @@ def spelt_sum(batch: Batch) -> Tensor | None:
     ours, theirs, read = student.spelt, teacher.spelt, student.spelt_read
     if not batch.spells or ours is None or theirs is None or read is None or len(ours) == 0:
         return None
+    first = len(ours) - len(read)
     settings = {
         "table": teacher.spellings,
         "divergence": batch.loss.divergence,
         "temperature": batch.loss.temperature,
     }
+    each = (first, first_divergences), (len(read), further_divergences)
     (found,), weighted = through_student_head(
-        Kernel(spelt_divergences, 1, settings),
+        [(count, Kernel(value, 1, settings)) for count, value in each if count],
         gathered(student.hidden, ours),
         gathered(teacher.hidden, theirs),
         gathered(required_labels(student), ours),
-        read,
+        torch.cat([read.new_zeros(first), read]),
         student.head,
         teacher.head,
         batch.chunk(student.head, teacher.head),
