@@ -17,6 +17,7 @@ from dwakd_plugin.models.causal_lm import causal_lm, short_dtype, weights_dtype
 from dwakd_plugin.models.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    base_revision,
     fingerprint_of_folder,
     fit_vocabulary,
 )
@@ -111,7 +112,11 @@ def run_record(source: Source) -> dict[str, Any]:
 def load_config(source: Source, *, trust_remote_code: bool) -> Any:
     """The model's transformers config. Raises UserError."""
     try:
-        return AutoConfig.from_pretrained(source.weights, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            source.weights,
+            revision=base_revision(source.adapter),
+            trust_remote_code=trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"The model `{source.weights}` cannot be found: {first_line(error)}"
@@ -174,6 +179,7 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.weights,
+            revision=base_revision(source.adapter),
             dtype=weights_dtype(held.dtype, config, device),
             device_map={"": device},
             output_loading_info=True,
@@ -207,7 +213,8 @@ def stop_ids(source: Source, tokenizer: Any) -> list[int]:
     """Tokens that end a response: the tokenizer's end and those that the model's makers name."""
     ends = {int(tokenizer.eos_token_id)}
     try:
-        config = GenerationConfig.from_pretrained(source.weights)
+        revision = base_revision(source.adapter) or "main"
+        config = GenerationConfig.from_pretrained(source.weights, revision=revision)
     except (OSError, ValueError):  # many models have none
         return sorted(ends)
     named = config.eos_token_id

@@ -12,7 +12,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dwakd_plugin.errors import UserError, first_line
-from dwakd_plugin.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fit_vocabulary
+from dwakd_plugin.models.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_revision,
+    fit_vocabulary,
+)
 from dwakd_plugin.models.projectors import PROJECTOR_FILE, read_projectors
 from dwakd_plugin.tokenizers import loading
 from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
@@ -136,8 +141,11 @@ def load_student(
     from peft import PeftModel
 
     base = base_model or base_name(student)
+    revision = base_revision(student.folder) if base_model is None else None
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            base, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"The adapter in `{student.folder}` belongs to the model `{base}`, which is not there "
@@ -148,7 +156,7 @@ def load_student(
             f"The adapter's base model `{base}` is stored quantised, and merging needs whole "
             "weights. Name an unquantised one with --base-model."
         )
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, **options)
     fit_vocabulary(model, student.folder / ADAPTER_WEIGHTS)
     try:
         model = PeftModel.from_pretrained(model, student.folder)

@@ -16,7 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.export.new_process import NewProcess
-from dwakd_plugin.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fit_vocabulary
+from dwakd_plugin.models.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_revision,
+    fit_vocabulary,
+)
 from dwakd_plugin.tokenizers.loading import load_tokenizer
 
 # Largest difference of logits that an export may have from the run's student, both computed in
@@ -110,7 +115,9 @@ def _verify(request: dict[str, Any]) -> dict[str, Any]:
         from peft import PeftModel
 
         base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, revision=base_revision(folder), dtype=torch.float32, **options
+        )
         fit_vocabulary(model, folder / ADAPTER_WEIGHTS)
         model = PeftModel.from_pretrained(model, folder).float()
     else:

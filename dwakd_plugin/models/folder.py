@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def fingerprint_of_folder(folder: Path) -> str:
                 stream.seek(max(0, offset))
                 digest.update(stream.read(block))
     return digest.hexdigest()[:32]
+
+
+def base_revision(adapter: Path | None) -> str | None:
+    """The revision of its base model that an adapter's folder names; None for the hub's newest."""
+    if adapter is None:
+        return None
+    revision = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("revision")
+    return None if revision is None else str(revision)
 
 
 def fit_vocabulary(model: Any, adapter: Path) -> None:

@@ -69,6 +69,9 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     tell(doing="Loading the teacher" if config.loss.needs_teacher else "Preparing the run")
     check_positions(student, cfg.sequence_len, "sequence_len")
     check_own_answers(cfg, config, trainer)
+    if cfg.revision_of_model:  # what loads the adapter again has to find the same base
+        for adapter in getattr(student, "peft_config", {}).values():
+            adapter.revision = cfg.revision_of_model
     with whole(tables(student)):
         # What they are multiplied by is watched in the student's own forward, once: before an
         # engine wraps it, as a forward within its forward would shard its weights again.

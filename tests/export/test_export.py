@@ -26,13 +26,14 @@ from typer.testing import CliRunner
 from dwakd_cli import export as export_command
 from dwakd_cli.main import app
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.evaluate.model import Held, find_model, load_config, load_model
 from dwakd_plugin.export import export as module
 from dwakd_plugin.export import verify
 from dwakd_plugin.export.card import model_card
 from dwakd_plugin.export.export import export
 from dwakd_plugin.export.hub import check_push, push
 from dwakd_plugin.export.new_process import NewProcess
-from dwakd_plugin.export.run_student import find_student
+from dwakd_plugin.export.run_student import find_student, load_student
 from dwakd_plugin.io.folders import new_folder
 from tests.conftest import CHAT_TEMPLATE
 
@@ -183,6 +184,27 @@ def test_full_fine_tuning_is_exported_exactly(full_run: Path, tmp_path: Path) ->
         assert part in card
     assert [path.name for path in dest.parent.iterdir()] == ["student"]
     assert (dest / report["weights"][0]).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_lora_is_loaded_on_the_revision_that_it_learnt_on(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    settings = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(settings | {"revision": "0123abc"}))
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("revision"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_student(find_student(run), None, trust_remote_code=False)
+    source = find_model(str(run))
+    load_model(source, load_config(source, trust_remote_code=False), Held(device="cpu"))
+    assert asked == ["0123abc", "0123abc"]
 
 
 @pytest.mark.usefixtures("one_process")

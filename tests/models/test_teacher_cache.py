@@ -141,8 +141,15 @@ def test_missing_rows_are_computed_and_a_full_cache_needs_no_teacher(
     assert torch.equal(full.embeddings.weight, live.embeddings.weight)
     assert full.parameters == live.parameters
 
-    _, cache = cached_teacher(config, "cpu", rows(7), tokenizer, lambda *step: heard.append(step))
-    assert heard[-1] == (12, 12) and len(cache) == 7
+    said: list[str] = []
+    _, cache = cached_teacher(
+        config, "cpu", rows(7), tokenizer, lambda *step: heard.append(step), said.append
+    )
+    assert heard[-1] == (12, 12) and len(cache) == 7 and not said
+    # As on the next day, where a template prints it.
+    cached_teacher(config, "cpu", rows(8)[7:], tokenizer, on_wait=said.append)
+    (line,) = said
+    assert line.startswith("None of the 1 rows is among the 7 of the teacher cache")
 
 
 def live_states(teacher: Teacher, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

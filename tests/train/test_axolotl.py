@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwakd_plugin.evaluate.held_out import alpaca_prompt
+from dwakd_plugin.models.folder import base_revision
 from tests.conftest import ROWS
 from tests.runs import TERMS, losses, weights
 
@@ -67,10 +68,11 @@ def test_lora_trains_the_adapter_and_the_projectors(recipe: Recipe, train: Train
         "lora_target_linear": True,
         **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
     }
-    settings = recipe({}, **lora)
+    settings = recipe({}, revision_of_model="0123abc", **lora)  # of the base, on the hub
     log = train(settings)
     assert set(log[0]) >= TERMS | FIGURES
     out = Path(settings["output_dir"])
+    assert base_revision(out) == base_revision(out / "checkpoint-2") == "0123abc"
     saved = weights(out)
     assert saved
     assert all("lora_" in name for name in saved)

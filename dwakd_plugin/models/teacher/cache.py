@@ -32,7 +32,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,11 @@ class TeacherCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_headers": {}}
+
+    @property
+    def keys(self) -> Set[str]:
+        """The rows that it holds, by `row_key`."""
+        return self._shard_of.keys()
 
     @property
     def bytes(self) -> int:

@@ -92,6 +92,12 @@ def cached_teacher(
     if missing_rows(cache, rows) or not cache.has_weights:
         with cache.writing(wait=True, on_wait=on_wait):
             missing = missing_rows(cache, rows)
+            if len(cache) and not cache.keys & {row_key(*row) for row in rows}:
+                on_wait(
+                    f"None of the {len(missing):,} rows is among the {len(cache):,} of the teacher "
+                    f"cache {cache.folder}, so all are computed: other data, another chat "
+                    "template, or one that prints the day (strftime_now)."
+                )
             fill(config, device, cache, missing, progress, tokenizer=tokenizer, say=on_wait)
             gc.collect()  # the body goes now, before another teacher's is loaded
     weights = cache.load_weights(device)
