@@ -226,14 +226,18 @@ class DualStrategy:
             answers["end"] = "student" if own.has_end else "teacher"
         if own.turns != others.turns:
             answers["example"] = example(own, others)
-        messages, *orders = self._messages(student, teacher, row)
+        texts: list[str] = []
+        if not row.keys().isdisjoint((self.messages, self.tools)):
+            sides = zip(self.readers, (student, teacher), strict=True)
+            texts = [reader.text(side["input_ids"]) for reader, side in sides]
+        messages, *orders = self._messages(texts, row)
         if kind not in DIFFERENT and orders[0] != orders[1]:
             kind = answers["kind"] = MESSAGES
             answers["example"] = [misplaced(messages, each) for each in orders]
-        answers["unread"] = self._unread(student, teacher, row)
+        answers["unread"] = self._unread(student, texts, row)
         if orders[0] == orders[1] and len(orders[0]) < len(messages):
             answers["unread"]["a message"] = misplaced(messages, orders[0])
-        for found, shown in self._other_differences(student, teacher, (own, others), row):
+        for found, shown in self._other_differences(student, teacher, (own, others), texts, row):
             kind = answers["kind"] = found
             answers["example"] = shown
         if kind not in DIFFERENT:
@@ -249,26 +253,21 @@ class DualStrategy:
         return DROPPED_DIFFERENT if dropped else LABELS_DIFFERENT, answers
 
     def _messages(
-        self, student: dict[str, Any], teacher: dict[str, Any], row: Any
+        self, texts: list[str], row: Any
     ) -> tuple[list[tuple[str, ...]], list[int], list[int]]:
         """What a row's messages say, and in which order the two sides read them."""
         if not hasattr(self.student, "get_conversation_thread"):  # both have the same prompt
             return [], [], []
         turns = self.student.get_conversation_thread(remove_none_values(copy.deepcopy(row)))
         messages = said(turns)
-        sides = zip(self.readers, (student, teacher), strict=True)
-        own, theirs = (order(messages, reader.text(side["input_ids"])) for reader, side in sides)
+        own, theirs = (order(messages, text) for text in texts)
         return messages, own, theirs
 
-    def _unread(self, student: dict[str, Any], teacher: dict[str, Any], row: Any) -> dict[str, str]:
+    def _unread(self, student: dict[str, Any], texts: list[str], row: Any) -> dict[str, str]:
         """What of a row's messages neither side reads, by what it is: an example."""
         turns = row.get(self.messages)
         if not isinstance(turns, list):
             return {}
-        texts = [
-            reader.text(side["input_ids"])
-            for reader, side in zip(self.readers, (student, teacher), strict=True)
-        ]
         found = {
             f"reasoning (`{name}`)": text
             for name, text in unread_reasoning(turns, self.thinking, texts).items()
@@ -305,6 +304,7 @@ class DualStrategy:
         student: dict[str, Any],
         teacher: dict[str, Any],
         answers: tuple[Answers, Answers],
+        texts: list[str],
         row: Any,
     ) -> Iterator[tuple[str, tuple[str, str]]]:
         """What a side lost that no comparison of the answers alone shows, with an example."""
@@ -314,11 +314,8 @@ class DualStrategy:
                 yield TORN, (shortened(shown[0]), shortened(shown[1]))
         if names := tool_names(row.get(self.tools)):
             sides = (student["input_ids"], teacher["input_ids"])
-            strategies = zip((self.student, self.teacher), self.readers, sides, strict=True)
-            left_out = [
-                self._left_out(names, strategy, ids, reader.text(ids), row)
-                for strategy, reader, ids in strategies
-            ]
+            strategies = zip((self.student, self.teacher), sides, texts, strict=True)
+            left_out = [self._left_out(names, *each, row) for each in strategies]
             if any(left_out):
                 words = [f"leaves out {', '.join(some)}" if some else "" for some in left_out]
                 yield TOOLS, (words[0], words[1])
