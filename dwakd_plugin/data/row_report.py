@@ -110,8 +110,9 @@ class RowReport:
             place, text = self.unread_examples[what]
             LOG.warning(
                 "%s of %s rows have %s that neither side's chat template writes, so it isn't "
-                "learnt. Take templates that write it (chat_template, dwakd.teacher.chat_template)."
-                " The first is %s: %r",
+                "learnt. Take templates that write it (chat_template, "
+                "dwakd.teacher.chat_template), and name a reasoning as they do "
+                "(template_thinking_key, dwakd.teacher.thinking_key). The first is %s: %r",
                 count,
                 self.total,
                 what,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,20 @@ def teacher_recipe(
         if end not in (None, tokenizer.eos_token) and end in own.chat_template_jinja:
             own.eot_tokens = [end]
     return own
+
+
+def reasoning_mapping(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a data set's settings what gives its template the reasoning under the name asked for.
+
+    axolotl's prompter leaves `field_thinking` and `template_thinking_key` aside where there is a
+    mapping of properties, and its schema makes one of role and content where the recipe has none.
+    """
+    field, key = dataset.get("field_thinking"), dataset.get("template_thinking_key")
+    if not field and not key:
+        return {}
+    mapped = dataset.get("message_property_mappings") or {"role": "role", "content": "content"}
+    own = {key or "reasoning_content": field or "reasoning_content"}
+    return {"message_property_mappings": {**own, **mapped}}
 
 
 def renders_chats(cfg: DictDefault) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dwakd_plugin.data.answers import AnswerReader
 from dwakd_plugin.data.dual_strategy import DualStrategy
-from dwakd_plugin.data.teacher_side import default_template
+from dwakd_plugin.data.teacher_side import default_template, reasoning_mapping
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner
@@ -159,6 +159,8 @@ def templates(
         )
         if config.teacher.thinking_key is not None:
             teacher.template_thinking_key = config.teacher.thinking_key
+        for side in (student, teacher):
+            side.update(reasoning_mapping(side))
     return student, teacher
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from dwakd_plugin.data.fingerprint import local_files
 from dwakd_plugin.data.teacher_side import (
     load_teacher_tokenizer,
+    reasoning_mapping,
     renders_chats,
     teacher_recipe,
 )
@@ -161,7 +162,9 @@ def _students_template(recipe: Recipe, cfg: DictDefault) -> str:
 
 def _in_its_template(dataset: dict[str, Any], thinking_key: str | None) -> dict[str, Any]:
     kept = {key: value for key, value in dataset.items() if not key.startswith("chat_template")}
-    return kept | ({} if thinking_key is None else {"template_thinking_key": thinking_key})
+    if thinking_key is not None:
+        kept["template_thinking_key"] = thinking_key
+    return kept | reasoning_mapping(kept)
 
 
 def fingerprint(keys: dict[str, Any]) -> str:

@@ -66,7 +66,16 @@ def test_chats_are_rendered_by_the_teachers_template(recipe: Recipe, lab: Path) 
     own = own.get("chat_template") or (lab / "teacher" / "chat_template.jinja").read_text()
     assert keys["chat_template"] == "jinja" and keys["chat_template_jinja"] == own
     assert keys["datasets"] == [
-        {"path": chats[0]["path"], "type": "chat_template", "template_thinking_key": "thoughts"}
+        {
+            "path": chats[0]["path"],
+            "type": "chat_template",
+            "template_thinking_key": "thoughts",
+            "message_property_mappings": {
+                "thoughts": "reasoning_content",
+                "role": "role",
+                "content": "content",
+            },
+        }
     ]
     assert keys["val_set_size"] == 0.05
 

@@ -311,6 +311,42 @@ def test_what_neither_side_reads_is_said(
     assert "1 of 2 rows have reasoning (`reasoning_content`) that neither side's" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("field", "entry", "teacher"),
+    [
+        ("reasoning_content", {}, {"thinking_key": "thinking"}),
+        ("thoughts", {"field_thinking": "thoughts"}, {"thinking_key": "thinking"}),
+        ("thoughts", {"field_thinking": "thoughts"}, {}),
+        ("reasoning_content", {"template_thinking_key": "thinking"}, {}),
+    ],
+)
+def test_each_side_is_given_the_reasoning_under_its_own_name(
+    field: str,
+    entry: dict[str, str],
+    teacher: dict[str, str],
+    chats: Callable[..., dict[str, Any]],
+    prepare: Prepare,
+) -> None:
+    row = chat("Two and two?", "Four.")
+    row["messages"][1][field] = "add them"
+    own, others = (
+        CHAT_TEMPLATE.replace("{{ message.content", f"{{{{ message.{name} }}}}{{{{ message.content")
+        for name in (
+            entry.get("template_thinking_key", "reasoning_content"),
+            teacher.get("thinking_key") or entry.get("template_thinking_key", "reasoning_content"),
+        )
+    )
+    settings = chats([row] * 2, {"teacher": {"chat_template": others, **teacher}})
+    settings["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": own, **entry}
+    datasets, report = prepare(settings)
+    assert report.counts == {KEPT: 2} and report.answers == {SAME: 2} and not report.unread
+    for side, labels in (("base_model", "labels"), ("teacher", "teacher_labels")):
+        name = settings[side] if side == "base_model" else settings["dwakd"][side]["base_model"]
+        learnt = [label for label in datasets.train_dataset[0][labels] if label != -100]
+        text = AutoTokenizer.from_pretrained(name).decode(learnt)
+        assert text.startswith("add themFour.")
+
+
 def test_an_answer_that_quotes_the_end_of_a_reasoning_is_not_torn_unnoticed(
     chats: Callable[..., dict[str, Any]], prepare: Prepare
 ) -> None:
