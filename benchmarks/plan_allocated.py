@@ -56,17 +56,26 @@ def configurations() -> dict[str, dict[str, Any]]:
         "mapped, 64 likeliest tokens from a cache": {"teacher": {"cache": "top", "top_k": 64}},
         "mapped, reverse KL": {"loss": {"divergence": "reverse_kl"}},
         "mapped, labels inside tokens": {"loss": {"inside_tokens": "label"}},
+        "mapped, two teachers": {"teachers": [{}, {}]},
+        "mapped, LoRA, two teachers, one from a cache": {
+            "teachers": [{}, {"cache": "second"}],
+            "recipe": LORA,
+        },
         "paper": {"variant": "paper"},
     }
 
 
 def recipe_of(folder: Path, settings: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
-    teacher = {"base_model": str(folder / "teacher")} | settings.get("teacher", {})
-    if "cache" in teacher:
-        teacher["cache"] = str(folder / teacher["cache"])
+    teachers: list[dict[str, Any]] = []
+    for number, keys in enumerate(settings.get("teachers", [settings.get("teacher", {})])):
+        teachers.append({"base_model": str(folder / "teacher")} | keys)
+        if "cache" in keys:
+            teachers[-1]["cache"] = str(folder / keys["cache"])
+        if "teachers" in settings:
+            teachers[-1]["name"] = f"teacher-{number}"
     own = settings.get("recipe", {})
     packs = bool(own.get("sample_packing"))  # all rows in one sequence
-    block = {"teacher": teacher} | {
+    block = ({"teachers": teachers} if "teachers" in settings else {"teacher": teachers[0]}) | {
         key: settings[key] for key in ("variant", "loss") if key in settings
     }
     if "variant" in block:
@@ -90,10 +99,11 @@ def planned(recipe: dict[str, Any]) -> float:
     from dwakd_plugin.plan import card, plan
     from dwakd_plugin.recipe import Recipe
 
-    if cache := recipe["dwakd"]["teacher"].get("cache"):
+    read = Recipe(recipe)
+    for cache in filter(None, (teacher.cache for teacher in read.config.each_teacher)):
         Path(cache).mkdir(exist_ok=True)
         (Path(cache) / INDEX).touch()
-    made = plan(Recipe(recipe), replace(card("cpu"), flops=1.0, bandwidth=1.0))
+    made = plan(read, replace(card("cpu"), flops=1.0, bandwidth=1.0))
     return made.total - made.parts["kept by malloc"] - made.parts["runtime"]
 
 
@@ -112,61 +122,85 @@ def allocated(recipe: dict[str, Any], rows: int, length: int) -> int:
     from dwakd_plugin.plan.model_sizes import lora_settings, with_lora
     from dwakd_plugin.plan.trace import Recorder
     from dwakd_plugin.recipe import Recipe
+    from dwakd_plugin.train.parts import label_tokens, objective, parts_of
 
     config = Recipe(recipe).config
-    loss, block = config.loss, config.teacher
-    configs = models()
-    student, body = (AutoModelForCausalLM.from_config(configs[n]) for n in ("student", "teacher"))
+    loss, configs = config.loss, models()
+    student = AutoModelForCausalLM.from_config(configs["student"])
     if (lora := lora_settings(recipe)) is not None:
         student = with_lora(student, lora)
     if recipe.get("gradient_checkpointing"):
         causal_lm(student).gradient_checkpointing_enable({"use_reentrant": False})
     student.train()
-    body.eval().requires_grad_(False)
-    maps = tables(student.config.vocab_size, body.config.vocab_size)
-    teacher = None
-    if loss.needs_teacher and block.top_k and block.cache:
-        teacher = teacher_of_probabilities(body.config.vocab_size, "cpu", "", None)
-    elif loss.needs_teacher:
-        kept = None if block.cache else body
-        teacher = Teacher(embedding_table(body), output_head(body), kept, None, "", "", body.device)
-    width = body.config.hidden_size
-    del body
-    if teacher is not None and variant_of(loss).match.rows:
-        inside = loss.inside_tokens == "condition" and variant_of(loss).match.rows == "prefix"
-        teacher = replace(
-            teacher,
-            token_map=maps[0],
-            continuations=maps[1] if inside else None,
-            spellings=maps[2] if inside and not block.top_k else None,
-        )
+    vocabularies = student.config.vocab_size, configs["teacher"].vocab_size
+    width, maps, teachers = configs["teacher"].hidden_size, [], []
+    for block in config.each_teacher if loss.needs_teacher else ():
+        body = AutoModelForCausalLM.from_config(configs["teacher"]).eval().requires_grad_(False)
+        if block.top_k and block.cache:
+            teacher = teacher_of_probabilities(vocabularies[1], "cpu", "", None)
+        else:
+            kept = None if block.cache else body
+            tied = embedding_table(body), output_head(body)
+            teacher = Teacher(*tied, kept, None, "", "", body.device)
+        del body
+        own = tables(*vocabularies)
+        maps += own
+        if variant_of(loss).match.rows:
+            inside = loss.inside_tokens == "condition" and variant_of(loss).match.rows == "prefix"
+            teacher = replace(
+                teacher,
+                token_map=own[0],
+                continuations=own[1] if inside else None,
+                spellings=own[2] if inside and not block.top_k else None,
+            )
+        teachers.append(teacher)
     projectors = None
     if trained_projectors(loss):
         projectors = Projectors(student.config.hidden_size, width)
         for name, layer in projectors.named_children():
             layer.requires_grad_(name in trained_projectors(loss))
-    modules = [each for each in (student, projectors, teacher and teacher.model) if each]
+    bodies = [teacher.model for teacher in teachers]
+    modules = [each for each in (student, projectors, *bodies) if each]
     known = [tensor for each in modules for tensor in (*each.parameters(), *each.buffers())]
-    if teacher is not None:
+    for teacher in teachers:
         known += [teacher.embeddings.weight, teacher.head.weight]
     trained = [each for module in modules for each in module.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
-    vocabularies = student.config.vocab_size, len(maps[0])
+    taught_by = [[*range(len(teachers))]] * rows if len(teachers) > 1 else None
+    of_each: list[Any] = [*zip(config.each_teacher, teachers, strict=False)]
+    of_each = of_each or [(config.teacher, None)]
     waiting = []
     with Recorder([*known, *_tensors(maps)]) as recorder:
         for _ in range(2):
-            waiting.append(_batch(recipe, config, rows, length, vocabularies, width, teacher))
-            batch, own = waiting[0] if len(waiting) > 1 else waiting[-1]
+            waiting.append(
+                [
+                    _batch(recipe, config, block, rows, length, vocabularies, width, teacher)
+                    for block, teacher in of_each
+                ]
+            )
+            batches = waiting[0]
+            batch, own = batches[0]
             embeds = loss.needs_teacher and variant_of(loss).match.embeds
             states = student_states(student, batch, embeds=embeds, **own)
-            said = None if teacher is None else teacher.states(batch)
-            terms = dwakd_loss(states, said, projectors, loss=loss, soft_dtw=config.soft_dtw)
-            del states, said
-            total = terms.total(loss) / terms.student_tokens
+            sides = [
+                (states, None if teacher is None else teacher.states(one))
+                for (_, teacher), (one, _) in zip(of_each, batches, strict=True)
+            ]
+            parts = parts_of(
+                config,
+                sides,
+                taught_by,
+                loss,
+                lambda student, teacher, own: dwakd_loss(
+                    student, teacher, projectors, loss=own, soft_dtw=config.soft_dtw
+                ),
+            )
+            del states, sides
+            total = objective(parts, 1.0) / label_tokens(parts)
             total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            del terms, total
+            del parts, total
     storages = {id(s): s.nbytes() for s in (tensor.untyped_storage() for tensor in known)}
     return sum(storages.values()) + recorder.most()
 
@@ -184,6 +218,7 @@ def _tensors(maps: Any) -> list[Any]:
 def _batch(
     recipe: dict[str, Any],
     config: Any,
+    block: Any,
     rows: int,
     length: int,
     vocabularies: tuple[int, int],
@@ -217,9 +252,9 @@ def _batch(
         batch["student_read"] = torch.zeros_like(positions)
         further = spelt[len(spelt) // 2 :]
         batch["student_spelt_read"] = torch.ones_like(further)
-    if config.teacher.cache:
-        said = torch.zeros(rows, length - 1, config.teacher.top_k or width)
-        if config.teacher.top_k:
+    if block.cache:
+        said = torch.zeros(rows, length - 1, block.top_k or width)
+        if block.top_k:
             batch["teacher_top"] = to_bits(TopTokens(said.int(), said - 5.0))
         else:
             batch["teacher_hidden"] = said

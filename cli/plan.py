@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +87,6 @@ def plan(
     console = PlainConsole(stderr=json_output)
     given = of_teacher(teacher, load_in_8bit, load_in_4bit, teacher_cache)
     read = Recipe.read(recipe, given)
-    read.check_one_teacher("dwakd plan")
     check_recipe(read)
     check_variant(read)
     changes = list(read.changes)
@@ -124,13 +124,15 @@ def plan(
 
 def _measured_lengths(recipe: Recipe) -> Lengths:
     """The longest rows of the data, tokenised for both models by axolotl."""
+    from dwakd_plugin.models.batches import teacher_columns
     from dwakd_plugin.plan import Lengths
     from dwakd_plugin.train.open_run import open_rows
 
-    longest = [0, 0, 0, 0]
+    longest, teachers = [0, 0, 0, 0], range(len(recipe.config.each_teacher))
     with open_rows(recipe) as (_, datasets, _):
-        for dataset in filter(None, datasets):
-            columns = ("input_ids", "teacher_input_ids", "labels", "teacher_labels")
+        for dataset, number in product(filter(None, datasets), teachers):
+            (ids, labels), own = teacher_columns(number), ("input_ids", "labels")
+            columns = (own[0], ids, own[1], labels)
             for row in dataset.select_columns(list(columns)).with_format(None):
                 sizes = [len(row[name]) for name in columns[:2]]
                 sizes += [sum(label != -100 for label in row[name][1:]) for name in columns[2:]]
@@ -182,6 +184,15 @@ def _report(
     rows = _local_rows(recipe)
     steps = _steps(recipe, rows)
     lengths = now.lengths
+    several = {
+        name: {
+            "teacher": own.model,
+            "weight_bytes": round(own.weights),
+            "parameters": own.parameters,
+            "cache_bytes_per_row": round(own.cache_bytes_per_row),
+        }
+        for name, own in now.teachers.items()
+    }
     return {
         "student": recipe.base_model,
         "teacher": now.teacher_name,
@@ -198,6 +209,7 @@ def _report(
         "student_parameters": now.student_parameters,
         "trained_parameters": now.trained_parameters,
         "teacher_parameters": now.teacher_parameters,
+        **({"teachers": several} if several else {}),
         "tokens": {
             "student": lengths.student,
             "teacher": lengths.teacher,
@@ -282,7 +294,8 @@ def _show_facts(report: dict[str, Any], now: Plan, console: PlainConsole) -> Non
     cache = f"{_size(now.cache_bytes_per_row)} a row"
     if report["cache_bytes"] is not None:
         cache += f", {_size(report['cache_bytes'])} in all"
-    console.print(f"A teacher cache would take {cache} on disk, at most.")
+    whose = "A teacher cache" if not now.teachers else "Caches of all teachers"
+    console.print(f"{whose} would take {cache} on disk, at most.")
 
 
 def _hours(hours: float) -> str:

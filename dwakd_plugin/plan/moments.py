@@ -12,6 +12,10 @@ from dwakd_plugin.plan.recipe_models import config_of, shared_tokens
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 
 INITIALISATION = "the projectors' initialisation"  # on a CPU; over before anything is trained
+TEACHER = "the teacher's forward pass"
+LOGITS = "the heads' logits"
+STUDENT_BACKWARD = "the start of the student's backward pass"
+FILLING = "the filling of the teacher cache"
 FILL_TOKENS = 2048  # of a batch while a cache is filled, about
 FILL_WAITING = 64 * 2**20  # states that wait to be written then
 
@@ -31,7 +35,7 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     middle = step | {"gradients": before, "student activations": held}
     found = {
         "the student's forward pass": middle | {"student activations": student_peak},
-        "the teacher's forward pass": middle | {"teacher activations": _teacher_states(run)},
+        TEACHER: middle | {"teacher activations": _teacher_states(run)},
         "soft-DTW": middle
         | {
             "gradients": before + copies_held,
@@ -40,13 +44,13 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
         },
         "soft-DTW's backward pass": middle
         | {"gradients": before + copies_held, "loss": loss_held, "soft-DTW": dtw_backward},
-        "the heads' logits": middle
+        LOGITS: middle
         | {
             "gradients": before + copies,
             "loss": max(loss_forward, loss_backward),
             "head chunks": chunks,
         },
-        "the start of the student's backward pass": middle
+        STUDENT_BACKWARD: middle
         | {
             "gradients": before + copies_held,
             "student activations": held + student_backward,
@@ -80,7 +84,7 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
             max(1, FILL_TOKENS // run.lengths.teacher),
             lengths=run.lengths,
         )
-        found["the filling of the teacher cache"] = weights | {
+        found[FILLING] = weights | {
             "teacher weights": run.teacher_weights(body=True),
             "teacher activations": filling.body("teacher")[1] + FILL_WAITING,
         }
@@ -91,12 +95,20 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     return found
 
 
-def _teacher_states(run: Parts) -> float:
-    """At most, until the loss has what the teacher says."""
+def said(run: Parts) -> float:
+    """What the loss gets of the teacher: its states, or its likeliest tokens."""
     positions = run.batch * run.lengths.teacher_response
     if run.kept_tokens is not None:
         return positions * run.kept_tokens * TOKEN_BYTES
-    states = positions * run.teacher.hidden_size * run.teacher_dtype.itemsize
+    return positions * run.teacher.hidden_size * run.teacher_dtype.itemsize
+
+
+def _teacher_states(run: Parts) -> float:
+    """At most, until the loss has what the teacher says."""
+    states = said(run)
+    if run.kept_tokens is not None:
+        return states
+    positions = run.batch * run.lengths.teacher_response
     peak = states if run.cached or run.elsewhere else run.body("teacher")[1]
     if run.has_teacher and run.config.teacher.top_k is not None:  # of its head's logits, and again
         chunk = min(positions, run.chunk(run.teacher.head_rows)) * run.teacher.head_rows

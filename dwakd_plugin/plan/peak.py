@@ -12,10 +12,21 @@ from dwakd_plugin.models.teacher.kept_states import bytes_per_token, kept_form
 from dwakd_plugin.plan.cards import Card
 from dwakd_plugin.plan.moments import INITIALISATION, moments
 from dwakd_plugin.plan.parts import Lengths, Parts
+from dwakd_plugin.plan.several import WEIGHTS, assumptions_of, moments_of_several
 from dwakd_plugin.plan.step_time import seconds_per_step
 from dwakd_plugin.recipe import Recipe
 
 KEPT = "kept by malloc"  # the part's name
+
+
+@dataclass(frozen=True)
+class TeacherPart:
+    """What a run takes for one of several teachers."""
+
+    model: str
+    weights: float
+    parameters: int
+    cache_bytes_per_row: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Plan:
     student_parameters: int
     trained_parameters: int
     teacher_parameters: int
+    teachers: dict[str, TeacherPart]  # by name, where there are several; else empty
     lengths: Lengths
     assumptions: tuple[str, ...]
 
@@ -55,8 +67,15 @@ def plan(
     Rows are as long as `sequence_len`, with `response_share` of that being response, or have the
     `lengths` given, as far as `sequence_len` lets them.
     """
-    batch = micro_batch or recipe.micro_batch_size
-    return _plan(Parts(dict(recipe.keys), recipe.config, on, batch, response_share, lengths))
+    batch, config = micro_batch or recipe.micro_batch_size, recipe.config
+    several = config.teachers if config.loss.needs_teacher else []
+    configs = {one.name: config.of(one) for one in several} if len(several) > 1 else {"": config}
+    return _plan(
+        {
+            name: Parts(dict(recipe.keys), own, on, batch, response_share, lengths)
+            for name, own in configs.items()
+        }
+    )
 
 
 def largest_micro_batch(
@@ -85,13 +104,14 @@ def largest_micro_batch(
     return low
 
 
-def _plan(run: Parts) -> Plan:
+def _plan(runs: dict[str, Parts]) -> Plan:
     """The highest moment; on a CPU, what each part takes at its own worst, added up.
 
     glibc's malloc keeps freed blocks up to 32 MiB (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX). That
     the next part finds no use for them is assumed; docs/planning.md has it against recorded runs.
     """
-    by_moment = moments(run)
+    run, *further = runs.values()
+    by_moment = moments_of_several(runs) if further else moments(run)
     once = by_moment.pop(INITIALISATION, {})
     peak = max(by_moment, key=lambda name: sum(by_moment[name].values()))
     largest, parts = _largest(by_moment.values()), by_moment[peak]
@@ -107,18 +127,34 @@ def _plan(run: Parts) -> Plan:
         total=sum(parts.values()),
         parts={part: size for part, size in parts.items() if size > 0},
         largest={part: size for part, size in largest.items() if size > 0},
-        seconds_per_step=seconds_per_step(run),
-        cache_bytes_per_row=run.lengths.teacher_response
-        * bytes_per_token(
-            run.teacher.hidden_size, kept_form(run.config.teacher), run.teacher_dtype
-        ),
-        teacher_name=run.teacher.name,
+        seconds_per_step=seconds_per_step(run)
+        + sum(seconds_per_step(each, body=False) for each in further),
+        cache_bytes_per_row=sum(map(_cache_bytes, runs.values())),
+        teacher_name=", ".join(dict.fromkeys(each.teacher.name for each in runs.values())),
         student_parameters=run.student.parameters,
         trained_parameters=run.student.trained,
-        teacher_parameters=run.teacher.parameters,
+        teacher_parameters=sum(each.teacher.parameters for each in runs.values()),
+        teachers={
+            name: TeacherPart(
+                each.teacher.name,
+                each.weights()[WEIGHTS],
+                each.teacher.parameters,
+                _cache_bytes(each),
+            )
+            for name, each in runs.items()
+            if further
+        },
         lengths=run.lengths,
-        assumptions=tuple(run.assumptions),
+        assumptions=assumptions_of(runs) if further else tuple(run.assumptions),
     )
+
+
+def _cache_bytes(run: Parts) -> float:
+    """Of a row in a teacher cache."""
+    each = bytes_per_token(
+        run.teacher.hidden_size, kept_form(run.config.teacher), run.teacher_dtype
+    )
+    return run.lengths.teacher_response * each
 
 
 def _largest(moments_: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import variant_of
@@ -44,38 +45,8 @@ def suggestions(
 
 
 def _changes(recipe: Recipe, now: Plan) -> Iterator[tuple[str, str, Recipe]]:
-    teacher = recipe.config.teacher
-    with_teacher = recipe.with_teacher
-    if not teacher.cache:
-        if not teacher.load_in_8bit and not teacher.load_in_4bit:
-            yield (
-                "the teacher in 8 bit",
-                "dwakd:\n  teacher:\n    load_in_8bit: true",
-                with_teacher(load_in_8bit=True),
-            )
-        if not teacher.load_in_4bit:
-            yield (
-                "the teacher in 4 bit",
-                "dwakd:\n  teacher:\n    load_in_4bit: true",
-                with_teacher(load_in_8bit=False, load_in_4bit=True),
-            )
-        yield (
-            "the teacher's states from a cache on disk",
-            "dwakd:\n  teacher:\n    cache: teacher_states",
-            with_teacher(cache="teacher_states"),
-        )
-        if not variant_of(recipe.config.loss).needs_states:
-            yield (
-                "the teacher's likeliest tokens from a cache on disk",
-                "dwakd:\n  teacher:\n    cache: teacher_tokens\n    top_k: 64",
-                with_teacher(cache="teacher_tokens", top_k=64),
-            )
-    if teacher.dtype in ("auto", "float32") and now.card.kind == "cuda":
-        yield (
-            "the teacher in bfloat16",
-            "dwakd:\n  teacher:\n    dtype: bfloat16",
-            with_teacher(dtype="bfloat16"),
-        )
+    for number in range(len(recipe.config.each_teacher)):
+        yield from _changes_of(recipe, number, now.card.kind)
     if not recipe.keys.get("gradient_checkpointing"):
         yield (
             "gradient checkpointing",
@@ -114,3 +85,34 @@ def _changes(recipe: Recipe, now: Plan) -> Iterator[tuple[str, str, Recipe]]:
             f"sequence_len: {length // 2}",
             recipe.but(sequence_len=length // 2),
         )
+
+
+def _changes_of(recipe: Recipe, number: int, kind: str) -> Iterator[tuple[str, str, Recipe]]:
+    """Of one teacher, by its place."""
+    teacher = recipe.config.each_teacher[number]
+    name = teacher.name if recipe.config.teachers else None
+    whose = f"teacher {name}" if name else "the teacher"
+    own = f"_{name}" if name else ""
+    if teacher.server is not None:
+        return
+
+    def change(title: str, yaml: dict[str, Any], **further: Any) -> tuple[str, str, Recipe]:
+        keys = [f"{key}: {json.dumps(value)}".replace('"', "") for key, value in yaml.items()]
+        if name:
+            head, keys = "dwakd:\n  teachers:\n    - ", [f"name: {name}", *keys]
+            text = head + "\n      ".join(keys)
+        else:
+            text = "dwakd:\n  teacher:\n    " + "\n    ".join(keys)
+        return title, text, recipe.with_teacher(number, **(yaml | further))
+
+    if not teacher.cache:
+        if not teacher.load_in_8bit and not teacher.load_in_4bit:
+            yield change(f"{whose} in 8 bit", {"load_in_8bit": True})
+        if not teacher.load_in_4bit:
+            yield change(f"{whose} in 4 bit", {"load_in_4bit": True}, load_in_8bit=False)
+        yield change(f"{whose}'s states from a cache on disk", {"cache": f"teacher_states{own}"})
+        if not variant_of(recipe.config.loss).needs_states:
+            title = f"{whose}'s likeliest tokens from a cache on disk"
+            yield change(title, {"cache": f"teacher_tokens{own}", "top_k": 64})
+    if teacher.dtype in ("auto", "float32") and kind == "cuda":
+        yield change(f"{whose} in bfloat16", {"dtype": "bfloat16"})

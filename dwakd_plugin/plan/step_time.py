@@ -12,13 +12,16 @@ CPU_CELLS_PER_SECOND = 5e8  # of soft-DTW: measured (docs/performance.md)
 CUDA_STEP = 5e-7  # seconds of one of soft-DTW's steps, each waiting for the one before; assumed
 
 
-def seconds_per_step(run: Parts) -> float:
-    """Of one optimizer step: products, passes over logits, and soft-DTW's cells."""
+def seconds_per_step(run: Parts, *, body: bool = True) -> float:
+    """Of one optimizer step: products, passes over logits, and soft-DTW's cells.
+
+    body: with the student's own, which goes once whatever number of teachers there is.
+    """
     lengths, B = run.lengths, run.batch
     full = not run.lora
     student, teacher = run.student, run.teacher
     passes = (6 if full else 4) + (2 if run.recipe.get("gradient_checkpointing") else 0)
-    flops = passes * student.body_parameters * B * lengths.student
+    flops = body * passes * student.body_parameters * B * lengths.student
     if run.has_teacher and not run.cached:
         flops += 2 * teacher.body_parameters * B * lengths.teacher
     S = B * lengths.student_response

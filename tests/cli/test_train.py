@@ -115,7 +115,6 @@ def test_of_several_teachers_each_is_shown_and_other_commands_ask_for_one(
         (["adapt", str(file)], "--teacher maths"),
         (["answers", str(file)], "--teacher maths"),
         (["align", str(file)], "--teacher maths"),
-        (["plan", str(file)], "--teacher maths"),
         (["warmup", str(file)], "--teacher maths"),
         (["check", "--data", str(file)], "TEACHER: maths"),
     ):

@@ -158,6 +158,77 @@ def test_a_served_teacher_takes_what_it_says_and_nothing_more(pair: dict[str, An
     assert few.total < many.total < plan(ReadRecipe(pair), card("24GB")).total
 
 
+def with_teachers(pair: dict[str, Any], *teachers: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of several teachers, of `maths`, `code` and `law` as many as there are."""
+    own = zip(("maths", "code", "law"), teachers, strict=False)
+    live = pair["dwakd"]["teacher"]
+    named = [({} if "server" in keys else live) | {"name": name} | keys for name, keys in own]
+    return pair | {"dwakd": {"teachers": named}}
+
+
+def test_several_teachers_are_planned_side_by_side(pair: dict[str, Any], tmp_path: Path) -> None:
+    on = card("24GB")
+
+    def planned_with(*teachers: dict[str, Any]) -> Plan:
+        return plan(ReadRecipe(with_teachers(pair, *teachers)), on, lengths=Lengths(64, 64, 20, 30))
+
+    (tmp_path / "index.jsonl").touch()  # a cache that is filled
+    server = {"server": "http://localhost:1/v1", "tokenizer": "elsewhere"}
+    alone, two, three = planned_with({}), planned_with({}, {}), planned_with({}, {}, {})
+    kept = planned_with({}, {"cache": str(tmp_path), "top_k": 8})
+    served = planned_with({}, server | {"top_k": 8})
+    weights = alone.largest["teacher weights"]
+    assert not alone.teachers and [*two.teachers] == ["maths", "code"]
+    for name in two.teachers:
+        assert two.largest[f"teacher weights ({name})"] == weights
+    assert {name: own.weights for name, own in served.teachers.items()} == {
+        "maths": weights,
+        "code": 0,
+    }
+    head = 4 * 50_257 * 256  # a gradient: of the pairs, and of what the teacher spells
+    assert two.total - alone.total == pytest.approx(weights + 2 * head, rel=0.05)
+    assert three.total - two.total == pytest.approx(two.total - alone.total, rel=0.1)
+    for one in (
+        kept,
+        served,
+    ):  # which spell nothing, and whose part has more of the student's logits
+        assert head < one.total - alone.total < 2 * head < weights
+    student = two.seconds_per_step - 2 * (two.seconds_per_step - alone.seconds_per_step)
+    assert 0 < student < alone.seconds_per_step < two.seconds_per_step
+    assert sum(two.parts.values()) == pytest.approx(two.total)
+    assert sum("learn from all" in text for text in two.assumptions) == 1
+
+
+@pytest.mark.slow
+def test_what_would_help_says_which_teacher(pair: dict[str, Any]) -> None:
+    recipe = ReadRecipe(with_teachers(pair, {}, {"load_in_4bit": True}))
+    now = plan(recipe, card("24GB"))
+    found = {one.title: one for one in suggestions(recipe, now)}
+    one = found["teacher maths in 4 bit"]
+    assert one.yaml == "dwakd:\n  teachers:\n    - name: maths\n      load_in_4bit: true"
+    changed = ReadRecipe(with_teachers(pair, *[{"load_in_4bit": True}] * 2))
+    assert one.saves == now.total - plan(changed, card("24GB")).total
+    assert "teacher code in 4 bit" not in found
+    cached = found["teacher code's likeliest tokens from a cache on disk"]
+    assert "      cache: teacher_tokens_code\n      top_k: 64" in cached.yaml
+
+
+def test_the_command_plans_several_teachers_or_one(pair: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "several.yml"
+    file.write_text(json.dumps(with_teachers(pair, {}, {"cache": "states"})))
+    command = ["plan", str(file), "--gpu", "24GB"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    for shown in ("teacher weights (maths)", "teacher weights (code)", "Caches of all teachers"):
+        assert shown in result.output
+    whole, alone = (
+        json.loads(CliRunner().invoke(app, [*command, "--json", *which]).stdout)
+        for which in ([], ["--teacher", "maths"])
+    )
+    assert [*whole["teachers"]] == ["maths", "code"] and "teachers" not in alone
+    assert whole["total_bytes"] > alone["total_bytes"]
+    assert whole["teachers"]["maths"]["weight_bytes"] == alone["parts_at_most"]["teacher weights"]
+
+
 def of_variant(pair: dict[str, Any], variant: str, on: Card = CPU, **block: Any) -> Plan:
     """As few of the vocabularies are shared as `random` needs: the loss is what differs."""
     block = {"teacher": pair["dwakd"]["teacher"], "variant": variant} | block
