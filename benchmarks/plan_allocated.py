@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from benchmarks.measure import MIB, write_between
 
 NAME = "plan_allocated"
@@ -280,6 +282,7 @@ def table(found: dict[str, tuple[float, int]]) -> str:
 
 
 def main() -> None:
+    """Measures, and writes the table into docs/planning.md."""
     with tempfile.TemporaryDirectory() as folder:
         text = table(compared(Path(folder)))
     print(text)
@@ -287,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

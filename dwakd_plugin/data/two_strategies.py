@@ -41,10 +41,11 @@ def dual_strategy(
     set's settings, the tokenizer and the recipe. Raises UserError where it has no such strategy.
     """
     (student_tokenizer, teacher_tokenizer), (cfg, teacher_cfg) = tokenizers, recipes
-    if not follows_its_file(student_tokenizer, student_tokenizer.name_or_path):
+    folder = student_tokenizer.name_or_path
+    if not follows_its_file(student_tokenizer, folder, cfg.revision_of_model):
         raise UserError(
             f"The student's tokenizer, loaded as {type(student_tokenizer).__name__}, doesn't cut "
-            f"texts as the tokenizer.json in {student_tokenizer.name_or_path} does, so the model "
+            f"texts as the tokenizer.json in {folder} does, so the model "
             "would read another text than it knows. Set `tokenizer_type: PreTrainedTokenizerFast` "
             "in the recipe, which takes that file as it is."
         )

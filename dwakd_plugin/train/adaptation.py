@@ -25,7 +25,7 @@ from dwakd_plugin.data.teacher_side import (
     renders_chats,
     teacher_recipe,
 )
-from dwakd_plugin.errors import UserError
+from dwakd_plugin.errors import UserError, first_line
 from dwakd_plugin.io.files import json_checksum, replace_file
 from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.folder import fingerprint_of_folder
@@ -154,9 +154,17 @@ def with_held_out(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
 
 def _students_template(recipe: Recipe, cfg: DictDefault) -> str:
     """A teacher without a chat template of its own renders the student's."""
-    tokenizer = load_tokenizer(recipe.tokenizer, f"The student's tokenizer `{recipe.tokenizer}`")
+    name, revision = recipe.tokenizer, recipe.keys.get("revision_of_model")
+    tokenizer = load_tokenizer(name, f"The student's tokenizer `{name}`", revision=revision)
     chats = next(each for each in cfg.datasets if str(each.type).startswith(("chat", "messages")))
-    template: str = get_chat_template_from_config(cfg, chats, tokenizer)
+    try:
+        template: str = get_chat_template_from_config(cfg, chats, tokenizer)
+    except ValueError as error:
+        raise UserError(
+            "Neither the teacher nor the student has a chat template to render the rows with: "
+            f"{first_line(error)}\nName one of axolotl's for both sides, as "
+            "`chat_template: chatml` and `dwakd.teacher.chat_template: chatml`."
+        ) from error
     return template
 
 

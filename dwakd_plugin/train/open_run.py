@@ -112,7 +112,8 @@ def open_prompts(recipe: Recipe) -> Iterator[Prompts]:
         own = _without_a_run(recipe, folder)
         file = _checked(own, Path(folder))
         name = own.tokenizer
-        student = load_tokenizer(name, f"The student's tokenizer `{name}`")
+        revision = own.keys.get("revision_of_model")
+        student = load_tokenizer(name, f"The student's tokenizer `{name}`", revision=revision)
         try:
             with _quiet(), _axolotl(file) as (cfg, _):
                 prompts = read_prompts(cfg, own.config, own.datasets, student)

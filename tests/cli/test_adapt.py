@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.teacher.loaded import load_teacher
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import TeacherConfig
+from dwakd_plugin.tokenizers.loading import load_tokenizer
 from dwakd_plugin.train.adaptation import (
     WEIGHTS_FILE,
     adaptation,
@@ -78,6 +80,35 @@ def test_chats_are_rendered_by_the_teachers_template(recipe: Recipe, lab: Path) 
         }
     ]
     assert keys["val_set_size"] == 0.05
+
+
+def test_a_students_template_is_of_the_revision_that_it_trains(
+    recipe: Recipe, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def seen(name: str, title: str, *, revision: str | None) -> Any:
+        asked.append((name, revision))
+        return load_tokenizer(name, title)
+
+    monkeypatch.setattr("dwakd_plugin.train.adaptation.load_tokenizer", seen)
+    teacher = tmp_path / "no-template"
+    shutil.copytree(lab / "teacher", teacher)
+    (teacher / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config))
+    chats = [{"path": str(lab / "rows.jsonl"), "type": "chat_template"}]
+    settings = recipe(
+        {"teacher": {"base_model": str(teacher)}}, datasets=chats, revision_of_model="0123abc"
+    )
+    with pytest.raises(UserError, match="Neither the teacher nor the student has a chat template"):
+        adaptation(ReadRecipe(settings), Path("adapter"))
+    asked.clear()
+    student = str(lab / "teacher")
+    keys = adaptation(ReadRecipe(settings | {"base_model": student}), Path("adapter"))
+    assert asked == [(student, "0123abc")]
+    assert keys["chat_template_jinja"] == load_tokenizer(student, "It").chat_template
 
 
 def test_a_changed_row_asks_for_another_adapter(recipe: Recipe, tmp_path: Path) -> None:
