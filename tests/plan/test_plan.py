@@ -211,6 +211,8 @@ def test_what_would_help_says_which_teacher(pair: dict[str, Any]) -> None:
     assert "teacher code in 4 bit" not in found
     cached = found["teacher code's likeliest tokens from a cache on disk"]
     assert "      cache: teacher_tokens_code\n      top_k: 64" in cached.yaml
+
+
 @pytest.mark.slow
 def test_the_command_plans_several_teachers_or_one(pair: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "several.yml"

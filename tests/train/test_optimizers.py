@@ -76,6 +76,8 @@ def test_projectors_that_no_group_holds_are_added() -> None:
     assert own["lr"] == 0.02
     trained = [each for each in projectors.parameters() if each.requires_grad]
     assert list(map(id, own["params"])) == list(map(id, trained))
+
+
 @pytest.mark.slow
 def test_the_best_model_is_student_and_projectors_of_one_checkpoint(
     recipe: Recipe, train: Train
