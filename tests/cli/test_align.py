@@ -287,6 +287,7 @@ def test_mistakes_are_messages(
     ]
 
 
+@pytest.mark.slow
 def test_a_cache_is_used_but_not_filled(
     recipe: Recipe, write: Callable[..., Path], tmp_path: Path
 ) -> None:

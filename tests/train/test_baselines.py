@@ -86,6 +86,7 @@ def test_mapped_trains_without_projectors_and_resumes(recipe: Recipe, train: Tra
     assert all(torch.equal(resumed[name], last[name]) for name in last)
 
 
+@pytest.mark.slow
 def test_dskdv2_pairs_tokens_and_its_s2t_follows_the_head(
     recipe: Recipe, train: Train, lab: Path
 ) -> None:

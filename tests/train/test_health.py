@@ -277,6 +277,7 @@ def test_queries_of_zero_look_everywhere(recipe: Recipe, train: Train, tmp_path:
     assert "dtw_flat" not in found  # the projectors come from a file: there may be no way to go
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_windows")
 def test_huge_queries_look_at_one_place_and_a_huge_weight_drowns_the_rest(
     recipe: Recipe, train: Train, tmp_path: Path

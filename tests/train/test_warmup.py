@@ -87,6 +87,7 @@ def test_warmup_trains_the_projectors_alone_and_once(
             assert torch.equal(tensor, load_file(made)[name])
 
 
+@pytest.mark.slow
 def test_what_is_interrupted_goes_on_to_the_same_end(
     recipe: Recipe, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +132,7 @@ def test_what_is_interrupted_goes_on_to_the_same_end(
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(recipe: Recipe, write: Write) -> None:
     file = write(recipe({"projectors": {"warmup_learning_rate": 10.0}}))  # it can but get worse
     report = warmup(file, "--patience", "1")
