@@ -28,6 +28,7 @@ def seconds_per_step(run: Parts, *, body: bool = True) -> float:
     T = B * lengths.teacher_response if run.kept_tokens is None else 0  # through its head
     sizes = [each.head_rows * each.hidden_size for each in (student, teacher)]
     ordinary, also_spelt = (run.head_traces(spelt=each)[0].products for each in (False, True))
+    # Traced with spellings, each position goes through as one that begins and one that goes on too.
     heads = sum(
         size * (tokens * once + SPELT_SHARE / 2 * T * (thrice - once))
         for size, tokens, once, thrice in zip(sizes, (S, T), ordinary, also_spelt, strict=True)

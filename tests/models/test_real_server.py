@@ -34,8 +34,7 @@ pytestmark = [
 def dequantised_copy(source: Path, dest: Path) -> Path:
     """A GGUF's weights as the float32 numbers that they stand for, and all that is said of them.
 
-    llama.cpp rounds activations to 8 bit before it multiplies them by quantised weights; by these
-    it multiplies in float32.
+    So llama.cpp multiplies in float32: beside quantised weights it rounds activations to 8 bit.
     """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 
