@@ -370,6 +370,9 @@ def test_an_answer_that_quotes_the_end_of_a_reasoning_is_not_torn_unnoticed(
     assert prepare(whole)[1].counts == {KEPT: 3}
 
 
+# Rows ---------------------------------------------------------------------------------------------
+
+
 def test_rows_that_were_added_are_read(
     recipe: Callable[..., dict[str, Any]], prepare: Prepare, tmp_path: Path
 ) -> None:

@@ -109,6 +109,3 @@ def test_the_teachers_turns_end_as_its_template_has_it(
     labels = [label for label in datasets.train_dataset[0]["teacher_labels"] if label != -100]
     assert tokenizer.decode(labels) == "Nothing.<|im_end|>"
     assert report.unpaired_ends.get("student", 0) == 0
-
-
-# Rows ---------------------------------------------------------------------------------------------
