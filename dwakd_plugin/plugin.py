@@ -1,7 +1,7 @@
 """axolotl's hooks, and nothing else: each hands over to the module that does the work.
 
-Every hook is inert in a recipe without `distillation: dwakd`, but for the one that says how far a
-run is to whoever asked.
+Every hook is inert in a recipe without `distillation: dwakd`, but for those that say how far a run
+is to whoever asked, seed a LoRA's start and keep 4-bit layers learning on a CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io import run_lock
+from dwakd_plugin.models.quantised_layers import keep_as_stored
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.checks import check_recipe, check_taught
 from dwakd_plugin.train import progress
@@ -143,6 +144,10 @@ class DWAKDPlugin(BasePlugin):
         set_seed(cfg.seed)
         if self._recipe(cfg) is not None:
             progress.tell(doing="Loading the student")
+
+    def post_model_load(self, cfg: DictDefault, model: Any) -> None:
+        # Without a teacher too, as above.
+        keep_as_stored(model)
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         if self._recipe(cfg) is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dwakd_plugin.models.folder import (
     fingerprint_of_folder,
     fit_vocabulary,
 )
+from dwakd_plugin.models.quantised_layers import expect_half_precision, keep_as_stored
 from dwakd_plugin.recipe.places import model_remedy
 from dwakd_plugin.train.run_folder import RUN_FILE, read_run_file
 
@@ -173,8 +173,7 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
     if held.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
-        # It says for every layer in every forward that it computes in half precision.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        expect_half_precision()
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -203,6 +202,7 @@ def load_model(source: Source, config: Any, held: Held) -> Any:
         raise UserError(
             f"The model `{source.name}` cannot be loaded: {first_line(error)}"
         ) from error
+    keep_as_stored(model)
     lm = causal_lm(model)
     # Its own settings (a repetition penalty, a temperature) would slip into ours.
     lm.generation_config = GenerationConfig(pad_token_id=0)

@@ -11,6 +11,7 @@ __all__ = [
     "new_vocabulary",
     "out_of_memory",
     "projectors",
+    "quantised_layers",
     "sampling",
     "smollm2",
     "student",

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.io.files import replace_file
+from dwakd_plugin.models.quantised_layers import bits_of_layers
 
 LOGITS_FILE = Path("dwakd") / "logits.safetensors"  # within a run's or a checkpoint's folder
 # Rows, and tokens of each; logits of the first row's last positions.
@@ -72,10 +73,9 @@ class Difference:
 
 def held_as(model: Any, *, autocast: str | None) -> str:
     """How a model computes, in a word: its quantisation, else its dtype or that of autocast."""
-    for module in model.modules():
-        name = type(module).__name__
-        if name in ("Linear4bit", "Linear8bitLt"):
-            return "4 bit" if name == "Linear4bit" else "8 bit"
+    bits = bits_of_layers(model)
+    if bits is not None:
+        return f"{bits} bit"
     return autocast or str(next(model.parameters()).dtype).removeprefix("torch.")
 
 

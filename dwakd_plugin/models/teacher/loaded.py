@@ -7,7 +7,6 @@ which. The teacher never trains, is never wrapped by accelerate and never saved.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from dwakd_plugin.models.causal_lm import (
 )
 from dwakd_plugin.models.folder import ADAPTER_WEIGHTS, fit_vocabulary
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
+from dwakd_plugin.models.quantised_layers import expect_half_precision, keep_as_stored
 from dwakd_plugin.models.teacher.attention import attention_facts, choose_attention
 from dwakd_plugin.models.teacher.quantisation import (
     asked,
@@ -154,8 +154,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
     dtype = teacher_dtype(config, model_config, own)
     quantised = own_quantisation(model_config) is not None or asked(config) is not None
     if quantised:
-        # It says for every layer in every forward that it computes in half precision.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        expect_half_precision()
     quantisation = {}  # a None here would switch the checkpoint's own off
     if own_quantisation(model_config) is None and asked(config) is not None:
         quantisation["quantization_config"] = quantisation_config(config, dtype)
@@ -191,6 +190,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Teacher:
         raise UserError(
             f"The teacher {config.base_model} cannot be loaded: {str(error).partition(chr(10))[0]}"
         ) from error
+    keep_as_stored(model)
     model.eval().requires_grad_(False)
     _give_own_projections(model)
     lm = causal_lm(model)
