@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.quality import by_token, methods, report
+from benchmarks.quality import answers, by_token, methods, report
 from benchmarks.quality.gold import gold_loss, use_gold
+from benchmarks.quality.gold_trainer import train_with_gold
 from benchmarks.quality.materials import (
     TEST_SETS,
     Materials,
@@ -269,3 +270,56 @@ def test_prompts_name_an_input_only_where_there_is_one() -> None:
     assert rendered(row) == ("### Instruction:\nSum up.\nLong.\n\n### Response:\n", "Short.")
     row = {"instruction": "Why?", "input": "", "output": "So."}
     assert rendered(row) == ("### Instruction:\nWhy?\n\n### Response:\n", "So.")
+
+
+def test_arms_of_answers_are_valid_and_only_given_ones_are_cached(tmp_path: Path) -> None:
+    base = rows_of(replace(materials_of(tmp_path), train_rows=240, batch=3))
+    (tmp_path / "written.jsonl").write_text("{}\n", encoding="utf-8")
+    arms = answers.arms(base, tmp_path / "written.jsonl", 1e-4, 80)
+    for name, run in arms.items():
+        settings = recipe(base, run)
+        parsed = parse_recipe(settings)
+        assert parsed is not None and settings["max_steps"] == 80
+        assert (parsed.own_answers is not None) == name.endswith("own")
+        assert (parsed.teacher.cache is None) == name.endswith("own")
+        path = settings["datasets"][0]["path"]
+        assert path.endswith("written.jsonl") == name.startswith("teacher's")
+    assert parse_recipe(recipe(base, arms[answers.OWN])).own_answers.start_after == 40
+
+
+def test_given_answers_get_the_time_that_own_ones_take(tmp_path: Path) -> None:
+    base = rows_of(replace(materials_of(tmp_path), train_rows=240, batch=3))
+    arms = answers.arms(base, tmp_path / "written.jsonl", 1e-4, 80)
+    for name, seconds in ((answers.GIVEN, 100.0), (answers.OWN, 260.0)):
+        folder = base.runs / arms[name].name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(
+            json.dumps(asdict(arms[name]) | {"loop_seconds": seconds}), encoding="utf-8"
+        )
+    longer = answers.as_long(base, [arms[answers.GIVEN]], [arms[answers.OWN]])
+    assert longer.recipe == {"max_steps": 208, "num_epochs": 6}
+    assert longer.dwakd == arms[answers.GIVEN].dwakd
+
+
+@pytest.mark.slow
+def test_golds_own_trainer_learns_with_its_own_answers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rows = [("Who sat?\n", "the cat sat on the mat"), ("Where?\n", "on a log")] * 4
+    texts = [text for row in rows for text in row]
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32}
+    for number, side in enumerate(("student", "teacher")):
+        tokenizer = train_tokenizer(texts, 290 + 10 * number)
+        create_student(tmp_path / side, tokenizer, seed=number, **sizes)
+    base = Materials(tmp_path, tmp_path / "student", tmp_path / "teacher", len(rows), 2)
+    rows_of(base)
+    settings = recipe(base, Run("gold", {"variant": "mapped"}, 1e-2, recipe={"max_steps": 6}))
+    settings["output_dir"] = str(tmp_path / "out")
+    found = train_with_gold(settings, answers.GOLD | {"max_completion_length": 8}, rows)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "student", tmp_path / "out")
+    )
+    assert found["sampling_seconds"] > 0
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(weights.isfinite().all() for weights in after.values())

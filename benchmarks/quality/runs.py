@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -37,10 +38,12 @@ class Run:
     seed: int = 1
     recipe: Settings = field(default_factory=dict)  # other keys of it
     gold: Settings | None = None  # GOLDConfig's, where TRL's loss takes the place of ours
+    gold_trainer: Settings | None = None  # the same, where its whole trainer does
 
 
 def recipe(materials: Materials, run: Run) -> Settings:
     """The axolotl recipe of a run, with absolute paths."""
+    cache = {"cache": str(materials.folder / f"states-{materials.teacher.name}")}
     return {
         "base_model": str(materials.student),
         **_padding(materials.student),
@@ -49,7 +52,8 @@ def recipe(materials: Materials, run: Run) -> Settings:
         "dwakd": {
             "teacher": {
                 "base_model": str(materials.teacher),
-                "cache": str(materials.folder / f"states-{materials.teacher.name}"),
+                # New answers are read by the teacher itself.
+                **({} if "own_answers" in run.dwakd else cache),
             },
             **run.dwakd,
         },
@@ -141,10 +145,18 @@ def _train(materials: Materials, run: Run) -> Settings:
         use_gold(
             run.gold, *map(AutoTokenizer.from_pretrained, (materials.student, materials.teacher))
         )
-    try:
-        do_train(load_cfg(str(file)), TrainerCliArgs())
-    except SystemExit as ended:
-        raise RuntimeError(f"{run.name} ended with {ended.code}: see {log}") from ended
+    own: Settings = {}
+    if run.gold_trainer is not None:
+        from benchmarks.quality.gold_trainer import train_with_gold
+
+        lines = materials.first_rows(materials.train_rows).read_text(encoding="utf-8").splitlines()
+        rows = [rendered(json.loads(line)) for line in lines]
+        own = train_with_gold(recipe(materials, run), run.gold_trainer, rows)
+    else:
+        try:
+            do_train(load_cfg(str(file)), TrainerCliArgs())
+        except SystemExit as ended:
+            raise RuntimeError(f"{run.name} ended with {ended.code}: see {log}") from ended
     sys.stdout.flush()
     trained = time.monotonic() - begun
     bits = held_out_bits_per_byte(folder, read_rows(materials, "dev"), lambda row: rendered(row)[0])
@@ -153,6 +165,8 @@ def _train(materials: Materials, run: Run) -> Settings:
         "dev_bits_per_byte": bits,
         "seconds": trained,
         "curves": _curves(log),
+        "loop_seconds": _loop_seconds(log),
+        **own,
     }
     replace_file(folder / DONE, json.dumps(result, indent=1))
     return result
@@ -166,6 +180,12 @@ def _curves(log: Path) -> dict[str, list[float]]:
             for name, value in ast.literal_eval(line).items():
                 curves.setdefault(name, []).append(float(value))
     return curves
+
+
+def _loop_seconds(log: Path) -> float | None:
+    """What the trainer says that its steps took together."""
+    found = re.search(r"'train_runtime': '?([0-9.]+)", log.read_text(errors="replace"))
+    return float(found[1]) if found else None
 
 
 def read_rows(materials: Materials, name: str) -> list[Settings]:
