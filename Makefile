@@ -62,6 +62,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.objective
 	$(BIN)/python -m benchmarks.gold
 	$(BIN)/python -m benchmarks.mapped
+	$(BIN)/python -m benchmarks.around
 	$(BIN)/python -m benchmarks.performance
 
 # Memory of whole runs against the plan, and what a cached teacher saves: with the quickstart's pair,

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import gold, mapped, objective, soft_dtw
+from benchmarks import around, gold, mapped, objective, soft_dtw
 from benchmarks.measure import RESULTS, Report, write_between
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold, mapped)}
+TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold, mapped, around)}
 
 
 def section(report: Report) -> str:

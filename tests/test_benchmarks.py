@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from benchmarks import measure, research
+from benchmarks.around import PARTS as PARTS_AROUND
 from benchmarks.gpu import parts
 from benchmarks.gpu.__main__ import PARTS, Part, run_part
 from benchmarks.gpu.parts import Place
@@ -28,7 +29,7 @@ from dwakd_plugin.loss.soft_dtw import soft_dtw
 ROOT = Path(__file__).parents[1]
 
 
-NAMES = ["soft_dtw", "objective", "gold", "mapped"]
+NAMES = ["soft_dtw", "objective", "gold", "mapped", "around"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,9 @@ def test_quick_form(name: str, quick_runs: dict[str, Popen[str]]) -> None:
         assert max(numbers(results["agreement"])) < 1e-4
     elif name == "mapped":
         runs = [*results["step"]["runs"].values(), *results["loss"]["runs"].values()]
+    elif name == "around":
+        runs = [results[part]["seconds"] for part in PARTS_AROUND]
+        assert all(results[part]["counts"]["rows"] > 0 for part in PARTS_AROUND)
     else:
         runs = results["runs"].values()
     assert runs and all(figure > 0 for figure in numbers(list(runs)))

@@ -27,6 +27,7 @@ from dwakd_plugin.models.batches import teacher_batch
 from dwakd_plugin.models.teacher import cache as teacher_cache
 from dwakd_plugin.models.teacher.cache import TeacherCache
 from dwakd_plugin.models.teacher.cached import (
+    batches_of,
     cached_teacher,
     fill,
     missing_rows,
@@ -272,6 +273,17 @@ def test_an_interrupted_filling_goes_on_to_the_same_states(
     fill(config, "cpu", cache, missing_rows(cache, rows(12)), batch_tokens=30)
     for row in rows(12):
         assert torch.equal(cache.read(*row), whole.read(*row))
+
+
+def test_batches_hold_no_more_tokens_than_asked_for() -> None:
+    lengths = [7, 2, 9, 40, 2, 3, 8, 8, 5, 2]
+    missing = {f"{place}": (torch.zeros(n), torch.zeros(n)) for place, n in enumerate(lengths)}
+    found = list(batches_of(missing, 24))
+    sizes = [[lengths[int(key)] for key in keys] for keys in found]
+    assert sizes == [[2, 2, 2, 3], [5, 7, 8], [8, 9], [40]]  # a long row is read all the same
+    left = {key: row for key, row in missing.items() if key not in found[0]}
+    assert list(batches_of(left, 24)) == found[1:]
+    assert list(batches_of({})) == []
 
 
 def test_live_and_cached_are_the_same_bits_where_batches_are(lab: Path, tmp_path: Path) -> None:

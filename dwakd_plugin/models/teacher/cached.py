@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -286,23 +286,18 @@ def fill_by(
     """Writes to the cache what the teacher says of `missing` rows, shortest to longest.
 
     said: of some rows, of each what the cache keeps of it. weights: what it keeps beside the rows.
-    need: the bytes that rows take on disk. Batches have about `batch_tokens` padded tokens; they
-    hold the same rows however often the filling was interrupted. Raises UserError; what was written
-    until then stays.
+    need: the bytes that rows take on disk. Batches hold the same rows however often the filling was
+    interrupted. Raises UserError; what was written until then stays.
     """
-    keys = sorted(missing, key=lambda key: (len(missing[key][0]), key))
     total = response_tokens(missing)
     pending: dict[str, Tensor | TopTokens] = {}
-    written = begun = 0
+    written = 0
     try:
         if not cache.has_weights:
             cache.save_weights(weights)
         progress(0, total)
-        while begun < len(keys):
-            length = len(missing[keys[begun]][0])
-            names = keys[begun : begun + max(1, batch_tokens // length)]
+        for names in batches_of(missing, batch_tokens):
             pending |= zip(names, said([missing[key] for key in names]), strict=True)
-            begun += len(names)
             if sum(map(_bytes, pending.values())) >= SHARD_BYTES:
                 written += _flush(cache, pending)
             progress(written + sum(map(_positions, pending.values())), total)
@@ -319,6 +314,21 @@ def fill_by(
             f"kept; the rest needs {readable_size(rest)}, {readable_size(max(0, lacking))} more "
             "than is free. Free them, and the same command goes on from here."
         ) from error
+
+
+def batches_of(missing: Mapping[str, Row], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[str]]:
+    """The keys of rows that the teacher reads at once, shortest to longest.
+
+    At most `batch_tokens` with their padding, or one row.
+    """
+    names: list[str] = []
+    for key in sorted(missing, key=lambda key: (len(missing[key][0]), key)):
+        if names and (len(names) + 1) * len(missing[key][0]) > batch_tokens:
+            yield names
+            names = []
+        names.append(key)
+    if names:
+        yield names
 
 
 def _positions(said: Tensor | TopTokens) -> int:
