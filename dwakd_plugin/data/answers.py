@@ -11,6 +11,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import ne
 from typing import Any
 
 from dwakd_plugin.tokenizers.same_text import spelling, substance
@@ -68,18 +71,22 @@ class AnswerReader:
 
     def read(self, ids: Sequence[int], labels: Sequence[int]) -> Answers:
         """Of a row: ids and labels (L,), −100 where nothing is learnt."""
-        turns: list[list[int]] = []
-        inside = False
-        for token, label in zip(ids[1:], labels[1:], strict=True):
-            if label != -100:
-                if not inside:
-                    turns.append([])
-                turns[-1].append(token)
-            inside = label != -100
-        texts = [[token for token in turn if token not in self._special] for turn in turns]
+        turns: list[Sequence[int]] = []
+        begin = 1
+        for learnt, run in groupby(labels[1:], partial(ne, -100)):
+            end = begin + sum(1 for _ in run)
+            if learnt:
+                turns.append(ids[begin:end])
+            begin = end
+        texts = [
+            turn
+            if self._special.isdisjoint(turn)
+            else [token for token in turn if token not in self._special]
+            for turn in turns
+        ]
         return Answers(
             tuple(self._decode(text, clean_up_tokenization_spaces=False) for text in texts),
-            bool(turns) and any(token in self._special for token in turns[-1]),
+            bool(turns) and not self._special.isdisjoint(turns[-1]),
         )
 
 

@@ -9,6 +9,8 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from operator import ne
 from typing import Any
 
 from axolotl.utils.dict import remove_none_values
@@ -123,7 +125,9 @@ class DualStrategy:
                     "(dwakd.teacher.chat_template), or leave out what its own refuses."
                 )
             raise UserError(f"{words}\nThe row: {_preview(row)}") from error
-        if len(ids) != len(labels) or not all(isinstance(each, int) for each in ids):
+        if len(ids) != len(labels) or not all(
+            issubclass(kind, int) for kind in set(map(type, ids))
+        ):
             raise UserError(
                 f"A row of {self.name} does not become one sequence of tokens, so its two sides "
                 "cannot be paired. Give each field as one text, and use `type: alpaca`, "
@@ -329,7 +333,7 @@ def _cut(side: dict[str, Any], length: int) -> None:
 
 def _has_response(labels: list[int]) -> bool:
     """Whether any position predicts something: the first label has no position before it."""
-    return any(label != -100 for label in labels[1:])
+    return any(map(partial(ne, -100), labels[1:]))
 
 
 def _preview(row: dict[str, Any], limit: int = 200) -> str:

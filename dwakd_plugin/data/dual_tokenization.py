@@ -117,10 +117,11 @@ def _wrap_all_sides(
     report.sources.append((str(dataset_config.path), start))
     named = NamedStrategy(strategy, strategy_name(cfg, dataset_config, tokenizer))
     rows = axolotl_wrappers.wrap_dataset_for_tokenized_prompt(named, dataset, **process_kwargs)
-    statuses = rows[STATUS_COLUMN]
+    # At once: a column is read row by row where it is iterated over.
+    statuses, answers = (rows[name][:] for name in (STATUS_COLUMN, ANSWERS_COLUMN))
     if not cfg.dataset_exact_deduplication:  # which compares whole rows, numbers included
         rows = rows.add_column(SOURCE_COLUMN, list(range(start, start + len(rows))))
-    report.add(statuses, rows[ANSWERS_COLUMN])
+    report.add(statuses, answers)
     kept = [index for index, status in enumerate(statuses) if status in TRAINING]
     if len(kept) < len(rows):
         rows = rows.select(kept)

@@ -12,6 +12,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import multiprocess  # which `datasets` starts processes with
+import numpy as np
+
+_OF_TOKENS = ("input_ids", "attention_mask", "labels")  # how columns of token ids begin
 
 _OF_THIS_PROCESS: WeakValueDictionary[str, NamedStrategy] = WeakValueDictionary()
 
@@ -32,12 +35,19 @@ class NamedStrategy:
 
     def tokenize_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         columns: dict[str, Any] = self.strategy.tokenize_prompt(row)
-        return columns
+        return {name: _as_array(name, value) for name, value in columns.items()}
 
     def __reduce__(self) -> Any:
         if multiprocess.get_start_method() == "fork":
             return _of_this_process, (self.name,)
         return NamedStrategy, (self.strategy, self.name)
+
+
+def _as_array(name: str, value: Any) -> Any:
+    """A list of tokens as an array: `datasets` looks at each number of a list before it writes."""
+    if not isinstance(value, list) or not name.removeprefix("teacher_").startswith(_OF_TOKENS):
+        return value
+    return np.array(value, dtype=None if value else np.int64)
 
 
 def _of_this_process(name: str) -> NamedStrategy:

@@ -44,3 +44,24 @@ def test_processes_that_are_not_forked_are_given_it_whole(monkeypatch: pytest.Mo
     monkeypatch.setattr(Counting, "__reduce__", object.__reduce__)
     received = dill.loads(dill.dumps(NamedStrategy(Counting(), "spawned")))
     assert received.tokenize_prompt({"text": "four"}) == {"length": 4}
+
+
+class Tokenizing(Counting):
+    """A token a letter, in the columns of both sides and of the row."""
+
+    def tokenize_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids = list(map(ord, row["text"]))
+        masks = {"attention_mask": [1] * len(ids), "teacher_labels": [-100, *ids]}
+        return {"input_ids": ids, "teacher_input_ids_2": ids[::-1], **masks, "words": ["a", "b"]}
+
+
+def test_rows_are_written_as_without_a_name() -> None:
+    rows = Dataset.from_list([{"text": text} for text in ("", "four", "größte", "")])
+    plain = Tokenizing()
+    named = NamedStrategy(plain, "tokenizing")
+    mapped, expected = (
+        rows.map(each.tokenize_prompt, remove_columns=["text"], new_fingerprint=name)
+        for each, name in ((named, "named"), (plain, "plain"))
+    )
+    assert mapped[:] == expected[:]
+    assert mapped.features == expected.features
