@@ -7,13 +7,14 @@ python -m benchmarks.cache_reading map-row  # `safe_open`, a file opened for eac
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import typer
 from safetensors import safe_open
 from torch import Tensor
 
@@ -40,7 +41,15 @@ def held_of_files() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:")) / 1024
 
 
-def main(way: str) -> None:
+def main(
+    way: Annotated[
+        Literal["read", "map", "map-row"],
+        typer.Argument(
+            help="As `TeacherCache` does; `safe_open` of each file once; `safe_open` for each row."
+        ),
+    ],
+) -> None:
+    """Time a row of a teacher cache, and what the process then holds of its files."""
     with tempfile.TemporaryDirectory() as folder:
         cache = TeacherCache(Path(folder) / "states", {"hidden_size": FEATURES})
         for number in range(FILES):
@@ -59,4 +68,4 @@ def main(way: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    typer.run(main)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,6 +23,7 @@ COLOURS = ("#4477aa", "#ee8866", "#999999")
 
 
 def main() -> None:
+    """Draw what a teacher is worth, as gain.png, from the record of the quality benchmark."""
     results = json.loads(RECORD.read_text(encoding="utf-8"))["results"]
     groups = results["compared"]["methods"]["groups"]
     figure = Figure(figsize=(10, 3), layout="constrained")
@@ -64,4 +66,4 @@ def _by_method(axes: Axes, groups: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

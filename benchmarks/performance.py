@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import typer
+
 from benchmarks import around, gold, mapped, objective, soft_dtw
 from benchmarks.measure import RESULTS, Report, write_between
 
@@ -49,6 +51,7 @@ def disturbances(value: object) -> list[float]:
 
 
 def main() -> None:
+    """Write the tables of docs/performance.md anew from benchmarks/results."""
     for name in TABLES:
         file = RESULTS / f"{name}.json"
         if not file.is_file():
@@ -59,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

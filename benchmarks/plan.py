@@ -279,11 +279,20 @@ def compare(folder: Path, name: str, recipe: dict[str, Any], lock: Path | None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("plan-benchmark"))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("plan-benchmark"),
+        help="models, rows and runs; made where it is not there",
+    )
     parser.add_argument("--only", nargs="*", default=[], help="parts of configurations' names")
     parser.add_argument("--lock", type=Path, help="file to hold locked during each configuration")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

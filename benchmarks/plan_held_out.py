@@ -120,14 +120,23 @@ def predict(folder: Path, name: str, run: HeldOut) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("plan-benchmark"))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("plan-benchmark"),
+        help="models, rows and runs, as of benchmarks.plan",
+    )
     parser.add_argument("--lock", type=Path, help="file to hold locked during each configuration")
     parser.add_argument(
         "--predict", action="store_true", help="write predictions down, measure not"
     )
     parser.add_argument("--again", action="store_true", help="measure also what was measured")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     import torch
 

@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from benchmarks import plan, plan_held_out
 from benchmarks.measure import MIB, RESULTS, write_between
 
@@ -103,6 +105,7 @@ def table(plans: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Write what `dwakd plan` says today of each recorded run into docs/planning.md."""
     with tempfile.TemporaryDirectory() as folder:
         text = table(planned(Path(folder)), recorded())
     print(text)
@@ -110,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -77,6 +79,25 @@ def test_quick_form(name: str, quick_runs: dict[str, Popen[str]]) -> None:
     assert out.strip() in section(report)
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
+
+
+COMMANDS = sorted(
+    file.stem
+    for file in (ROOT / "benchmarks").glob("*.py")
+    if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_explains_itself_and_refuses_a_typo(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, code, said in (("--help", 0, "--help"), ("--hlep", 2, "--hlep")):
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", option])
+        with warnings.catch_warnings(action="ignore"), pytest.raises(SystemExit) as end:
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__")  # again, if imported
+        assert end.value.code == code
+        assert said in "".join(capsys.readouterr())
 
 
 @pytest.mark.slow
