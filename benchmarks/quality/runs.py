@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -166,6 +167,7 @@ def _train(materials: Materials, run: Run) -> Settings:
         "seconds": trained,
         "curves": _curves(log),
         "loop_seconds": _loop_seconds(log),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **own,
     }
     replace_file(folder / DONE, json.dumps(result, indent=1))
