@@ -25,6 +25,7 @@ from dwakd_plugin.evaluate.model import Source, most_positions, stop_ids
 from dwakd_plugin.evaluate.responses import Response, ResponseStore, date_of_file, discard
 from dwakd_plugin.evaluate.vllm import AT_ONCE, is_installed, with_vllm
 from dwakd_plugin.evaluate.work import BATCH_CPU, BATCH_GPU
+from dwakd_plugin.models.batches import check_ids
 from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.sampling import Generator, Sample, Sampling, with_transformers
 from dwakd_plugin.models.teacher.cached import teacher_identity
@@ -277,7 +278,7 @@ def _respond(
     if any(store.get(seed, row, ids[row]) is None for seed in seeds for row in ids):
         begin("Loading the teacher")
         longest = max(len(prompt) + limits[row] for row, prompt in ids.items())
-        generate, at_once = _engine(order, stop, longest)
+        generate, at_once = _engine(order, prompts, stop, longest)
         counted = _Counted(generate)
     hear = begin("The teacher answers")
     responses = respond(
@@ -295,7 +296,7 @@ def _respond(
     return responses, counted.speed if counted else None
 
 
-def _engine(order: Order, stop: list[int], longest: int) -> tuple[Generator, int]:
+def _engine(order: Order, prompts: Prompts, stop: list[int], longest: int) -> tuple[Generator, int]:
     """What generates, and how many answers at once. `longest`: tokens of a prompt with its answer.
 
     Quantised and with its adapter as in training. Raises UserError.
@@ -319,6 +320,8 @@ def _engine(order: Order, stop: list[int], longest: int) -> tuple[Generator, int
         return generate, AT_ONCE
     teacher = load_teacher(config, device())
     assert teacher.model is not None
+    read = (torch.tensor(prompt.ids) for prompt in prompts.found)
+    check_ids(read, teacher.embeddings.weight.shape[0], config.called, prompts.tokenizer)
     lm = causal_lm(teacher.model)
     # Its own settings (a repetition penalty, a temperature) would slip into ours.
     lm.generation_config = GenerationConfig(pad_token_id=0, use_cache=True)

@@ -438,3 +438,22 @@ def test_train_answers_first_and_once(asked: Callable[..., Path], tmp_path: Path
     said = [row["output"] for row in read(out)]
     train("--with-labels")
     assert [row["output"] for row in read(out)[1::2]] == said  # the same samples, beside labels
+
+
+def test_a_token_that_the_teacher_never_got_is_named(
+    asked: Callable[..., Path], speaker: Path, tmp_path: Path
+) -> None:
+    """Added to its tokenizer alone, and written by the chat template: an IndexError otherwise."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(speaker)
+    room = AutoConfig.from_pretrained(speaker).vocab_size - len(tokenizer)
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(room)] + ["<|asks|>"])
+    tokenizer.chat_template = "<|asks|>" + (tokenizer.chat_template or "")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    teacher = {"tokenizer": str(tmp_path / "tokenizer")}
+    file = asked([{"messages": turns}], "chat_template", teacher=teacher)
+    with pytest.raises(UserError, match=r"'<\|asks\|>'\), which was added to its tokenizer"):
+        answers(file)
+    assert not list(tmp_path.glob("*.answers.json"))
