@@ -204,19 +204,24 @@ def read(
             ids[place, : len(whole)] = torch.tensor(whole)
             mask[place, : len(whole)] = 1
         states = hidden_states(model, ids.to(device), mask.to(device))
-        for place, row in enumerate(batch):
-            prompt, response = rows[row]
-            own = states[place, len(prompt) - 1 : len(prompt) + len(response) - 1]
-            readings[row] = _reading(own, torch.tensor(response, device=device), head, symbols)
+        own = [
+            states[place, len(prompt) - 1 : len(prompt) + len(response) - 1]
+            for place, (prompt, response) in enumerate(rows[row] for row in batch)
+        ]
+        tokens = torch.tensor([token for row in batch for token in rows[row][1]], device=device)
+        readings |= zip(batch, _readings(own, tokens, head, symbols), strict=True)
     progress(len(rows), len(rows))
     return [readings[row] for row in range(len(rows))]
 
 
-def _reading(states: Tensor, response: Tensor, head: Any, symbols: Tensor | None) -> Reading:
-    """states (n, d): the one that predicts each token of the response (n,)."""
+def _readings(
+    states: Sequence[Tensor], tokens: Tensor, head: Any, symbols: Tensor | None
+) -> list[Reading]:
+    """states: of each response the one that predicts each token (n, d); tokens: those of all."""
     bits, following = [], []
     step = max(1, _LOGITS // head.weight.shape[0])
-    for some, targets in zip(states.split(step), response.split(step), strict=True):
+    # All responses go through the head together: few tokens at once take longer each.
+    for some, targets in zip(torch.cat(list(states)).split(step), tokens.split(step), strict=True):
         logs = head.logits(some).log_softmax(-1)
         bits.append(-logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
         if symbols is not None:
@@ -225,12 +230,16 @@ def _reading(states: Tensor, response: Tensor, head: Any, symbols: Tensor | None
     numbers = torch.cat(bits).double().cpu().numpy() / np.log(2)
     if not np.isfinite(numbers).all():
         raise UserError("The model's logits are not finite. Try another checkpoint, or --dtype.")
+    ends = np.cumsum([len(own) for own in states])[:-1]
+    each = np.split(numbers, ends)
     if symbols is None:
-        return Reading(numbers, None, None)
-    after = states[1:].float()
-    return Reading(
-        numbers, (after @ after.T).cpu().numpy(), torch.cat(following)[1:].float().cpu().numpy()
-    )
+        return [Reading(own, None, None) for own in each]
+    next_bytes = np.split(torch.cat(following).float().cpu().numpy(), ends)
+    after = [own[1:].float() for own in states]
+    return [
+        Reading(own, (some @ some.T).cpu().numpy(), ahead[1:])
+        for own, some, ahead in zip(each, after, next_bytes, strict=True)
+    ]
 
 
 def symbols_of(table: Sequence[bytes], stop: Sequence[int], head_rows: int) -> Tensor:
