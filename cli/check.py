@@ -108,7 +108,11 @@ def check(
         if recipe is None and not trust_remote_code:  # axolotl's strategies need it, own code may
             without_torch()
         teaching = load_side("teacher", teacher, trust_remote_code)
-        learning = load_side("student", student, trust_remote_code)
+        learning = (
+            teaching._replace(role="student")  # one load serves both
+            if student == teacher
+            else load_side("student", student, trust_remote_code)
+        )
     with console.status("Cutting texts with both"):
         from dwakd_cli.sample_texts import SAMPLE
 

@@ -14,12 +14,11 @@ variant trains on the very same ones, and on the same teacher cache.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from dwakd_plugin.tokenizers.continuations import Continuations, Read
-from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary
+from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, shared_vocabulary, text_of
 from dwakd_plugin.tokenizers.same_text import Run, common_runs, spelling
 from dwakd_plugin.tokenizers.spellings import Spellings
 
@@ -334,9 +333,8 @@ def student_cuts(
     texts: dict[int, str] = {}  # of the teacher's tokens whose counterpart is still to be found
     for index, piece in ByteCutter(teacher_tokenizer, "teacher").pieces.items():
         taken = index in added and (added[index].special or found[index : index + 1] > [-1])
-        if index < rows and piece and not taken:
-            with suppress(UnicodeDecodeError):
-                texts[index] = piece.decode()
+        if index < rows and not taken and (text := text_of(piece)):
+            texts[index] = text
     for index, cut in cuts_of(cutter, texts, found).items():
         cuts[index] = cut
     return cuts

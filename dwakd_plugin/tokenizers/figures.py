@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
@@ -18,6 +17,7 @@ from dwakd_plugin.tokenizers.pair import (
     Cut,
     PairCut,
     cut_both,
+    text_of,
 )
 
 _WHITE_RUN = re.compile(r"\s{2,}|[\n\t]")
@@ -151,10 +151,8 @@ def vocabulary_figures(teacher: ByteCutter, student: ByteCutter) -> dict[str, An
     strings = teacher.vocabulary.keys(), student.vocabulary.keys()
     pieces, own = teacher.ids_by_bytes(), student.ids_by_bytes()
     shared_strings, shared_pieces = strings[0] & strings[1], pieces.keys() & own.keys()
-    texts = {}
-    for piece in shared_pieces - {b""}:
-        with suppress(UnicodeDecodeError):  # a part of a character is read within one
-            texts[own[piece]] = piece.decode()
+    # A part of a character is read within one, and not by itself.
+    texts = {own[piece]: text for piece in shared_pieces if (text := text_of(piece))}
     cuts = cuts_of(student, texts, range(1 + max(own.values())))
     return {
         "teacher_vocab_size": len(strings[0]),

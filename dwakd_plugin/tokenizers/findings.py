@@ -275,7 +275,7 @@ def _vocabulary_findings(
             )
         ]
     same = figures.student_spans_shared == figures.student_tokens
-    if same and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
+    if same and teacher.cutter.vocabulary == student.cutter.vocabulary:
         return [
             Finding(
                 "same_tokenizer",

@@ -71,6 +71,14 @@ def token_bytes(token: str, *, byte_level: bool) -> bytes:
     return token.replace("▁", " ").encode()
 
 
+def text_of(piece: bytes) -> str | None:
+    """The text that a token's bytes are; None where they are a part of a character."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def vocabulary_bytes(tokenizer: Any) -> dict[bytes, int]:
     """Byte string to token id, without added and special tokens.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.tokenizers.alignment import BEFORE, ids_behind
-from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, vocabulary_bytes
+from dwakd_plugin.tokenizers.pair import ByteCutter, Cut, text_of, vocabulary_bytes
 
 
 def spellings(new: Any, old: Any) -> list[list[int]]:
@@ -32,8 +31,8 @@ def spellings(new: Any, old: Any) -> list[list[int]]:
             found[index] = [known[piece]]
             continue
         found[index] = _longest_pieces(piece, known)
-        with suppress(UnicodeDecodeError):
-            texts[index] = piece.decode()
+        if text := text_of(piece):
+            texts[index] = text
     for before in reversed(BEFORE):  # not by itself: SentencePiece may put a space before it
         cuts = source.cut([before + text for text in texts.values()])
         for index, cut in zip(texts, cuts, strict=True):

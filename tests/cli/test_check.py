@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dwakd_cli.main import app
 from dwakd_cli.token_picture import terminal_rows
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.tokenizers.figures import vocabulary_figures
+from dwakd_plugin.tokenizers.loading import load_and_name
 from dwakd_plugin.tokenizers.pair import ByteCutter, cut_both
 from tests.conftest import write_rows
 from tests.tokenizers.small_tokenizers import byte_level, sentencepiece
@@ -251,6 +253,25 @@ def test_the_rows_of_a_recipe_side_by_side(
     assert shown.exit_code == 0 and "Answers different in their reasoning: row 2 of" in shown.output
     assert "Neither side reads reasoning (`reasoning_content`): row 1 of" in shown.output
     assert check().exit_code == 1
+
+
+def test_a_tokenizer_that_is_both_sides_is_loaded_once(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, _ = folders
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    apart = json.loads(check(teacher, copy, "--json").stdout)
+    loaded: list[str] = []
+
+    def counted(name: str, *others: Any, **options: Any) -> Any:
+        loaded.append(name)
+        return load_and_name(name, *others, **options)
+
+    monkeypatch.setattr("dwakd_plugin.tokenizers.side.load_and_name", counted)
+    result = check(teacher, teacher, "--json")
+    assert loaded == [teacher]
+    assert json.loads(result.stdout) == apart | {"student": teacher}
+    assert "same_tokenizer" in {finding["code"] for finding in apart["findings"]}
 
 
 def test_tokens_that_the_student_never_reads_are_counted_apart() -> None:
