@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.options import JsonReport, RecipeFile, Teacher
+from dwakd_cli.without_packages import without_packages
 from dwakd_plugin.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,10 +90,13 @@ def align(
     if checkpoint is not None:
         states[checkpoint.resolve().name] = checkpoint
     numbers = list(dict.fromkeys(sample or [])) or [1]
+    # For drafts by an assistant: no answer is generated here. A model's own code may need it.
+    trusts_code = config.teacher.trust_remote_code or bool(read.keys.get("trust_remote_code"))
+    unneeded = () if trusts_code else ("sklearn",)
     facts: dict[str, Any] = {}
     aligned: list[AlignedSample] = []
     for state, folder in states.items():
-        with console.status(Text(f"Loading both models: {state}")):
+        with console.status(Text(f"Loading both models: {state}")), without_packages(unneeded):
             facts, found = align_samples(read, folder, numbers, state)
         aligned = [
             replace(one, states=earlier.states | one.states)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from dwakd_cli.console import PlainConsole
 from dwakd_cli.options import TrustModels
-from dwakd_plugin.export.new_process import NewProcess, without_unneeded
+from dwakd_cli.without_packages import without_packages
+from dwakd_plugin.export.new_process import UNNEEDED, NewProcess
 
 
 def export(
@@ -66,7 +67,7 @@ def export(
         status = stack.enter_context(console.status("Starting"))
         process = stack.enter_context(NewProcess(lean=not trust_remote_code))
         if not trust_remote_code:
-            stack.enter_context(without_unneeded())
+            stack.enter_context(without_packages(UNNEEDED))
         from transformers.utils.logging import disable_progress_bar
 
         from dwakd_plugin.export.export import export as export_student

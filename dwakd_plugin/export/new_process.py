@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -61,15 +59,3 @@ class NewProcess:
             raise UserError(f"The export cannot be used, and was not kept:\n{end}")
         found: dict[str, Any] = json.loads(answer.splitlines()[-1])
         return found
-
-
-@contextlib.contextmanager
-def without_unneeded() -> Iterator[None]:
-    """While open, this process doesn't import what no export needs, either."""
-    missing = [name for name in UNNEEDED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in missing:
-            sys.modules.pop(name, None)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from dwakd_cli.alignment_picture import (
     what_is_drawn,
 )
 from dwakd_cli.main import app
+from dwakd_cli.without_packages import without_packages
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import Alignment, Head, ResponseStates, alignment_of, dwakd_loss
 from dwakd_plugin.models.projectors import Projectors
@@ -285,6 +289,31 @@ def test_mistakes_are_messages(
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".yml") == [
         "alignment"
     ]
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_imports_nothing_for_generation_by_an_assistant(
+    recipe: Recipe, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = "lambda: print(*(name for name, it in sys.modules.items() if it), file=sys.stderr)"
+    code = f"import atexit, sys; atexit.register({loaded}); from dwakd_cli.main import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "align", str(write(recipe({}))), "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    imported = set(result.stderr.split())
+    assert "transformers.generation.candidate_generator" in imported
+    assert not imported & {"sklearn"}
+
+
+def test_packages_that_a_command_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    with without_packages(["wave", "json"]):
+        assert find_spec("wave") is None  # how transformers asks
+        assert sys.modules["json"] is json  # is imported, and stays
+    assert "wave" not in sys.modules and find_spec("wave")
 
 
 @pytest.mark.slow
