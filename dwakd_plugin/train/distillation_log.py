@@ -33,8 +33,10 @@ class DistillationLog(Trainer):
         logs.update(logged(figures, distillation.config, prefix))
         if distillation.config.loss.dtw_weight > 0 and not prefix:
             logs["gamma"] = round(distillation.gamma(step - 1, self.state.max_steps), 5)
+        own = {}
         if distillation.own_answers is not None and not prefix:
-            logs.update(distillation.own_answers.logged())
+            own = distillation.own_answers.logged()
+            logs.update(own)
         if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
             logs[f"{prefix}ppl"] = round(perplexity(logs[f"{prefix}ce"]), 5)
         if totals and not prefix:
@@ -44,4 +46,5 @@ class DistillationLog(Trainer):
             seen = {prefix + name: value for name, value in figures.items()}
             if not prefix:
                 seen |= {"chance": self._label_counts.chance(), "epoch": self.state.epoch or 0.0}
+                seen |= own
             self.health.hear(seen, self.args, self.state)

@@ -44,6 +44,9 @@ WANTED_SHARE = 0.2  # of the loss, for the weight that is proposed in either cas
 TEACHER_MARGIN = 1.05
 # So ends are allowed that nat. A teacher that has not learnt where such responses end pays several.
 END_MARGIN = 1.0
+# Of the share of sampled answers that end: twice what chance makes of fifteen answers at nine in
+# ten, and more than it makes of a window's.
+ENDED_DROP = 0.2
 # Soft-DTW is flat where in so many windows no mean was lower than the first by three times its
 # noise. Three, as there are many windows to look at.
 FLAT_WINDOWS = 4
@@ -85,6 +88,7 @@ class Health:
     _first_dtw: dict[str, tuple[float, float]] | None = None  # mean and noise, of the first window
     _first_window_at: int = 0
     _dtw_fell: bool = False
+    _first_ended: float | None = None  # share of the student's own answers, in their first line
 
     def observe(self, step: int, figures: Figures) -> list[str]:
         """Takes the figures of one log line; returns the warnings that are new with it.
@@ -94,7 +98,8 @@ class Health:
         `attention_spread` and `attention_limit` (nats per token), `kd_share` and `dtw_share` (see
         `shares`). Of evaluation:
         `eval_teacher_ce`, `eval_paired_ce`, `eval_teacher_end_ce` and `eval_end_ce`. One that is
-        missing is not judged. What several teachers' own figures are called, `metrics.means` says.
+        missing is not judged. Of own answers: `own_ended`. What several teachers' own figures are
+        called, `metrics.means` says.
         """
         self.step = step
         if any(name.startswith("eval_") for name in figures):
@@ -102,6 +107,8 @@ class Health:
             judged = self._of_each_teacher(own, _teacher) if step >= WINDOW_STEPS else {}
         else:
             self._lines.append((step, figures))
+            if self._first_ended is None:
+                self._first_ended = figures.get("own_ended")
             judged = self._judge_window()
         return [
             message
@@ -148,6 +155,7 @@ class Health:
         judged = {
             "dtw_dominates": self._dtw_dominates(mean),
             "kd_negligible": self._kd_negligible(mean),
+            "own_answers_unend": self._own_answers_unend(mean),
         }
         judged |= self._of_each_teacher(mean, self._few_pairs)
         if window[-1].get("epoch", 0.0) <= 1:  # after that the student knows the rows by heart
@@ -262,6 +270,20 @@ class Health:
             f"Distillation is {share:.2%} of the loss: this is fine-tuning on the labels in all "
             f"but name. Raise dwakd.loss.kd_weight (now {weight:g}) to "
             f"{_weight_for(weight, share)}, or train without a teacher."
+        )
+
+    def _own_answers_unend(self, mean: Figures) -> str | None:
+        own = self.config.own_answers
+        if own is None or self._first_ended is None or "own_ended" not in mean:
+            return None
+        if mean["own_ended"] > self._first_ended - ENDED_DROP:
+            return None
+        return (
+            f"The student's own answers unlearn to end: {mean['own_ended']:.0%} of them end by "
+            f"themselves (own_ended), and {self._first_ended:.0%} did at first. The teacher sees "
+            "no end behind text that makes no sense to it, so this student doesn't write well "
+            "enough yet. Let it learn from given answers for longer "
+            f"(dwakd.own_answers.start_after, now {own.start_after}), or alone (share: 0)."
         )
 
     def _dtw_flat(self, window: Sequence[Figures]) -> dict[str, str | None]:

@@ -210,6 +210,21 @@ def test_short_responses_leave_the_attention_nothing_to_choose() -> None:
     assert observe(healthy(cold_start=False), range(1, 200), WELL | short) == []
 
 
+def test_own_answers_that_unlearn_to_end() -> None:
+    """Against their first line, whenever they began; a run without them has no such figure."""
+    own = {"share": 0.5, "start_after": 40}
+    for later, words in ((0.9, None), (0.6, "74% of them end by themselves")):
+        found = healthy(variant="mapped", own_answers=own, cold_start=False)
+        assert observe(found, range(1, 40), WELL) == []
+        said = observe(found, range(40, 60), WELL | {"own_ended": 0.95})
+        # It is said as soon as a window's mean is below, before all of it is.
+        said += observe(found, range(60, 150), WELL | {"own_ended": later})
+        assert names(found) == ([] if words is None else ["own_answers_unend"])
+        if words:
+            assert words in said[0] and "95% did at first" in said[0]
+            assert "start_after, now 40" in said[0]
+
+
 def test_shares_of_the_loss() -> None:
     weighted = {"ce": 4.0, "t2s_ce": 1.0, "student_kd": 2.0, "teacher_kd": 1.0, "uld": 0.0}
     found = shares(weighted | {"hidden_dtw": 2.0, "embed_dtw": -0.1})
