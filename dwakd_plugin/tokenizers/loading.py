@@ -113,5 +113,8 @@ def follows_its_file(tokenizer: Any, name: str | Path, revision: str | None = No
             return True
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return False
-    expected = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    own = Tokenizer.from_file(str(file))
+    own.no_padding()  # which a file may keep from its training; transformers asks for neither
+    own.no_truncation()
+    expected = own.encode(PROBE, add_special_tokens=False).ids
     return bool(tokenizer(PROBE, add_special_tokens=False)["input_ids"] == expected)

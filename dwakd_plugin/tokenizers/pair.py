@@ -187,9 +187,8 @@ class ByteCutter:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's token ids without special tokens."""
-        self.tokenizer(
-            "", add_special_tokens=False
-        )  # turns other calls' truncation and padding off
+        # Turns truncation and padding off, which another call or the file may have left on.
+        self.tokenizer("", add_special_tokens=False)
         # What transformers makes of each encoding would take as long again, and only ids count.
         rows = self.tokenizer.backend_tokenizer.encode_batch_fast(
             list(texts), add_special_tokens=False

@@ -61,3 +61,22 @@ def test_check_names_a_class_that_misreads(
     assert (finding.code, finding.severity) == (f"{role}_class_misreads", "problem")
     byte_level().save_pretrained(tmp_path / "plain")
     assert not class_findings(load_side(role, str(tmp_path / "plain"), trust_remote_code=False))
+
+
+@pytest.mark.parametrize("kept", [{"padding": True}, {"truncation": True}])
+def test_padding_and_truncation_kept_in_a_file_change_no_text(
+    kept: dict[str, bool], tmp_path: Path
+) -> None:
+    """A tokenizer.json may keep what it was last called with; a call of transformers' asks anew."""
+    byte_level().save_pretrained(tmp_path)
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if "padding" in kept:
+        own.enable_padding(length=512)
+    else:
+        own.enable_truncation(max_length=2)
+    own.save(str(tmp_path / "tokenizer.json"))
+    assert follows_its_file(AutoTokenizer.from_pretrained(tmp_path), tmp_path)
+    side = load_side("teacher", str(tmp_path), trust_remote_code=False)
+    assert side.refused is None
+    plain = byte_level()(PROBE, add_special_tokens=False)["input_ids"]
+    assert side.tokenizer(PROBE, add_special_tokens=False)["input_ids"] == plain
