@@ -31,7 +31,7 @@ GIVEN, OWN, LONGER = "given", "given, then own", "given, as long"
 SKEWED = "given, then own, skewed"  # by a divergence that no token of the student's makes large
 WRITTEN, WRITTEN_OWN = "teacher's", "teacher's, then own"
 RIVAL = "GOLD, own"
-COMPARED = ("sft", GIVEN, OWN)
+COMPARED = ("sft", GIVEN, OWN, SKEWED)
 # Keys of GOLDConfig: sampled as ours are; its merge of the logits at the place that predicts them.
 GOLD = {
     "lmbda": SHARE,
@@ -59,8 +59,8 @@ def write_answers(base: materials.Materials, rate: float) -> Path:
 def arms(base: materials.Materials, answers: Path, rate: float, steps: int) -> dict[str, Run]:
     """One run of each but GOLD, of any seed."""
     mapped: dict[str, Any] = {"variant": "mapped"}
-    own = {"share": SHARE, "max_new_tokens": LONGEST, "start_after": steps // 2}
-    skewed = own | {"divergence": "skewed_reverse_kl"}
+    sampled = {"share": SHARE, "max_new_tokens": LONGEST, "start_after": steps // 2}
+    own, skewed = (sampled | {"divergence": name} for name in ("reverse_kl", "skewed_reverse_kl"))
     # Both kinds of rows are read twice at most: some prompts have no answer of the teacher's.
     same: dict[str, Any] = {"max_steps": steps, "num_epochs": 2}
     written = same | {"datasets": [dataset(answers)]}

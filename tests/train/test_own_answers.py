@@ -173,7 +173,11 @@ def pair(lab: Path) -> Pair:
     return Pair(lab / "student", 40, share=1.0, max_new_tokens=3)
 
 
-def test_with_one_tokenizer_it_is_reverse_kl_token_by_token(pair: Pair) -> None:
+@pytest.mark.parametrize("skew", [0.1, 0.0])
+def test_with_one_tokenizer_it_is_reverse_kl_token_by_token(lab: Path, skew: float) -> None:
+    """With a tenth of the student's own mixed into the teacher, by default, or without."""
+    own_settings = {} if skew else {"divergence": "reverse_kl"}
+    pair = Pair(lab / "student", 40, share=1.0, max_new_tokens=3, **own_settings)
     (batch,) = pair.own.put_into([pair.batch], 0, pair.student)
     rows, own = rows_of(batch), batch[OWN_ROWS].tolist()
     # Where the tokenizer cuts the text as it was sampled, both read the very same tokens.
@@ -186,8 +190,8 @@ def test_with_one_tokenizer_it_is_reverse_kl_token_by_token(pair: Pair) -> None:
         begin = answer_begins([-100, *rows_of(pair.batch)[number].student_labels[1:]])
         assert begin is not None
         p, q = (model(ids).logits[0, begin - 1 : -1] for model in (pair.student, pair.model))
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        expected = expected + (log_p.exp() * (log_p - log_q)).sum()
+        p, q = p.softmax(-1), q.softmax(-1)
+        expected = expected + (p * (p.log() - (skew * p + (1 - skew) * q).log())).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     names = [name for name, _ in pair.student.named_parameters()]
     found = torch.autograd.grad(loss, [*pair.student.parameters()])
