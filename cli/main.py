@@ -51,7 +51,7 @@ def _options(
 ) -> None:
     """`debug` and `version` act before any subcommand runs."""
     # They warn at import of kernels that this machine has no use for.
-    for library in ("torchao", "torch.utils._pytree"):
+    for library in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -151,6 +151,7 @@ def main() -> None:
     train(groups)
     found = report.evaluate(base, groups, sampling_seeds=SAMPLING_SEEDS)
     results = {
+        "pair": base.pair,
         "rows": {"train": chosen.rows, "answered": len(answers.read_text().splitlines())},
         "steps": steps,
         "dev": {

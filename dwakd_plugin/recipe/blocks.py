@@ -93,9 +93,7 @@ class OwnAnswersConfig(Block):
     matching: Literal["mapped", "order"] = Field(
         "mapped", description="What compares the two sides, as in `dwakd.loss.matching`."
     )
-    divergence: Divergence = Field(
-        "skewed_reverse_kl", description="Divergence of the mapped teacher."
-    )
+    divergence: Divergence = Field("reverse_kl", description="Divergence of the mapped teacher.")
 
     @field_validator("refresh_every", mode="before")
     @classmethod
