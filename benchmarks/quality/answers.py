@@ -57,7 +57,7 @@ def write_answers(base: materials.Materials, rate: float) -> Path:
 
 
 def arms(base: materials.Materials, answers: Path, rate: float, steps: int) -> dict[str, Run]:
-    """One run of each but GOLD, of any seed."""
+    """A run of each arm but GOLD's and LONGER, which hang on others' results."""
     mapped: dict[str, Any] = {"variant": "mapped"}
     sampled = {"share": SHARE, "max_new_tokens": LONGEST, "start_after": steps // 2}
     own, skewed = (sampled | {"divergence": name} for name in ("reverse_kl", "skewed_reverse_kl"))

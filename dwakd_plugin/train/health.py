@@ -44,8 +44,8 @@ WANTED_SHARE = 0.2  # of the loss, for the weight that is proposed in either cas
 TEACHER_MARGIN = 1.05
 # So ends are allowed that nat. A teacher that has not learnt where such responses end pays several.
 END_MARGIN = 1.0
-# Of the share of sampled answers that end: twice what chance makes of fifteen answers at nine in
-# ten, and more than it makes of a window's.
+# Of the share of sampled answers that end. Of fifteen answers, a first line's, nine in ten end with
+# a standard deviation of 0.08; a window has more answers, and less noise.
 ENDED_DROP = 0.2
 # Soft-DTW is flat where in so many windows no mean was lower than the first by three times its
 # noise. Three, as there are many windows to look at.
