@@ -48,6 +48,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=materials.TRAIN_ROWS, help="to train on")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument(
+        "--longest",
+        type=int,
+        default=materials.LONGEST,
+        metavar="N",
+        help="rows of at most N of the teacher's tokens, but for Vicuna's",
+    )
+    parser.add_argument(
         "--held-out-bytes",
         type=int,
         default=math.inf,
@@ -80,6 +87,7 @@ def main() -> None:
         chosen.teacher,
         train_rows=chosen.rows,
         batch=chosen.batch,
+        longest=chosen.longest,
         held_out_bytes=chosen.held_out_bytes,
     )
     results: dict[str, Any] = {

@@ -32,7 +32,7 @@ from dwakd_plugin.tokenizers.training import train_tokenizer
 
 Row = dict[str, Any]
 
-TRAIN_ROWS, LONGEST = 2000, 64  # tokens of the teacher: instruction, input and output
+TRAIN_ROWS, LONGEST = 2000, 64  # the latter: tokens of the teacher in instruction, input, output
 # The students that are made here, of one architecture and tokenizer: how many of the other rows
 # each has read before (None: all), and how often.
 PRETRAINING: dict[str, tuple[int | None, int]] = {"small": (5000, 1), "longer": (None, 2)}
@@ -60,6 +60,7 @@ class Materials:
     teacher: Path
     train_rows: int = TRAIN_ROWS  # the first ones
     batch: int = 8
+    longest: int = LONGEST  # row, in the teacher's tokens
     held_out_bytes: float = math.inf  # of responses, of each set that is measured on
 
     @property
@@ -102,6 +103,12 @@ def prepare(folder: Path, instructions: Path, student: str, teacher: str, **run:
         prepare_teacher(folder / "untrimmed")
     if not materials.rows("train").is_file():
         _write_rows(materials, instructions)
+    found = json.loads(_longest(materials).read_text(encoding="utf-8"))
+    if found != materials.longest:
+        raise SystemExit(
+            f"{folder} has rows of at most {found} tokens, and what was made of them; for rows of "
+            f"{materials.longest}, give another --folder."
+        )
     if made_here and not own.is_dir():
         _make_student(materials, student)
     if not (folder / "untuned").is_dir():
@@ -111,6 +118,11 @@ def prepare(folder: Path, instructions: Path, student: str, teacher: str, **run:
         rows = _read(materials.first_rows(materials.train_rows))
         fine_tune(folder / "untuned", rows, materials.teacher, batch=materials.batch)
     return materials
+
+
+def _longest(materials: Materials) -> Path:
+    """Says how long the folder's rows are."""
+    return materials.folder / "data" / "longest.json"
 
 
 def _make_student(materials: Materials, name: str) -> None:
@@ -160,7 +172,7 @@ def _write_rows(materials: Materials, instructions: Path) -> None:
     def short(row: Row) -> bool:
         _, output = rendered(row)
         text = row["instruction"] + (row.get("input") or "") + output
-        return len(tokenizer(text)["input_ids"]) <= LONGEST
+        return len(tokenizer(text)["input_ids"]) <= materials.longest
 
     rows = _read(instructions / "dolly_train.jsonl")
     candidates = [index for index, row in enumerate(rows) if short(row)]
@@ -172,6 +184,7 @@ def _write_rows(materials: Materials, instructions: Path) -> None:
         found = _read(instructions / file)
         parts[name] = found if name == "vicuna" else [row for row in found if short(row)]
     (materials.folder / "data").mkdir(parents=True, exist_ok=True)
+    replace_file(_longest(materials), json.dumps(materials.longest))
     for name in sorted(parts, key=lambda name: name == "train"):  # which says that all are there
         lines = (json.dumps(row) + "\n" for row in parts[name])
         replace_file(materials.rows(name), "".join(lines))
