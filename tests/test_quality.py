@@ -131,6 +131,23 @@ def test_ablations_are_valid_and_share_the_runs_of_the_methods(tmp_path: Path) -
     assert len(recipes) == len({(str(recipes[run.name]), run.seed) for run in runs})
 
 
+def test_switches_change_one_setting_of_the_loss(tmp_path: Path) -> None:
+    base = rows_of(materials_of(tmp_path))
+    tuned = {"sft": methods.tune_sft(lambda runs: [0.0 for _ in runs], [1])}
+    tuned |= methods.tune(["dwakd", "mapped"], 1.0, lambda runs: [0.0 for _ in runs])
+    groups = methods.switches(tuned, 2)
+    found = {
+        group: parse_recipe(recipe(base, runs[1])).loss.model_dump()
+        for group, runs in groups.items()
+    }
+    for group in groups.keys() - {"sft", *methods.SWITCHES}:
+        method, name = group.split(", ", 1)
+        changed = {key for key, value in found[group].items() if value != found[method][key]}
+        assert changed == methods.SWITCHES[method][name].keys()
+    folders = [run.name for runs in groups.values() for run in runs]
+    assert len(folders) == len(set(folders))
+
+
 def rows_of(base: Materials, count: int = 3000) -> Materials:
     base.rows("train").parent.mkdir()
     base.rows("train").write_text("{}\n" * count, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Everything lies below --folder, and trainings that are done are kept: stopped and started again, it
 goes on with the next. The report is written anew with each comparison: SFT and `mapped`, the other
-methods, SFT on more rows, ablations.
+methods, SFT on more rows, ablations, switches.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="training seeds of SFT and mapped")
     parser.add_argument("--other-seeds", type=int, default=5, help="of the other methods")
     parser.add_argument("--ablation-seeds", type=int, default=3, help="0: no ablations")
+    parser.add_argument("--switch-seeds", type=int, default=3, help="0: no switches")
     parser.add_argument(
         "--more-rows", nargs="*", type=float, default=[], help="times as many, for SFT alone"
     )
@@ -127,6 +128,8 @@ def main() -> None:
         compare("rows", {one: methods_runs[one] for one in methods.HEADLINE} | more)
     if "dwakd" in tuned and chosen.ablation_seeds > 0:
         compare("ablations", methods.ablations(tuned, chosen.ablation_seeds))
+    if {"dwakd", "mapped"} <= tuned.keys() and chosen.switch_seeds > 0:
+        compare("switches", methods.switches(tuned, chosen.switch_seeds))
     results["start"] = report.at_start(base)
     results["tokens"] = by_token.figures(
         base,

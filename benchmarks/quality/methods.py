@@ -1,4 +1,4 @@
-"""What is compared: methods with the settings that each may be tuned over, and ablations.
+"""What is compared: methods with the settings that each may be tuned over, ablations, switches.
 
 Every method gets as many trials on dev, up to three, and SFT, which has nothing but its learning
 rate, one more. The first trial of each is its own paper's settings, or this project's defaults;
@@ -8,6 +8,7 @@ GOLD's, whose defaults leave the labels out, has them.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,22 @@ _TRIALS: dict[str, list[tuple[str, Settings, float]]] = {
 }
 # The paper's Table 3 between DSKD and DWA-KD, at DWA-KD's tuned settings.
 ABLATIONS = ("dskd", "dskd_weights", "dskd_dtw", "dskd_banded_dtw", "no_gate")
+# What else a term can be, one switch of `loss` at a time, over a method's tuned settings.
+SWITCHES: dict[str, dict[str, Settings]] = {
+    "dwakd": {
+        "gate outside": {"student_weighting": "entropy_then_gate"},
+        "hidden state as value": {"attention_value": "hidden"},
+        "both": {"student_weighting": "entropy_then_gate", "attention_value": "hidden"},
+        "no soft-DTW": {"dtw_weight": 0.0},
+        "soft-DTW x 50": {"dtw_weight": 10.0},
+    },
+    "mapped": {
+        "token weights": {"student_weighting": "entropy_gate"},
+        "token weights, gate outside": {"student_weighting": "entropy_then_gate"},
+        "label inside tokens": {"inside_tokens": "label"},
+        "ramp over 20 steps": {"kd_warmup_steps": 20},
+    },
+}
 
 Train = Callable[[list[Run]], list[float]]
 """Trains runs and returns their bits per byte on dev."""
@@ -140,4 +157,18 @@ def ablations(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
             if same
             else with_seeds(f"ablation-{variant}", run, seeds)
         )
+    return groups
+
+
+def switches(tuned: dict[str, Run], seeds: int) -> dict[str, list[Run]]:
+    """Each of SWITCHES, beside the settings that it changes and SFT."""
+    groups = {}
+    for method in ("sft", *SWITCHES):
+        groups[method] = with_seeds(method, tuned[method], seeds)
+        for name, loss in SWITCHES.get(method, {}).items():
+            changed = copy.deepcopy(tuned[method].dwakd)
+            changed["loss"] = {**changed.get("loss", {}), **loss}
+            run = replace(tuned[method], name="", dwakd=changed)
+            folder = re.sub(r"\W+", "-", f"switch {method} {name}")
+            groups[f"{method}, {name}"] = with_seeds(folder, run, seeds)
     return groups
