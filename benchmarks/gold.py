@@ -68,7 +68,8 @@ def byte_offsets(sizes: Sizes) -> tuple[Tensor, Tensor]:
     return torch.stack(sides[0]), torch.stack(sides[1])
 
 
-def gold_step(batch: Batch, sizes: Sizes, hybrid: bool) -> Callable[[], float]:
+def uld_loss(student_vocabulary: int, teacher_vocabulary: int, hybrid: bool) -> Any:
+    """GOLD's loss for two vocabularies of these sizes, without what it leaves out of a response."""
     from trl.experimental.gold.gold_config import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
 
@@ -82,9 +83,13 @@ def gold_step(batch: Batch, sizes: Sizes, hybrid: bool) -> Callable[[], float]:
         bf16=False,
         report_to="none",
     )
-    shared = int(SHARED_VOCABULARY * min(sizes.Vs, sizes.Vt))
-    vocabularies = _Vocabulary(sizes.Vs, shared), _Vocabulary(sizes.Vt, shared)
-    uld = ULDLoss(config, *vocabularies, device=torch.device("cpu"))
+    shared = int(SHARED_VOCABULARY * min(student_vocabulary, teacher_vocabulary))
+    both = (_Vocabulary(size, shared) for size in (student_vocabulary, teacher_vocabulary))
+    return ULDLoss(config, *both, device=torch.device("cpu"))
+
+
+def gold_step(batch: Batch, sizes: Sizes, hybrid: bool) -> Callable[[], float]:
+    uld = uld_loss(sizes.Vs, sizes.Vt, hybrid)
     student, teacher = batch.student, batch.teacher
     offsets = byte_offsets(sizes)
 

@@ -117,23 +117,28 @@ def a_loss(name: str, sizes: Sizes) -> Callable[[], float]:
 # A whole step -------------------------------------------------------------------------------------
 
 
-def a_step(name: str, shape: Student) -> Callable[[], float]:
-    """Forward and backward of a student, with the labels alone or with a teacher's states."""
+def a_llama(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> Any:
+    """A Llama with random weights, tied, three heads for each of keys and values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 3),
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def a_step(name: str, shape: Student) -> Callable[[], float]:
+    """Forward and backward of a student, with the labels alone or with a teacher's states."""
     from dwakd_plugin.models.student import student_states
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=max(1, shape.heads // 3),
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).train()
+    model = a_llama(shape.layers, shape.width, shape.inner, shape.heads, shape.vocabulary).train()
     ids = torch.randint(shape.vocabulary, (shape.rows, shape.tokens))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     places = torch.arange(shape.tokens - 1).expand(shape.rows, -1)
