@@ -109,9 +109,9 @@ class DWAKDPlugin(BasePlugin):
                 teacher_config(teacher)
             else:
                 check_served_teacher(config.of(teacher))
-            if config.loss.needs_teacher and loads_body(teacher):
+            if config.loss.needs_teacher and loads_body(teacher, config):
                 check_teacher(teacher, _student_device())
-                if cfg.sample_packing:
+                if cfg.sample_packing and teacher.cache is None:
                     from dwakd_plugin.data.packing import check_packing_of_teacher
 
                     check_packing_of_teacher(teacher, _student_device())

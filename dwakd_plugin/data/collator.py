@@ -14,6 +14,7 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
     student_positions (B, S), teacher_positions (B, T)   places in the flattened sequences,
                                                          in order, right-padded with 0
     student_lengths (B,), teacher_lengths (B,)           how many of them count
+    student_rows (B, 2), teacher_rows (B, 2)             where each sample begins and ends there
     student_index (Ns,), teacher_index (Nt,)             their places in the flattened (B · S or T)
     student_pairs (P,), teacher_pairs (P,)               places there of the positions that predict
                                                          the same bytes; only where the loss
@@ -31,6 +32,12 @@ Keys added to axolotl's batch (B samples, S or T response positions, L tokens a 
                                                          (`models.teacher.top_tokens.to_bits`)
     teacher_asked (B,)                                   instead, until a server has answered: the
                                                          numbers that `ServedTeacher.take` takes
+    own_rows (k,)                                        samples whose answer is the student's own
+    teacher_live                                         where `teacher_states` are given, of
+                                                         `own_rows` alone: a mapping of the
+                                                         teacher's keys from above, unpacked, and
+                                                         `rows`, which they are; these have nothing
+                                                         in `teacher_hidden`
 Where there are several teachers, that is the first's side, and there are also
     further_teachers   a mapping for each of the others: the keys from above with its side
     taught_by          for each sample, the numbers of the teachers that it learns from
@@ -50,8 +57,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.data.packing import LENGTH_COLUMN
-from dwakd_plugin.data.sampled_rows import OWN_ROWS
-from dwakd_plugin.models.batches import response_positions, teacher_batch, teacher_columns
+from dwakd_plugin.data.sampled_rows import OWN_ANSWER, OWN_ROWS
+from dwakd_plugin.models.batches import LIVE, response_positions, teacher_batch, teacher_columns
 from dwakd_plugin.models.teacher.top_tokens import RowStates, TopTokens, to_bits
 from dwakd_plugin.tokenizers.alignment import NumberedPairs, TokenAligner
 
@@ -84,6 +91,9 @@ DISTILLATION_KEYS = (
     "teacher_hidden",
     "teacher_top",
     "teacher_asked",
+    "student_rows",
+    "teacher_rows",
+    LIVE,
     "student_hidden",  # from a warm-up that has computed them before
     SOURCE_COLUMN,
     OWN_ROWS,
@@ -140,6 +150,7 @@ class DualCollator(DataCollatorForSeq2Seq):
             for number in range(len(layouts))
         ]
         source_rows = [row.pop(SOURCE_COLUMN, -1) for row in rows]
+        own_rows = [place for place, row in enumerate(rows) if row.pop(OWN_ANSWER, False)]
         for row in rows:
             row.pop(LENGTH_COLUMN, None)
             for name in [name for name in row if name.startswith("teacher_")]:
@@ -164,7 +175,7 @@ class DualCollator(DataCollatorForSeq2Seq):
                 start += len(row["input_ids"])
         batch.update(response_positions("student", labels, starts))
         own, *further = (
-            _side(layout, rows, labels, side, packed, batch)
+            _side(layout, rows, labels, side, packed, batch, own_rows)
             for layout, side in zip(layouts, sides, strict=True)
         )
         batch.update(own)
@@ -176,6 +187,8 @@ class DualCollator(DataCollatorForSeq2Seq):
                 for lengths in zip(*taught, strict=True)
             ]
         batch[SOURCE_COLUMN] = torch.tensor(source_rows)
+        if own_rows:
+            batch[OWN_ROWS] = torch.tensor(own_rows)
         return batch
 
 
@@ -186,11 +199,13 @@ def _side(
     side: list[list[Tensor]],
     packed: bool,
     batch: dict[str, Tensor],
+    own_rows: list[int],
 ) -> dict[str, Tensor]:
-    """A teacher's side of a batch that has the student's: `side` has each row's ids and labels."""
+    """A teacher's side of a batch that has the student's: `side` has each row's ids and labels, and
+    nobody has the teacher's states of `own_rows`."""
     result = teacher_batch(*side, packed, layout.sequence_len)
     if layout.states is not None:
-        result |= said_of_rows(map(layout.states, *side))
+        result |= _said_before(layout.states, side, own_rows)
     if layout.aligner is not None:
         find = layout.aligner.aligned
         found = [
@@ -201,6 +216,22 @@ def _side(
             result |= aligned_positions(pairs, {**batch, **result}, keys)
         result |= first_before_further(result)
     return result
+
+
+def _said_before(
+    states: RowStates, side: list[list[Tensor]], own_rows: list[int]
+) -> dict[str, Any]:
+    """What the teacher has said of a batch's rows before, and those that it is still to read."""
+    if not own_rows:
+        return said_of_rows(map(states, *side))
+    rows = enumerate(zip(*side, strict=True))
+    said = [None if place in own_rows else states(*row) for place, row in rows]
+    unread = [[column[place] for place in own_rows] for column in side]
+    live = {LIVE: {"rows": torch.tensor(own_rows), **teacher_batch(*unread)}}
+    known = next((row for row in said if isinstance(row, Tensor)), None)
+    if known is None:
+        return live
+    return live | said_of_rows(known[:0] if row is None else row for row in said)
 
 
 def said_of_rows(rows: Iterable[Tensor | TopTokens | int]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dwakd_plugin.data.answers import last_answer
@@ -18,6 +19,7 @@ from dwakd_plugin.data.dual_tokenization import SOURCE_COLUMN
 from dwakd_plugin.tokenizers.sampled import SampledText
 
 OWN_ROWS = "own_rows"  # (k,) long: which samples of a batch have an answer of the student's own
+OWN_ANSWER = "own_answer"  # of a row for the collator: whether it has one
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Row:
     teacher_ids: list[int]
     teacher_labels: list[int]
     source: int
+    own: bool = False  # whether the answer is the student's own
 
     def feature(self) -> dict[str, Any]:
         """The row as the collator takes it."""
@@ -39,27 +42,33 @@ class Row:
             "teacher_input_ids": self.teacher_ids,
             "teacher_labels": self.teacher_labels,
             SOURCE_COLUMN: self.source,
+            OWN_ANSWER: self.own,
         }
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[Row]:
-    """The rows that `DualCollator` made a batch of, without packing."""
-    names = ("input_ids", "labels", "attention_mask", "teacher_input_ids", "teacher_attention_mask")
-    columns = [batch[name].tolist() for name in names]
-    positions, lengths = batch["teacher_positions"].tolist(), batch["teacher_lengths"].tolist()
-    width, rows = batch["teacher_input_ids"].shape[1], []
-    for row, (ids, labels, mask, theirs, their_mask) in enumerate(zip(*columns, strict=True)):
-        labelled = {place - row * width + 1 for place in positions[row][: lengths[row]]}
+    """The rows that `DualCollator` made a batch of, packed or not, in the order of its samples."""
+    ids, labels = (batch[name].flatten().tolist() for name in ("input_ids", "labels"))
+    theirs = batch["teacher_input_ids"].flatten().tolist()
+    places = batch["teacher_positions"].tolist(), batch["teacher_lengths"].tolist()
+    spans = batch["student_rows"].tolist(), batch["teacher_rows"].tolist()
+    own = set(batch[OWN_ROWS].tolist()) if OWN_ROWS in batch else set()
+    rows = []
+    for number, ((start, end), (their_start, their_end), positions, count, source) in enumerate(
+        zip(*spans, *places, batch[SOURCE_COLUMN].tolist(), strict=True)
+    ):
+        labelled = {place + 1 for place in positions[:count]}
         rows.append(
             Row(
-                [token for token, real in zip(ids, mask, strict=True) if real],
-                [label for label, real in zip(labels, mask, strict=True) if real],
-                theirs[: sum(their_mask)],
+                ids[start:end],
+                labels[start:end],
+                theirs[their_start:their_end],
                 [
-                    token if place in labelled else -100
-                    for place, token in enumerate(theirs[: sum(their_mask)])
+                    theirs[place] if place in labelled else -100
+                    for place in range(their_start, their_end)
                 ],
-                int(batch[SOURCE_COLUMN][row]),
+                source,
+                number in own,
             )
         )
     return rows
@@ -116,10 +125,19 @@ def answered(
         [*prompt, *answer],
         [-100] * len(prompt) + [token if j in theirs else -100 for j, token in enumerate(answer)],
         row.source,
+        own=True,
     )
 
 
 def given_labels(batch: dict[str, Tensor]) -> Tensor:
-    """The labels of a batch (B, L), without what the student sampled."""
+    """The labels of a batch, as (sequences, L), without what the student sampled."""
     labels, own = batch["labels"], batch.get(OWN_ROWS)
-    return labels if own is None else labels.index_fill(0, own, -100)
+    if own is None:
+        return labels
+    # Counted, so that a device needn't say how many there are; padding counts none.
+    places = batch["student_positions"][own] + 1
+    lengths = batch["student_lengths"][own]
+    counts = torch.arange(places.shape[1], device=places.device) < lengths.unsqueeze(1)
+    ours = torch.zeros_like(labels).flatten()
+    ours.scatter_add_(0, places.flatten(), counts.flatten().to(ours.dtype))
+    return labels.masked_fill(ours.view_as(labels) > 0, -100)

@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dwakd_plugin.errors import UserError
 
+LIVE = "teacher_live"  # of a batch whose other rows are known: what the teacher itself is to read
+
 
 def teacher_columns(number: int) -> tuple[str, str]:
     """The columns of a row's token ids and labels by the teacher with this number, from 0.
@@ -61,7 +63,8 @@ def teacher_batch(
 
 
 def response_positions(side: str, labels: list[Tensor], starts: list[int]) -> dict[str, Tensor]:
-    """Where the shifted labels count, as the keys `{side}_positions`, `_lengths` and `_index`.
+    """Where the shifted labels count, as the keys `{side}_positions`, `_lengths` and `_index`; and
+    where the samples stand, as `{side}_rows`.
 
     `starts` are the places of the samples' first tokens in the flattened sequences. S is at least
     1, so that a batch without any response still has a shape.
@@ -79,6 +82,9 @@ def response_positions(side: str, labels: list[Tensor], starts: list[int]) -> di
         f"{side}_positions": positions,
         f"{side}_lengths": lengths,
         f"{side}_index": counts.flatten().nonzero().squeeze(1),
+        f"{side}_rows": torch.tensor(
+            [(start, start + len(row)) for row, start in zip(labels, starts, strict=True)]
+        ),
     }
 
 

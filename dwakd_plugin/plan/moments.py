@@ -65,8 +65,8 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     }
     if not run.warps:
         found = {name: parts for name, parts in found.items() if "soft-DTW" not in name}
-    own = run.config.own_answers
-    if own is not None and own.share > 0:
+    own = run.config.sampled_answers
+    if own is not None:
         sampled, drawn = _sampling(run, own)
         found["the sampling of the student's own answers"] = step | {
             "own answers": sampled,
@@ -109,7 +109,9 @@ def _teacher_states(run: Parts) -> float:
     if run.kept_tokens is not None:
         return states
     positions = run.batch * run.lengths.teacher_response
-    peak = states if run.cached or run.elsewhere else run.body("teacher")[1]
+    peak = states
+    if run.live_rows > 0 and not run.elsewhere:
+        peak = run.body("teacher", reading=run.live_rows)[1] + (states if run.cached else 0)
     if run.has_teacher and run.config.teacher.top_k is not None:  # of its head's logits, and again
         chunk = min(positions, run.chunk(run.teacher.head_rows)) * run.teacher.head_rows
         peak = max(peak, states + 2 * FLOAT * chunk)
@@ -123,7 +125,7 @@ def _sampling(run: Parts, own: OwnAnswersConfig) -> tuple[float, float]:
     config = config_of("base_model", *run.student_key)
     itemsize = (run.autocast or run.student_dtype).itemsize
     cache = key_value_bytes(config, answers, run.lengths.student, itemsize)
-    prompts = run.body("student", sampling=answers)[1]
+    prompts = run.body("student", reading=answers)[1]
     return cache + prompts, drawing_bytes(own, answers, run.student.head_rows)
 
 

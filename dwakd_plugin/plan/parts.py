@@ -9,6 +9,7 @@ arithmetic, and every constant of it stands below with its reason. Bytes through
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,11 +124,17 @@ class Parts:
         if self.elsewhere:
             self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
         self.cached = config.loss.needs_teacher and (teacher.cache is not None or self.served)
+        # Of the rows, the share that the teacher reads in the step; and how many of a micro-batch
+        # at most, as all of an optimizer step's own answers may be in one.
+        own = config.sampled_answers
+        self.live_share = 1.0 if not self.cached else 0.0 if own is None else own.share
+        accumulation = int(recipe.get("gradient_accumulation_steps") or 1)
+        self.live_rows = min(batch, math.ceil(self.live_share * batch * accumulation))
         # Of a teacher whose likeliest tokens are in a cache nothing is loaded.
         self.kept_tokens = teacher.top_k if self.cached else None
         self.losses = [config.loss]
-        if config.own_answers is not None and config.own_answers.share > 0:
-            self.losses.append(own_loss_config(config.own_answers, config.loss))
+        if config.sampled_answers is not None:
+            self.losses.append(own_loss_config(config.sampled_answers, config.loss))
 
     # -- what is held throughout ------------------------------------------------------------------
 
@@ -217,7 +224,7 @@ class Parts:
         runtime = CPU_RUNTIME if self.card.kind == "cpu" else CUDA_RUNTIME
         return {
             "student weights": self.student_weights(),
-            "teacher weights": self.teacher_weights(body=not self.cached and not self.elsewhere),
+            "teacher weights": self.teacher_weights(body=self.live_rows > 0 and not self.elsewhere),
             "projectors": sum(FLOAT * layer.numel for layer in self.projectors())
             + self._head_follower(),
             "runtime": runtime,
@@ -249,17 +256,17 @@ class Parts:
 
     # -- what a step allocates --------------------------------------------------------------------
 
-    def body(self, side: str, *, sampling: int = 0) -> tuple[float, float, float]:
+    def body(self, side: str, *, reading: int = 0) -> tuple[float, float, float]:
         """Held after forward, forward's peak, and backward's need beside what is held.
 
-        sampling: so many rows of the student's go through it without a graph.
+        reading: so many rows go through it instead of a micro-batch, without a graph.
         """
         if side == "teacher" and not self.has_teacher:
             return 0, 0, 0
         student = side == "student"
-        training = student and not sampling
+        training = student and not reading
         model = self.student if student else self.teacher
-        batch = sampling or self.batch
+        batch = reading or self.batch
         length = self.lengths.student if student else self.lengths.teacher
         dtype = self.student_dtype if student else self.teacher_dtype
         checkpointing = training and bool(self.recipe.get("gradient_checkpointing"))

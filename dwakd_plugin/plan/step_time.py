@@ -22,8 +22,8 @@ def seconds_per_step(run: Parts, *, body: bool = True) -> float:
     student, teacher = run.student, run.teacher
     passes = (6 if full else 4) + (2 if run.recipe.get("gradient_checkpointing") else 0)
     flops = body * passes * student.body_parameters * B * lengths.student
-    if run.has_teacher and not run.cached:
-        flops += 2 * teacher.body_parameters * B * lengths.teacher
+    if run.has_teacher:
+        flops += 2 * teacher.body_parameters * run.live_share * B * lengths.teacher
     S = B * lengths.student_response
     T = B * lengths.teacher_response if run.kept_tokens is None else 0  # through its head
     sizes = [each.head_rows * each.hidden_size for each in (student, teacher)]

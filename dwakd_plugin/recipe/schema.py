@@ -252,6 +252,12 @@ class DWAKDConfig(Block):
         return found
 
     @property
+    def sampled_answers(self) -> OwnAnswersConfig | None:
+        """The settings of the student's own answers, where any are sampled."""
+        own = self.own_answers
+        return None if own is None or own.share == 0 else own
+
+    @property
     def each_teacher(self) -> tuple[NamedTeacher, ...]:
         """All teachers; the only one is called `teacher` where the recipe has no name for it."""
         only = dict(self.teacher) if self.teacher else {}
@@ -275,12 +281,6 @@ class DWAKDConfig(Block):
                 "own_answers",
                 "they are judged by the teacher, and these loss weights load none; give "
                 "dwakd.loss.kd_weight above 0 (variant `mapped`), or remove own_answers",
-            )
-        if self.teacher.cache is not None:
-            raise about(
-                "own_answers",
-                "they are new in every step, and dwakd.teacher.cache holds the given ones only; "
-                "remove it, so that the teacher is loaded whole",
             )
         if self.teacher.top_k is not None:
             raise about(

@@ -165,7 +165,7 @@ def _taught(cfg: Any, config: DWAKDConfig, number: int, trainer: Any, device: st
     length = config.teacher.sequence_len or cfg.sequence_len
     _check_sizes(teacher, trainer.model, length)
     _say_if_same(config.teacher.called, tokenizer, student_tokenizer)
-    packs = cfg.sample_packing and teacher.model is not None
+    packs = cfg.sample_packing and teacher.model is not None and states_of_row is None
     if packs:
         check_packing(teacher.model, "The teacher", TEACHER_REMEDY, 1 if _is_flash(teacher) else 2)
     aligner = None
@@ -206,6 +206,13 @@ def _teacher(
         size = teacher.embeddings.weight.shape[0]
         check_ids((ids for ids, _ in rows), size, config.teacher.called, tokenizer)
         return teacher, None
+    own = config.sampled_answers
+    if own is not None and own.share == 1 and own.start_after == 0:
+        warn(
+            f"dwakd.teacher.cache ({config.teacher.cache}) serves next to nothing: with "
+            "dwakd.own_answers of share: 1 and start_after: 0 every answer is the student's own, "
+            "which the teacher reads itself. Remove the cache, or raise start_after."
+        )
     teacher, cache = cached_teacher(
         config.teacher,
         device,
@@ -213,6 +220,7 @@ def _teacher(
         tokenizer,
         _progress("Teacher states", "token"),
         lambda text: LOG.info(text, main_process_only=False),
+        live=own is not None,
     )
     return teacher, cache.read
 

@@ -142,7 +142,7 @@ def look_at_data(recipe: Recipe) -> None:
 
                 config = own.config
                 for teacher in config.each_teacher if config.loss.needs_teacher else ():
-                    if own.packs and loads_body(teacher):
+                    if own.packs and teacher.cache is None and loads_body(teacher, config):
                         device = "cuda:0" if torch.cuda.is_available() else "cpu"
                         check_packing_of_teacher(teacher, device)
                 check_first_rows(cfg, teacher_sides(cfg, config))

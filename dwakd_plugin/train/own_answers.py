@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import GenerationConfig
 
 from dwakd_plugin.data.sampled_rows import (
-    OWN_ROWS,
     Row,
     answer_begins,
     answered,
@@ -107,20 +107,16 @@ class OwnAnswers:
         result, first = [], 0
         for batch, of_batch in zip(batches, rows, strict=True):
             numbers = range(first, first + len(of_batch))
-            result.append(self._with_own(batch, [own.get(n, flat[n]) for n in numbers], own, first))
+            if any(n in own for n in numbers):
+                batch = self._laid_out([own.get(n, flat[n]) for n in numbers], batch)
+            result.append(batch)
             first = numbers.stop
         return result
 
-    def _with_own(
-        self, batch: dict[str, Tensor], rows: list[Row], own: Mapping[int, Row], first: int
-    ) -> dict[str, Tensor]:
-        places = [place for place in range(len(rows)) if first + place in own]
-        if not places:
-            return batch
-        collated = dict(self._collate([row.feature() for row in rows]))
-        collated[OWN_ROWS] = torch.tensor(places)
-        device = batch["input_ids"].device
-        return {name: tensor.to(device) for name, tensor in collated.items()}
+    def _laid_out(self, rows: list[Row], before: dict[str, Tensor]) -> dict[str, Any]:
+        """The rows as a batch of the kind, and on the device, that they were `before`."""
+        made = dict(self._collate([row.feature() for row in rows]))
+        return send_to_device(made, before["input_ids"].device)
 
     def _choose(self, rows: list[Row], step: int) -> list[int]:
         """Numbers of the rows to sample for, in order: on average the share of all of them."""
@@ -205,8 +201,8 @@ def own_answers(
     """What a run samples with, where the recipe asks for it; see `check_own_answers`.
 
     paired: the teacher's token that ends an answer, and the student's (`paired_ends`)."""
-    own = config.own_answers
-    if own is None or own.share == 0:
+    own = config.sampled_answers
+    if own is None:
         return None
     assert teacher is not None
     return OwnAnswers(
@@ -224,8 +220,8 @@ def own_answers(
 
 def check_own_answers(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
     """Raises UserError where answers cannot be sampled in this run, before a teacher is loaded."""
-    own = config.own_answers
-    if own is None or own.share == 0:
+    own = config.sampled_answers
+    if own is None:
         return
     if trainer.args.world_size > 1:
         raise UserError(

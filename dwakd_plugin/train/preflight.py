@@ -99,7 +99,7 @@ def check_teacher_recipe(config: DWAKDConfig) -> None:
     then are torch and transformers not needed for it.
     """
     for teacher in config.each_teacher if config.loss.needs_teacher else ():
-        if loads_body(teacher):
+        if loads_body(teacher, config):
             _check_loading(teacher)
 
 
@@ -121,9 +121,11 @@ def _check_loading(teacher: TeacherConfig) -> None:
         check_teacher(teacher, "cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-def loads_body(teacher: TeacherConfig) -> bool:
+def loads_body(teacher: TeacherConfig, config: DWAKDConfig) -> bool:
     """Whether a run loads more of the teacher than head and embeddings, as far as can be seen."""
-    return teacher.server is None and not has_index(teacher)
+    if teacher.server is not None:
+        return False
+    return config.sampled_answers is not None or not has_index(teacher)
 
 
 def has_index(teacher: TeacherConfig) -> bool:

@@ -99,9 +99,17 @@ def _tokenizers(distillation: Distillation) -> str:
 
 def _caches(distillation: Distillation) -> dict[str, str]:
     each = distillation.config.each_teacher
+    live = (
+        ", for given answers; the teacher is loaded all the same, for the student's own, which "
+        "are new in every step"
+        if distillation.own_answers is not None
+        else ""
+    )
     return {
-        "cache" if len(each) == 1 else f"cache {one.name}": one.cache
-        or f"none: the {'teacher runs' if one.server is None else 'server is asked'} in every step"
+        "cache" if len(each) == 1 else f"cache {one.name}": f"{one.cache}{live}"
+        if one.cache
+        else f"none: the {'teacher runs' if one.server is None else 'server is asked'} in every "
+        "step"
         for one in each
     }
 

@@ -25,8 +25,10 @@ from dwakd_plugin.loss.head_pass import tokens_per_chunk
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
 from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB
+from dwakd_plugin.plan.moments import TEACHER, moments
 from dwakd_plugin.plan.parts import Parts
 from dwakd_plugin.plan.peak import Plan
+from dwakd_plugin.plan.step_time import seconds_per_step
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.train.trainer import DWAKDTrainer
@@ -261,6 +263,22 @@ def test_answers_of_its_own_take_keys_and_values(pair: dict[str, Any]) -> None:
     # Two answers, 64 tokens, four layers and one more, keys and values of width 256 in float32.
     assert half["own answers"] > 2 * 64 * (4 + 1) * 2 * 256 * 4
     assert "own answers" not in none
+
+
+def test_a_cache_leaves_the_teacher_loaded_for_own_answers(pair: dict[str, Any]) -> None:
+    def made(share: float, **teacher: str) -> Parts:
+        own = {"share": share, "max_new_tokens": 8}
+        block = {"variant": "mapped", "own_answers": own}
+        recipe = pair | {"dwakd": block | {"teacher": pair["dwakd"]["teacher"] | teacher}}
+        return Parts(recipe, ReadRecipe(recipe).config, card("24GB"), 8)
+
+    live, cached, given = made(0.25), made(0.25, cache="none"), made(0, cache="none")
+    weights = [run.weights()["teacher weights"] for run in (live, cached, given)]
+    assert weights[0] == weights[1] > weights[2]
+    seconds = [seconds_per_step(run) for run in (live, cached, given)]
+    assert seconds[0] > seconds[1] > seconds[2]
+    read = [moments(run)[TEACHER]["teacher activations"] for run in (live, cached, given)]
+    assert read[0] > read[1] > read[2]  # 8 rows, 2 beside the states of all, these alone
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(pair: dict[str, Any]) -> None:

@@ -28,13 +28,14 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.causal_lm import embedding_table, output_head
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.models.teacher.loaded import Teacher
+from dwakd_plugin.models.teacher.top_tokens import RowStates
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.checks import check_recipe
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.tokenizers.sampled import SampledText
 from dwakd_plugin.train.own_answers import OwnAnswers, check_own_answers
 from tests.conftest import ROWS
-from tests.runs import weights
+from tests.runs import losses, weights
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -97,7 +98,10 @@ def test_every_row_may_be_the_students_own(recipe: Recipe, train: Train) -> None
 class Pair:
     """Student and teacher in float64 with one tokenizer, and a batch of rows for both."""
 
-    def __init__(self, folder: Path, rows: int, **own: Any) -> None:
+    def __init__(
+        self, folder: Path, rows: int, states: RowStates | None = None, **own: Any
+    ) -> None:
+        """states: what a cache has of the given rows."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.student, self.model = (self._model(seed) for seed in (4, 5))
         features = []
@@ -115,7 +119,7 @@ class Pair:
                     "source_row": index,
                 }
             )
-        self.collator = DualCollator(tokenizer=self.tokenizer)
+        self.collator = DualCollator(tokenizer=self.tokenizer, teacher_states=states)
         self.batch = dict(self.collator([dict(each) for each in features]))
         self.teacher = Teacher(
             embeddings=embedding_table(self.model),
@@ -306,6 +310,64 @@ def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
     assert answered(row, [end], True, text, end, 256) is not None  # says nothing, and ends
 
 
+# A cache of the given answers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_cache_says_the_given_rows_and_the_teacher_reads_its_own(lab: Path, whole: bool) -> None:
+    """Of a whole batch, and of one with own answers alone."""
+    live = Pair(lab / "student", 12, share=0.5, max_new_tokens=2)
+    asked: list[Tensor] = []
+
+    def kept(ids: Tensor, labels: Tensor) -> Tensor:
+        asked.append(ids)
+        states = live.model.model(input_ids=ids[None]).last_hidden_state[0]
+        return states[:-1][labels[1:] != -100].detach()
+
+    cached = Pair(lab / "student", 12, kept, share=0.5, max_new_tokens=2)
+    asked.clear()
+    (expected,) = live.own.put_into([live.batch], 0, live.student)
+    (found,) = cached.own.put_into([cached.batch], 0, cached.student)
+    assert rows_of(found) == rows_of(expected)
+    assert [ids.tolist() for ids in asked] == [
+        row.teacher_ids for row in rows_of(found) if not row.own
+    ]
+    if not whole:
+        features = [row.feature() for row in rows_of(found) if row.own]
+        expected, found = (pair.collator([*map(dict, features)]) for pair in (live, cached))
+        assert "teacher_hidden" not in found
+    own = found[OWN_ROWS].tolist()
+    assert len(own) > 2
+    read = found["teacher_live"]
+    assert read["rows"].tolist() == own and len(read["teacher_input_ids"]) == len(own)
+    runs = (live, expected), (cached, found)
+    read_by = [pair.teacher.states(split_batch(batch)[0]) for pair, batch in runs]
+    hidden = (states.hidden for states in read_by)
+    for length, one, other in zip(read_by[0].lengths.tolist(), *hidden, strict=True):
+        torch.testing.assert_close(one[:length], other[:length], rtol=1e-12, atol=1e-12)
+    losses = [pair.judged(batch, own) for pair, batch in runs]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_cache_learns_the_same(
+    recipe: Recipe, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(name: str, own: dict[str, Any], **teacher: Any) -> list[float]:
+        block = {"own_answers": own, "teacher": teacher, "variant": "mapped"}
+        return losses(train(recipe(block, output_dir=str(tmp_path / name), max_steps=3)))
+
+    own, cache = OWN | {"start_after": 0}, str(tmp_path / "states")
+    live = run("live", own)
+    first, again = run("first", own, cache=cache), run("again", own, cache=cache)
+    assert first == pytest.approx(live, rel=1e-5)  # other batches in the teacher's forward
+    assert again == first
+    assert f"{cache}, for given answers; the teacher is loaded all the same" in caplog.text
+    assert "serves next to nothing" not in caplog.text
+    run("all", own | {"share": 1.0}, cache=cache)
+    assert "serves next to nothing" in caplog.text
+
+
 # Bad input ------------------------------------------------------------------------------------
 
 
@@ -319,7 +381,6 @@ def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
         ({"own_answers": {"matching": "attention"}}, {}, "labels, which a sampled answer doesn't"),
         ({"own_answers": {"matching": "exact"}}, {}, "set `mapped` or `order`"),
         ({"own_answers": {}, "variant": "sft"}, {}, "give dwakd.loss.kd_weight above 0"),
-        ({"own_answers": {}, "teacher": {"cache": "states"}}, {}, "remove it, so that the teacher"),
         ({"own_answers": {}}, {"sample_packing": True}, "set `sample_packing: false`"),
         ({"own_answers": {}}, {"deepspeed": {"a": 1}}, "with FSDP or DeepSpeed"),
         ({"own_answers": {}}, {"sequence_len": 128}, "leaves no place for a prompt"),

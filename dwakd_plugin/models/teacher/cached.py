@@ -82,11 +82,14 @@ def cached_teacher(
     tokenizer: Any,
     progress: Progress = lambda done, total: None,
     on_wait: Callable[[str], None] = print,
+    *,
+    live: bool = False,
 ) -> tuple[Teacher, TeacherCache]:
     """A teacher without a body, and a cache that holds what it says of every row.
 
     rows: those that training or evaluation will ask for. Missing ones are computed first. Of
-    several processes the first to come computes, and the others wait for it.
+    several processes the first to come computes, and the others wait for it. live: the teacher has
+    its body, to read others too.
     """
     cache = open_cache(config, device, tokenizer)
     if missing_rows(cache, rows) or not cache.has_weights:
@@ -99,7 +102,9 @@ def cached_teacher(
                     "template, or one that prints the day (strftime_now)."
                 )
             fill(config, device, cache, missing, progress, tokenizer=tokenizer, say=on_wait)
-            gc.collect()  # the body goes now, before another teacher's is loaded
+            gc.collect()  # the body goes now, before another is loaded
+    if live:
+        return load_teacher(config, device), cache
     weights = cache.load_weights(device)
     assert weights is not None  # they are written before the first state
     precision = cache.identity["precision"]

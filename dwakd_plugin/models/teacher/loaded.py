@@ -29,6 +29,7 @@ from dwakd_plugin.loss import (
     SpellingTable,
     valid_positions,
 )
+from dwakd_plugin.models.batches import LIVE
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,
@@ -86,7 +87,7 @@ class Teacher:
         return self.embeddings.weight.shape[1]
 
     @torch.no_grad()
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+    def hidden(self, batch: dict[str, Any]) -> Tensor:
         """Final hidden states at response positions (B, T, D), for a collated batch.
 
         In the head's dtype, from the body or the cache; D is 0 where it has but probabilities.
@@ -94,8 +95,21 @@ class Teacher:
         """
         if "teacher_top" in batch:
             return self.head.weight.new_zeros(*batch["teacher_positions"].shape, 0)
-        if "teacher_hidden" in batch:
-            return batch["teacher_hidden"].to(self.head.weight.dtype)
+        if LIVE not in batch and "teacher_hidden" not in batch:
+            return self._read(batch)
+        known = batch.get("teacher_hidden", self.head.weight.new_zeros(1, 0, self.hidden_size))
+        known = known.to(self.head.weight.dtype)
+        if LIVE not in batch:
+            return known
+        live, shape = batch[LIVE], batch["teacher_positions"].shape
+        hidden = known.new_zeros(*shape, self.hidden_size)
+        hidden[:, : known.shape[1]] = known
+        read = self._read(live)
+        hidden[live["rows"], : read.shape[1]] = read
+        return hidden
+
+    def _read(self, batch: dict[str, Tensor]) -> Tensor:
+        """The body's states at the response positions of a batch."""
         if self.model is None:
             raise RuntimeError("the teacher's body was released and the batch holds no states")
         positions = batch["teacher_positions"]
@@ -112,7 +126,7 @@ class Teacher:
         return states.to(positions.device, self.head.weight.dtype)
 
     @torch.no_grad()
-    def states(self, batch: dict[str, Tensor]) -> ResponseStates:
+    def states(self, batch: dict[str, Any]) -> ResponseStates:
         """What the loss needs of the teacher, for a collated batch on the teacher's device."""
         if self.served is not None:
             self.served.complete(batch)
