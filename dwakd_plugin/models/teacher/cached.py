@@ -87,9 +87,8 @@ def cached_teacher(
 ) -> tuple[Teacher, TeacherCache]:
     """A teacher without a body, and a cache that holds what it says of every row.
 
-    rows: those that training or evaluation will ask for. Missing ones are computed first. Of
-    several processes the first to come computes, and the others wait for it. live: the teacher has
-    its body, to read others too.
+    rows: those that training or evaluation will ask for. Missing ones are computed first, by the
+    first process to come, for which others wait. live: the teacher has its body, to read others.
     """
     cache = open_cache(config, device, tokenizer)
     if missing_rows(cache, rows) or not cache.has_weights:
