@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -25,10 +27,25 @@ def in_threads(work: Callable[[int], T], count: int, worth: float) -> list[T]:
         for i in each:  # each goes to one thread: the interpreter's lock guards the iterator
             results[i] = work(i)
 
-    threads = min(torch.get_num_threads(), count, int(worth))
-    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
-        others = [pool.submit(work_off) for _ in range(threads - 1)]
+    helpers = min(torch.get_num_threads(), count, int(worth)) - 1
+    if helpers > 0:
+        pool = _pool(os.getpid(), helpers)
+        others = [pool.submit(work_off) for _ in range(helpers)]
+        try:
+            work_off()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()  # raises what it raised
+    else:
         work_off()
-    for other in others:
-        other.result()  # raises what it raised
     return [results[i] for i in range(count)]
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for work: to start one takes as long as 50,000 cells of soft-DTW.
+
+    Of this process: a fork has the object, but not its threads.
+    """
+    return ThreadPoolExecutor(threads)

@@ -182,6 +182,46 @@ def test_gradient_is_a_distribution_over_paths(
     torch.testing.assert_close(turned_gradient.mT, gradient, rtol=0, atol=1e-10)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(60, 140),
+    m=st.integers(60, 140),
+    gamma=st.sampled_from(GAMMAS),
+    free=st.floats(0, 1),
+    barred=st.floats(0, 0.3),
+    seed=st.integers(0, 2**31),
+)
+def test_costs_of_all_sizes_side_by_side(
+    n: int, m: int, gamma: float, free: float, barred: float, seed: int
+) -> None:
+    """Cells for nothing, where sums grow fastest, beside dear and barred ones."""
+    generator = torch.Generator().manual_seed(seed)
+    chance, size = torch.rand(2, 1, n, m, generator=generator)
+    cost = 10 ** (6 * size - 4)  # up to 100, which is 10,000 γ
+    cost[chance < free] = 0.0
+    cost[chance > 1 - barred] = math.inf
+    value, gradient = with_gradient(cost, [n], [m], gamma, "numba")
+    exact_value, exact_gradient = with_gradient(cost.double(), [n], [m], gamma, "torch")
+    torch.testing.assert_close(value.double(), exact_value, rtol=3e-7, atol=1e-6 * gamma)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_costs_beyond_all_bounds(dtype: torch.dtype) -> None:
+    """numba bars a cell by a cost above 7e14 γ, and takes what is as far below 0 for −∞."""
+    cost = random_cost(4, 40, 45, dtype=dtype)
+    cost[0, 17] = 1e30
+    cost[1, 17, 3] = 1e30
+    cost[2, 17, 3] = -1e30
+    cost[3] *= -1e6  # far, but not that far
+    value, gradient = with_gradient(cost, [40] * 4, [45] * 4, 0.1, "numba")
+    exact_value, exact_gradient = with_gradient(cost.double(), [40] * 4, [45] * 4, 0.1, "torch")
+    assert value[0] == math.inf and (gradient[0] == 0).all()
+    assert value[2].isnan() and gradient[2].isnan().all()
+    torch.testing.assert_close(value[1::2].double(), exact_value[1::2], rtol=3e-7, atol=0)
+    torch.testing.assert_close(gradient[1::2].double(), exact_gradient[1::2], rtol=0, atol=3e-6)
+
+
 # ---- padding and batches
 
 

@@ -61,7 +61,8 @@ def soft_dtw(
     Returns:
         (B,) in the dtype of `cost`. 0 with a zero gradient where n or m is 0; NaN, also for the
         gradient over `[:n, :m]`, where a NaN or −inf was read; +inf with a zero gradient where
-        every path is barred. The gradient outside `[:n, :m]` is 0.
+        every path is barred, for numba also by a cost above 7e14 · gamma. The gradient outside
+        `[:n, :m]` is 0.
 
     Raises:
         TypeError: `cost` is neither float32 nor float64, or the lengths are not integers.
@@ -153,8 +154,11 @@ def _checked_lengths(name: str, lengths: Tensor, cost: Tensor, dim: int) -> Tens
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {lengths.dtype}")
     limit = cost.shape[dim]
-    if lengths.device.type == "cpu" and ((lengths < 0) | (lengths > limit)).any():
-        raise ValueError(f"{name} must lie in 0..{limit}, got {lengths.tolist()}")
+    if lengths.device.type == "cpu":
+        each = lengths.tolist()
+        if any(length < 0 or length > limit for length in each):
+            raise ValueError(f"{name} must lie in 0..{limit}, got {each}")
+        return lengths.to(cost.device, torch.int64)
     return lengths.to(cost.device, torch.int64).clamp(0, limit)
 
 

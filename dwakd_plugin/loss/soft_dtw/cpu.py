@@ -4,18 +4,18 @@ The recurrence runs on Z = exp(−R/γ), where softmin is a plain sum,
 
     Z_ij = exp(−cost_ij/γ) · (Z_{i−1,j−1} + Z_{i−1,j} + Z_{i,j−1}),   Z_00 = 1, other borders 0,
 
-with Z held as mantissa · 2^exponent (both floats, the exponent a whole number), so that a cell
-needs no log, and nothing under- or overflows at a small γ. The shares of the three terms in the sum
-are the softmin weights, by which `gradient` sends the expected alignment back from (n, m) to
-(1, 1).
+with Z held as a float · 2^exponent, so that a cell needs no log, and nothing under- or overflows at
+a small γ. The shares of the three terms in the sum are the softmin weights, by which `gradient`
+sends the expected alignment back from (n, m) to (1, 1).
 
 A matrix is cut into strips of LANES rows. In a strip, lane l works on column t − l at step t: the
-cells of one step lie on an anti-diagonal, are independent and fill the SIMD lanes. Arrays in this
-layout are called skewed, (steps, LANES). `value` keeps the last row of every strip, the edges, and
-`gradient` recomputes each strip from the edge above it. So the scratch is one strip per thread
-and edges of 2/LANES of the cost's size.
+cells of one step lie on an anti-diagonal, are independent and fill the SIMD registers, in which
+stays all that one step hands to the next. Arrays in this layout are called skewed, (steps, LANES).
+`value` keeps the last row of every strip, the edges, and `gradient` recomputes each strip from the
+edge above it. So the scratch is one strip per thread and edges of 2/LANES of the cost's size.
 
-Legend: b sample, i row, j column, t step, l lane; h ≤ LANES rows in the strip, m columns.
+Legend: b sample, i row, j column, t step, l lane; h ≤ LANES rows in the strip, m columns; z, e the
+two parts of Z.
 """
 
 from __future__ import annotations
@@ -29,72 +29,93 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwakd_plugin.loss.soft_dtw.lanes import (
+    LANES,
+    bits,
+    exponents,
+    from_lane_after,
+    from_lane_before,
+    lane,
+    larger,
+    load,
+    mantissas,
+    powers,
+    spread,
+    store,
+    with_lane,
+    without_tiny,
+)
 from dwakd_plugin.loss.soft_dtw.llvm import (
     SIDE,
-    exponent_of,
     fma,
-    mantissa_of,
     of_order,
     order_of_size,
     power_of_fraction,
-    power_of_whole,
     transpose,
 )
 from dwakd_plugin.loss.threads import in_threads
 
-LANES = 32  # a multiple of SIDE
 CELLS_PER_THREAD = 50_000  # about what is worth starting a thread for, 0.1 ms
 
-# The exponent of zero: so low that adding any cell's exponent leaves it as it is. With any mantissa
-# it counts as zero, so the kernel needs no branch and meets no 0/0.
-NOTHING = -1e30
+# Steps until z is brought back to [1, 2). In one it grows by a factor of 3·√2 at most, and shrinks
+# by √2 at most, as one of the three terms counts in full. An edge has what so many steps have made
+# of it, and on that come those of the strip below: still far from a float's end.
+STEPS = 8  # fewer than LANES: nothing goes through a whole strip meanwhile
 
 Array = Any  # numba reads no annotations; numpy's would not say the shape either
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def value(cost: Tensor, n: Tensor, m: Tensor, gamma: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Values (B,); state: the edges (B, 2, strips + 1, T + 1), and the samples done in float64."""
+    """Values (B,); state: the edges z, e (B, strips + 1, T + 1), the samples done in float64."""
     samples, s, t = cost.shape
-    scaling = _scaling(cost.dtype, gamma)
-    edges = cost.new_empty(samples, 2, -(-s // LANES) + 1, t + 1)
-    costs, edges_, n_, m_ = _array(cost), edges.numpy(), n.tolist(), m.tolist()
+    scaling, most, narrow = _scaling(cost.dtype, gamma), *_exponents(cost.dtype)
+    edges = samples, -(-s // LANES) + 1, t + 1
+    edges_z = cost.new_empty(edges)
+    edges_e = cost.new_empty(edges, dtype=narrow)
+    costs, z_, e_, n_, m_ = _array(cost), edges_z.numpy(), edges_e.numpy(), n.tolist(), m.tolist()
 
-    def one(b: int) -> tuple[float, float]:
+    def one(b: int) -> tuple[float, bool]:
+        """Its value, and whether it needs more room for its exponents than there is."""
         if not (n_[b] and m_[b]):
-            return 0.0, 0.0
-        z, e, largest = _value(costs[b], n_[b], m_[b], *scaling, edges_[b])
-        if math.isnan(largest) or e == math.inf:  # a NaN, or a cost of −∞
-            return math.nan, 0.0
-        log2 = -math.inf if e < NOTHING / 2 else math.log2(z) + e
-        return -gamma * math.log(2) * log2, largest
+            return 0.0, False
+        z, e, largest = _value(costs[b], n_[b], m_[b], *scaling, z_[b], e_[b])
+        if not math.isfinite(largest):  # a NaN, or a cost of −∞
+            return math.nan, False
+        reach = (n_[b] + m_[b]) * (largest / (gamma * math.log(2)) + 2)
+        if abs(e) > most:
+            value = math.inf if e < 0 else math.nan
+        else:
+            value = -gamma * math.log(2) * (math.log2(z) + e)
+        return value, reach > 0.75 * most
 
-    values, largest = cost.new_tensor(
-        in_threads(one, samples, cost.numel() / CELLS_PER_THREAD), dtype=torch.float64
-    ).T
-    # Where the exponents may outgrow the whole numbers of float32, float64 has them.
-    bound = (n + m) * (largest / (gamma * math.log(2)) + 2)
-    wide = ((bound > 2**23) & (cost.dtype == torch.float32)).nonzero()[:, 0]
+    found = in_threads(one, samples, cost.numel() / CELLS_PER_THREAD)
+    values = torch.tensor([its for its, _ in found], dtype=torch.float64)
+    far = [b for b, (_, is_far) in enumerate(found) if is_far and cost.dtype == torch.float32]
+    wide = torch.tensor(far, dtype=torch.int64)
     if len(wide):
         values[wide] = value(cost[wide].double(), n[wide], m[wide], gamma)[0]
-    return values.to(cost.dtype), (edges, wide)
+    return values.to(cost.dtype), (edges_z, edges_e, wide)
 
 
 def gradient(
     cost: Tensor, n: Tensor, m: Tensor, gamma: float, state: Sequence[Tensor], seed: Tensor
 ) -> Tensor:
     """seed · E (B, S, T)."""
-    edges, wide = state
-    grad, samples = torch.empty_like(cost, memory_format=torch.contiguous_format), len(cost)
+    edges_z, edges_e, wide = state
+    costs, seeds, z_, e_ = _array(cost), _array(seed), edges_z.numpy(), edges_e.numpy()
+    # numpy asks for huge pages: in pages of 4 KiB, the system can take as long to hand out the
+    # memory as the kernel to fill it.
+    grads = np.empty(cost.shape, costs.dtype)
     scaling = _scaling(cost.dtype, gamma)
-    costs, seeds, edges_, grads = _array(cost), _array(seed), edges.numpy(), grad.numpy()
     n_, m_ = n.tolist(), m.tolist()
 
     def one(b: int) -> None:
         tiny = abs(seeds[b]) * seeds.dtype.type(1e-20)
-        _gradient(costs[b], n_[b], m_[b], *scaling, edges_[b], seeds[b], tiny, grads[b])
+        _gradient(costs[b], n_[b], m_[b], *scaling, z_[b], e_[b], seeds[b], tiny, grads[b])
 
-    in_threads(one, samples, cost.numel() / CELLS_PER_THREAD)
+    in_threads(one, len(cost), cost.numel() / CELLS_PER_THREAD)
+    grad = torch.from_numpy(grads)
     if len(wide):
         again = cost[wide].double(), n[wide], m[wide], gamma
         grad[wide] = gradient(*again, value(*again)[1], seed[wide].double()).to(cost.dtype)
@@ -103,6 +124,15 @@ def gradient(
 
 def _array(tensor: Tensor) -> Array:
     return tensor.detach().contiguous().numpy()
+
+
+def _exponents(dtype: torch.dtype) -> tuple[float, torch.dtype]:
+    """The largest exponent, half of what bars a cell, and the type of exponents.
+
+    A path below −that is barred, one above it has met −∞. float32 has no room for every path that
+    is open; where one may go far, `value` takes float64.
+    """
+    return (2.0**21, torch.int32) if dtype == torch.float32 else (2.0**50, torch.int64)
 
 
 def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:
@@ -114,19 +144,31 @@ def _scaling(dtype: torch.dtype, gamma: float) -> tuple[Any, Any, Any]:
     real = np.float32 if dtype == torch.float32 else np.float64
     factor = -math.log2(math.e) / gamma
     high = real(factor)
-    return high, real(factor - float(high)), real(min(-NOTHING * gamma, 1e38))
+    barred = 2 * _exponents(dtype)[0] / -factor
+    return high, real(factor - float(high)), real(min(barred, 1e38))
 
 
-# ---- The kernel. A loop over lanes writes one scratch array and few others, and reads the lane
-# ---- before it through a local variable: only so does the compiler turn it into SIMD.
+# ---- The kernel
 
 _jit: Callable[[F], F] = numba.njit(
     cache=True, nogil=True, fastmath={"contract"}, error_model="numpy"
 )
 
-# Rows of the scratch arrays (·, LANES).
-Z, E, DIAGONAL_Z, DIAGONAL_E = range(4)
-LEFT, UP, DIAGONAL = range(3)
+
+@_jit
+def _nothing(exponents: Array) -> int:
+    """The exponent of zero: so low that adding those of many cells leaves it low.
+
+    With any float it counts as zero, so the kernel needs no branch and meets no 0/0.
+    """
+    return exponents.dtype.type(-(1 << (8 * exponents.itemsize - 2)))  # type: ignore[no-any-return]
+
+
+@_jit
+def _within(x: float, limit: float) -> float:
+    """x, within ±limit; a NaN stays."""
+    x = limit if x > limit else x
+    return -limit if x < -limit else x
 
 
 @_jit
@@ -154,7 +196,7 @@ def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) ->
     skewed[m:] = 0
     for t in range(h - 1):
         skewed[t, t + 1 :] = barred
-    if h < LANES:  # 631 empty slices take a third of the time of a strip of 600 columns
+    if h < LANES:  # hundreds of empty slices would take a third of the time
         skewed[:, h:] = 0
     T = cost.shape[1]
     for l0 in range(0, h, SIDE):
@@ -163,29 +205,29 @@ def _skew(cost: Array, i0: int, h: int, m: int, barred: float, skewed: Array) ->
             at = (i0 + l0) * T + t - l0
             transpose(cost, at, T - 1, skewed, t * LANES + l0, LANES, barred)
         for l in range(l0, min(l0 + SIDE, h)):  # what the blocks leave on both sides
-            row, lane = cost[i0 + l], skewed[l:, l]
+            row, column = cost[i0 + l], skewed[l:, l]
             begin = l0 + SIDE - 1 - l if blocks else m
             for start, stop in ((0, begin), (begin + blocks * SIDE, m)):
                 for j in range(start, stop):
-                    lane[j] = barred if row[j] >= barred else row[j]
+                    column[j] = _within(row[j], barred)
 
 
 @_jit
-def _unskew(mirrored: Array, i0: int, h: int, m: int, matrix: Array) -> None:
-    """Skewed and mirrored (lane l at [LANES − 1 − l]) into rows i0 .. i0 + h of matrix (S, T)."""
-    T, step = matrix.shape[1], mirrored.shape[1]
+def _unskew(skewed: Array, i0: int, h: int, m: int, matrix: Array) -> None:
+    """The first LANES columns of `skewed` into rows i0 .. i0 + h of matrix (S, T)."""
+    T, step = matrix.shape[1], skewed.shape[1]
     endless = matrix.dtype.type(np.inf)
     for l0 in range(0, h, SIDE):
-        blocks, last = _whole_blocks(l0, h, m), l0 + SIDE - 1
-        for t in range(last, last + blocks * SIDE, SIDE):
-            at = t * step + LANES - 1 - last
-            transpose(mirrored, at, step, matrix, (i0 + last) * T + t - last, 1 - T, endless)
+        blocks = _whole_blocks(l0, h, m)
+        for t in range(l0 + SIDE - 1, l0 + SIDE - 1 + blocks * SIDE, SIDE):
+            to = (i0 + l0) * T + t - l0
+            transpose(skewed, t * step + l0, step, matrix, to, T - 1, endless)
         for l in range(l0, min(l0 + SIDE, h)):
-            row, lane = matrix[i0 + l], mirrored[l:, LANES - 1 - l]
-            begin = last - l if blocks else m
+            row, column = matrix[i0 + l], skewed[l:, l]
+            begin = l0 + SIDE - 1 - l if blocks else m
             for start, stop in ((0, begin), (begin + blocks * SIDE, m)):
                 for j in range(start, stop):
-                    row[j] = lane[j]
+                    row[j] = column[j]
 
 
 @_jit
@@ -195,99 +237,96 @@ def _descend(
     m: int,
     high: float,
     low: float,
-    above: Array,
+    above_z: Array,
     above_e: Array,
-    below: Array,
+    below_z: Array,
     below_e: Array,
     weights: Array,
-) -> tuple[float, float]:
+) -> tuple[float, int]:
     """Z along a strip, from the edge above it to its last row, the edge below.
 
-    Edges (T + 1,), mantissa and exponent: [j + 1] is column j, [0] is what lies left of column 0.
-    The softmin weights go to `weights` (steps, 2 · LANES) unless that is None: those of the left
-    neighbour and then those of the upper one, skewed, and mirrored, so lane l at [LANES − 1 − l].
+    Edges (T + 1,): [j + 1] is column j, [0] is what lies left of column 0. The softmin weights, of
+    the left and of the upper neighbour, go to the halves of `weights` (steps, 2 · LANES), skewed,
+    unless that is None.
 
-    Gives mantissa and exponent of the strip's last cell, (h − 1, m − 1).
+    Gives both parts of the strip's last cell, (h − 1, m − 1).
     """
-    lanes = np.empty((4, LANES), skewed.dtype)
-    for l in range(LANES):
-        lanes[Z, l], lanes[E, l] = 1, NOTHING
-        lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = 1, NOTHING
-    lanes[DIAGONAL_Z, 0], lanes[DIAGONAL_E, 0] = above[0], above_e[0]
-    below[0], below_e[0] = 1, NOTHING
+    one, nothing = skewed.dtype.type(1), _nothing(above_e)
+    below_z[0], below_e[0] = one, nothing
+    z, e = spread(one), spread(nothing)
+    diagonal_z, diagonal_e = with_lane(z, 0, above_z[0]), with_lane(e, 0, above_e[0])
+    ones, lowest, highs, lows = z, e, spread(high), spread(low)
+    # Adding this rounds to whole numbers, and moves them to the low bits.
+    magic = spread(skewed.dtype.type(1.5 / np.finfo(skewed.dtype).eps))
     for t in range(m + h - 1):
-        up_z, up_e = above[min(t, m - 1) + 1], above_e[min(t, m - 1) + 1]
-        for l in range(LANES):
-            c = skewed[t, l]
-            whole = np.rint(c * high)
-            fraction = fma(c, high, -whole) + c * low
-            left_z, left_e = lanes[Z, l], lanes[E, l]
-            diagonal_z, diagonal_e = lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l]
-            top = max(max(left_e, up_e), diagonal_e)
-            left = left_z * power_of_whole(left_e - top)
-            up = up_z * power_of_whole(up_e - top)
-            total = left + up + diagonal_z * power_of_whole(diagonal_e - top)
-            here = power_of_fraction(fraction) * total
-            lanes[DIAGONAL_Z, l], lanes[DIAGONAL_E, l] = up_z, up_e
-            lanes[Z, l], lanes[E, l] = mantissa_of(here), top + exponent_of(here) + whole
-            up_z, up_e = left_z, left_e
-            if weights is not None:
-                weights[t, LANES - 1 - l] = left / total
-                weights[t, 2 * LANES - 1 - l] = up / total
+        cost = load(skewed, t * LANES)
+        shifted = fma(cost, highs, magic)
+        fraction = fma(cost, lows, fma(cost, highs, magic - shifted))
+        j = min(t, m - 1) + 1
+        up_z, up_e = from_lane_before(z, above_z[j]), from_lane_before(e, above_e[j])
+        top = larger(larger(up_e, diagonal_e), e)
+        left = z * powers(e - top, z)
+        up = up_z * powers(up_e - top, z)
+        total = fma(diagonal_z, powers(diagonal_e - top, z), left + up)
+        if weights is not None:
+            share = ones / total
+            store(weights, t * 2 * LANES, left * share)
+            store(weights, t * 2 * LANES + LANES, up * share)
+        diagonal_z, diagonal_e = up_z, up_e
+        z = power_of_fraction(fraction) * total
+        e = top + (bits(shifted) - bits(magic))
+        if t % STEPS == 0:
+            z, e = mantissas(z), larger(e + exponents(z), lowest)
         if t >= LANES - 1:
-            below[t - LANES + 2] = lanes[Z, LANES - 1]
-            below_e[t - LANES + 2] = lanes[E, LANES - 1]
-    return lanes[Z, h - 1], lanes[E, h - 1]
+            below_z[t - LANES + 2], below_e[t - LANES + 2] = lane(z, LANES - 1), lane(e, LANES - 1)
+    return lane(z, h - 1), lane(e, h - 1)
 
 
 @_jit
-def _ascend(
-    weights: Array, h: int, m: int, seed: float, tiny: float, edge: Array, steps: Array
-) -> None:
+def _ascend(weights: Array, h: int, m: int, seed: float, tiny: float, edge: Array) -> None:
     """The expected alignment along a strip, in place of the left half of `weights`.
 
     edge (T,) is what the row below the strip sends up, by the column that gets it; it becomes
     what the strip's first row sends up. `seed` is added to the strip's last cell, (h − 1, m − 1).
-    Masses below `tiny` are dropped, again for the sake of speed. steps is m + h − 2, …, 1, 0.
+    Masses below `tiny` are dropped, again for the sake of speed.
     """
-    lanes = np.empty((3, LANES), weights.dtype)
-    for l in range(LANES):
-        lanes[LEFT, l], lanes[UP, l], lanes[DIAGONAL, l] = 0, 0, 0
-    zero = lanes[LEFT, 0]  # of its type: a literal would make float32 code float64
-    lanes[LEFT, LANES - h] = seed
-    for t in steps:
-        sent = edge[t - LANES + 1] if t >= LANES - 1 else zero
-        for l in range(LANES):
-            sends = lanes[UP, l]  # at the last step
-            here = lanes[LEFT, l] + sent
-            here = zero if abs(here) < tiny else here  # this way round, a NaN stays
-            left = weights[t, l] * here
-            up = weights[t, LANES + l] * here
-            weights[t, l] = here
-            lanes[LEFT, l] = left
-            lanes[UP, l] = up + lanes[DIAGONAL, l]
-            lanes[DIAGONAL, l] = here - left - up
-            sent = sends
+    nothing = weights.dtype.type(0)
+    up = diagonal = spread(nothing)
+    left, tinies = with_lane(up, h - 1, seed), spread(tiny)
+    for t in range(m + h - 2, -1, -1):
+        sent = edge[t - LANES + 1] if t >= LANES - 1 else nothing
+        here = without_tiny(left + from_lane_after(up, sent), tinies)
+        left = here * load(weights, t * 2 * LANES)
+        to_above = here * load(weights, t * 2 * LANES + LANES)
+        store(weights, t * 2 * LANES, here)
+        up = to_above + diagonal  # what the lane above gets at its next step
+        diagonal = here - left - to_above
         if t < m:
-            edge[t] = lanes[UP, LANES - 1]
+            edge[t] = lane(up, 0)
 
 
 @_jit
 def _value(
-    cost: Array, n: int, m: int, high: float, low: float, barred: float, edges: Array
-) -> tuple[float, float, float]:
-    """Mantissa and exponent of Z_nm, and the largest finite |cost|, NaN where there is one."""
+    cost: Array,
+    n: int,
+    m: int,
+    high: float,
+    low: float,
+    barred: float,
+    edges_z: Array,
+    edges_e: Array,
+) -> tuple[float, int, float]:
+    """Both parts of Z_nm, and the largest finite |cost|: NaN or ∞ where there is a NaN or −∞."""
     skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
-    edges[0, 0], edges[1, 0] = 1, NOTHING
-    edges[1, 0, 0] = 0  # Z_00 = 1
-    z, e, largest = barred, barred, order_of_size(barred - barred)
+    edges_z[0], edges_e[0] = 1, _nothing(edges_e)
+    edges_e[0, 0] = 0  # Z_00 = 1
+    z, e, largest = edges_z[0, 0], edges_e[0, 0], order_of_size(barred - barred)
     for strip in range((n + LANES - 1) // LANES):
         h = min(LANES, n - strip * LANES)
         largest = max(largest, _largest_size(cost, strip * LANES, h, m))
         _skew(cost, strip * LANES, h, m, barred, skewed)
-        above, above_e = edges[0, strip], edges[1, strip]
-        below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-        z, e = _descend(skewed, h, m, high, low, above, above_e, below, below_e, None)
+        above, below = (edges_z[strip], edges_e[strip]), (edges_z[strip + 1], edges_e[strip + 1])
+        z, e = _descend(skewed, h, m, high, low, *above, *below, None)
     return z, e, of_order(largest, barred)
 
 
@@ -299,7 +338,8 @@ def _gradient(
     high: float,
     low: float,
     barred: float,
-    edges: Array,
+    edges_z: Array,
+    edges_e: Array,
     seed: float,
     tiny: float,
     grad: Array,
@@ -312,15 +352,11 @@ def _gradient(
     skewed = np.empty((m + LANES - 1, LANES), cost.dtype)
     weights = np.empty((m + LANES - 1, 2 * LANES), cost.dtype)
     edge = np.zeros(m, cost.dtype)
-    # The steps backwards as an array, for what the compiler makes of `_ascend`: it would test once,
-    # for all steps of a loop, that no two arrays overlap, a test that only forward loops can pass.
-    steps = np.arange(m + LANES - 2, -1, -1)
     for strip in range((n + LANES - 1) // LANES - 1, -1, -1):
         h = min(LANES, n - strip * LANES)
         _skew(cost, strip * LANES, h, m, barred, skewed)
-        above, above_e = edges[0, strip], edges[1, strip]
-        below, below_e = edges[0, strip + 1], edges[1, strip + 1]
-        _descend(skewed, h, m, high, low, above, above_e, below, below_e, weights)
-        _ascend(weights, h, m, seed, tiny, edge, steps[LANES - h :])
+        above, below = (edges_z[strip], edges_e[strip]), (edges_z[strip + 1], edges_e[strip + 1])
+        _descend(skewed, h, m, high, low, *above, *below, weights)
+        _ascend(weights, h, m, seed, tiny, edge)
         seed = barred - barred  # the seed enters at the last strip only
         _unskew(weights, strip * LANES, h, m, grad)

@@ -12,118 +12,97 @@ from typing import Any, TypeVar
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 SIDE = 8  # of the blocks that move between layouts through registers
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_typed_intrinsic: Callable[[F], F] = intrinsic
+typed_intrinsic: Callable[[F], F] = intrinsic
 
 
-def _layout(real: Any) -> tuple[Any, int, int]:
+def constant(kind: Any, x: float) -> Any:
+    """x as a number of LLVM's type `kind`, or as a vector of it."""
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [x] * kind.count)
+    return ir.Constant(kind, x)
+
+
+def layout(real: Any) -> tuple[Any, int, int]:
     """The integer type of a float's width, the bits of its mantissa, the bias of its exponent."""
     return (ir.IntType(32), 23, 127) if real == types.float32 else (ir.IntType(64), 52, 1023)
 
 
-@_typed_intrinsic
+@typed_intrinsic
 def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, rounded once."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fma(*args)
+        return multiply_add(builder, *args)
 
     return a(a, b, c), emit
 
 
-def _power_above(least: Callable[[int, int], int]) -> Callable[..., Any]:
-    """2^x for a whole x ≤ bias that is larger than least(mantissa_bits, bias), and 0 for others."""
-
-    def power(_: Any, x: Any) -> Any:
-        integer, mantissa_bits, bias = _layout(x)
-
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            real = args[0].type
-            much = builder.fcmp_ordered(">", args[0], real(float(least(mantissa_bits, bias))))
-            clamped = builder.select(much, args[0], real(-bias))
-            # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
-            shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
-            bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
-            return builder.bitcast(bits, real)
-
-        return x(x), emit
-
-    return power
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """llvmlite's own `fma` takes no vectors."""
+    if not isinstance(a.type, ir.VectorType):
+        return builder.fma(a, b, c)
+    bits = 32 if isinstance(a.type.element, ir.FloatType) else 64
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fma.v{a.type.count}f{bits}"
+    return builder.call(get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
-# 0 where that is nothing beside 1, 2^(−2 · mantissa_bits), so that products of weights keep clear
-# of subnormal numbers, at which processors are slow.
-power_of_whole = _typed_intrinsic(_power_above(lambda mantissa_bits, bias: -2 * mantissa_bits))
-# 0 where it would be a subnormal number.
-normal_power = _typed_intrinsic(_power_above(lambda mantissa_bits, bias: -bias))
-
-
-@_typed_intrinsic
-def power_of_fraction(_: Any, x: Any) -> Any:
-    """2^x for |x| ≤ ½, to the last bit, by the Taylor series."""
-    degree = 7 if x == types.float32 else 13
-    series = [math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)]
+@typed_intrinsic
+def normal_power(_: Any, x: Any) -> Any:
+    """2^x for a whole x ≤ the bias of x's type, and 0 where that would be a subnormal number."""
+    integer, mantissa_bits, bias = layout(x)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         real = args[0].type
-        power = real(series[0])
-        for coefficient in series[1:]:
-            power = builder.fma(power, args[0], real(coefficient))
+        much = builder.fcmp_ordered(">", args[0], real(-float(bias)))
+        clamped = builder.select(much, args[0], real(-bias))
+        # Adding 1.5 · 2^mantissa_bits moves a whole number to the low bits.
+        shifted = builder.fadd(clamped, real(1.5 * 2.0**mantissa_bits + bias))
+        bits = builder.shl(builder.bitcast(shifted, integer), integer(mantissa_bits))
+        return builder.bitcast(bits, real)
+
+    return x(x), emit
+
+
+@typed_intrinsic
+def power_of_fraction(_: Any, x: Any) -> Any:
+    """2^x for |x| ≤ ½, to the last bit, by the Taylor series; of a float or of lanes."""
+    degree = 7 if getattr(x, "element", x) == types.float32 else 13
+    series = [math.log(2) ** k / math.factorial(k) for k in range(degree, -1, -1)]
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        power, *rest = [constant(args[0].type, coefficient) for coefficient in series]
+        for coefficient in rest:
+            power = multiply_add(builder, power, args[0], coefficient)
         return power
 
     return x(x), emit
 
 
-@_typed_intrinsic
-def exponent_of(_: Any, x: Any) -> Any:
-    """The exponent of x > 0, as a float; within −bias .. bias + 1 for any bits."""
-    integer, mantissa_bits, bias = _layout(x)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = args[0].type
-        bits = builder.lshr(builder.bitcast(args[0], integer), integer(mantissa_bits))
-        bits = builder.and_(bits, integer(2 * bias + 1))
-        # The float 2^mantissa_bits, with the exponent in its low bits.
-        bits = builder.or_(bits, integer((mantissa_bits + bias) << mantissa_bits))
-        return builder.fsub(builder.bitcast(bits, real), real(2.0**mantissa_bits + bias))
-
-    return x(x), emit
-
-
-@_typed_intrinsic
-def mantissa_of(_: Any, x: Any) -> Any:
-    """The mantissa of x > 0; within [1, 2) for any bits."""
-    integer, mantissa_bits, bias = _layout(x)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.and_(builder.bitcast(args[0], integer), integer((1 << mantissa_bits) - 1))
-        bits = builder.or_(bits, integer(bias << mantissa_bits))
-        return builder.bitcast(bits, args[0].type)
-
-    return x(x), emit
-
-
-@_typed_intrinsic
+@typed_intrinsic
 def order_of_size(_: Any, x: Any) -> Any:
-    """|x| as an integer of the same order: 0 for an infinity, and a NaN comes last."""
-    integer, mantissa_bits, bias = _layout(x)
+    """|x| as an integer of the same order: 0 for +∞, and −∞ and NaN come last."""
+    integer, mantissa_bits, bias = layout(x)
     result = types.int32 if x == types.float32 else types.int64
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         infinity = integer((2 * bias + 1) << mantissa_bits)
         sign = 1 << (integer.width - 1)
-        bits = builder.and_(builder.bitcast(args[0], integer), integer(sign - 1))
-        return builder.select(builder.icmp_signed("==", bits, infinity), integer(0), bits)
+        bits = builder.bitcast(args[0], integer)
+        barred = builder.icmp_signed("==", bits, infinity)
+        return builder.select(barred, integer(0), builder.and_(bits, integer(sign - 1)))
 
     return result(x), emit
 
 
-@_typed_intrinsic
+@typed_intrinsic
 def of_order(_: Any, size: Any, x: Any) -> Any:
     """The float of x's type which has this `order_of_size`."""
 
@@ -133,11 +112,11 @@ def of_order(_: Any, size: Any, x: Any) -> Any:
     return x(size, x), emit
 
 
-@_typed_intrinsic
+@typed_intrinsic
 def transpose(
-    _: Any, source: Any, at: Any, rows: Any, target: Any, to: Any, columns: Any, barred: Any
+    _: Any, source: Any, at: Any, rows: Any, target: Any, to: Any, columns: Any, limit: Any
 ) -> Any:
-    """target[to + k · columns + i] = source[at + i · rows + k] for i, k < SIDE, at most `barred`.
+    """target[to + k · columns + i] = source[at + i · rows + k] for i, k < SIDE, within ±`limit`.
 
     Both arrays by flat index. A step may go any way, so that a block may be a slanted one.
     """
@@ -168,12 +147,14 @@ def transpose(
                     second = [k | width if not k & width else SIDE + k for k in range(SIDE)]
                     lines[i], lines[i | width] = shuffle(a, b, first), shuffle(a, b, second)
             width //= 2
-        limit = vector([ir.Constant(real, ir.Undefined)] * SIDE)
-        limit = builder.insert_element(limit, args[6], ir.IntType(32)(0))
-        limit = shuffle(limit, limit, [0] * SIDE)
+        most = vector([ir.Constant(real, ir.Undefined)] * SIDE)
+        most = builder.insert_element(most, args[6], ir.IntType(32)(0))
+        most = shuffle(most, most, [0] * SIDE)
+        least = builder.fneg(most)
         for k, line in enumerate(lines):
-            line = builder.select(builder.fcmp_ordered(">=", line, limit), limit, line)
+            line = builder.select(builder.fcmp_ordered(">", line, most), most, line)
+            line = builder.select(builder.fcmp_ordered("<", line, least), least, line)
             builder.store(line, place(3, args[4], args[5], k), align=size)
         return context.get_dummy_value()
 
-    return types.void(source, at, rows, target, to, columns, barred), emit
+    return types.void(source, at, rows, target, to, columns, limit), emit
