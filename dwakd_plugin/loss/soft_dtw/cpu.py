@@ -255,7 +255,7 @@ def _descend(
     below_z[0], below_e[0] = one, nothing
     z, e = spread(one), spread(nothing)
     diagonal_z, diagonal_e = with_lane(z, 0, above_z[0]), with_lane(e, 0, above_e[0])
-    ones, lowest, highs, lows = z, e, spread(high), spread(low)
+    lowest, highs, lows = e, spread(high), spread(low)
     # Adding this rounds to whole numbers, and moves them to the low bits.
     magic = spread(skewed.dtype.type(1.5 / np.finfo(skewed.dtype).eps))
     for t in range(m + h - 1):
@@ -269,9 +269,8 @@ def _descend(
         up = up_z * powers(up_e - top, z)
         total = fma(diagonal_z, powers(diagonal_e - top, z), left + up)
         if weights is not None:
-            share = ones / total
-            store(weights, t * 2 * LANES, left * share)
-            store(weights, t * 2 * LANES + LANES, up * share)
+            store(weights, t * 2 * LANES, left / total)
+            store(weights, t * 2 * LANES + LANES, up / total)
         diagonal_z, diagonal_e = up_z, up_e
         z = power_of_fraction(fraction) * total
         e = top + (bits(shifted) - bits(magic))
