@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dwakd_plugin.loss.head_pass import most_likely, tokens_per_chunk
 from dwakd_plugin.loss.objective import LossTerms, dwakd_loss
-from dwakd_plugin.loss.states import ResponseStates, gathered, required_labels, response_index
+from dwakd_plugin.loss.states import ResponseStates, response_index
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.schema import LossConfig
 
@@ -43,13 +42,8 @@ def own_answer_terms(
     only which positions count.
     """
     ours, theirs = response_index(student), response_index(teacher)
-    head = student.head
-    chunk = tokens_per_chunk(loss.chunk_size, head.weight.shape[0], head.weight.device)
-    best = most_likely(gathered(student.hidden, ours), head, chunk)
-    labels = required_labels(student)
-    labels = labels.flatten().index_copy(0, ours, best).view_as(labels)
     return dwakd_loss(
-        replace(student, labels=labels, index=ours, pairs=ours, read=None, spelt=None),
+        replace(student, index=ours, pairs=ours, read=None, spelt=None, sampled=True),
         replace(teacher, index=theirs, pairs=theirs),
         None,
         loss=loss,

@@ -201,6 +201,8 @@ class ResponseStates:
     spelt_read      (R,) long, beside the last R of the student's: the number in the teacher's
                     `spellings`, from 1, of what comes before
     spellings       of the teacher, where both have `spelt`
+    sampled         of a student whose labels are its own samples: `t2s_correct` then counts where
+                    the teacher's likeliest token is the student's likeliest, not its label
     top             (B, L, k) of a teacher, for a variant that needs no states (`Variant.
                     needs_states`): it is read instead of the states and the head, which may then
                     have a width of 0
@@ -222,6 +224,7 @@ class ResponseStates:
     spelt: Tensor | None = None
     spelt_read: Tensor | None = None
     spellings: SpellingTable | None = None
+    sampled: bool = False
     top: TopTokens | None = None
 
     def detached(self) -> ResponseStates:

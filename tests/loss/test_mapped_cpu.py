@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,18 +12,26 @@ from torch import Tensor
 
 from dwakd_plugin.loss import ContinuationTable
 from dwakd_plugin.loss.terms.mapped import (
+    COMPILED,
     StudentStatistics,
     compiled_gradients,
     compiled_statistics,
     mapped_statistics,
 )
 from dwakd_plugin.loss.terms.mapped_cpu import BLOCK
+from dwakd_plugin.recipe.schema import Divergence
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def some(
-    rows: int, student: int, teacher: int, dtype: torch.dtype, spread: float = 3.0
+    rows: int,
+    student: int,
+    teacher: int,
+    dtype: torch.dtype,
+    spread: float = 3.0,
+    divergence: Divergence = "forward_kl",
+    sampled: bool = False,
 ) -> dict[str, Any]:
     """Logits, labels and a map; what some rows have read goes on with one to four tokens."""
     generator = torch.Generator().manual_seed(rows * student + teacher)
@@ -40,15 +49,16 @@ def some(
     return {
         "arguments": (*logits, labels, read),
         "grads": grads.unbind(),
-        "mapping": (token_map, ContinuationTable(starts, *entries)),
+        "mapping": (token_map, ContinuationTable(starts, *entries), divergence, sampled),
     }
 
 
 def by_autograd(
-    arguments: tuple[Tensor, ...], grads: tuple[Tensor, ...], mapping: tuple[Any, ...]
+    arguments: tuple[Tensor, ...], grads: tuple[Tensor, ...], mapping: Sequence[Any]
 ) -> tuple[StudentStatistics, Tensor]:
     leaf = arguments[0].clone().requires_grad_()
-    tokens = mapped_statistics(leaf, *arguments[1:], *mapping, "forward_kl", 1.0)
+    *mapping, sampled = mapping
+    tokens = mapped_statistics(leaf, *arguments[1:], *mapping, 1.0, sampled)
     total = (tokens.ce * grads[0] + tokens.divergence * grads[2]).sum()
     return tokens, torch.autograd.grad(total, leaf)[0]
 
@@ -58,8 +68,12 @@ def by_autograd(
     "sizes",
     [(9, 11, BLOCK - 1), (4, 1, BLOCK), (5, 300, 2 * BLOCK + 1), (40, 700, 9000), (0, 5, 7)],
 )
-def test_equal_torch_and_autograd(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    case = some(*sizes, dtype)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("divergence", COMPILED)
+def test_equal_torch_and_autograd(
+    sizes: tuple[int, int, int], dtype: torch.dtype, divergence: Divergence, sampled: bool
+) -> None:
+    case = some(*sizes, dtype, divergence=divergence, sampled=sampled)
     expected, expected_grad = by_autograd(**case)
     alone = compiled_statistics(*case["arguments"], *case["mapping"])
     tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
@@ -71,9 +85,10 @@ def test_equal_torch_and_autograd(sizes: tuple[int, int, int], dtype: torch.dtyp
     torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance)
 
 
-def test_what_is_almost_certain_or_almost_never() -> None:
+@pytest.mark.parametrize("divergence", COMPILED)
+def test_what_is_almost_certain_or_almost_never(divergence: Divergence) -> None:
     """Probabilities down to the smallest float, and rows of which the teacher says nothing."""
-    case = some(30, 50, 400, torch.float32, spread=15.0)
+    case = some(30, 50, 400, torch.float32, spread=15.0, divergence=divergence)
     token_map = case["mapping"][0]
     expected, expected_grad = by_autograd(**case)
     tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
@@ -82,8 +97,14 @@ def test_what_is_almost_certain_or_almost_never() -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
     nothing = torch.full_like(token_map, -1)
     arguments = *case["arguments"][:3], torch.zeros(30, dtype=torch.long)
-    tokens, grad = compiled_gradients(*arguments, *case["grads"], nothing, None)
-    assert (tokens.divergence == 0).all() and grad.isfinite().all()
+    silent = dict(case, arguments=arguments, mapping=(nothing, None, *case["mapping"][2:]))
+    expected, expected_grad = by_autograd(**silent)
+    tokens, grad = compiled_gradients(*arguments, *case["grads"], *silent["mapping"])
+    if divergence == "forward_kl":
+        assert (tokens.divergence == 0).all() and grad.isfinite().all()
+    else:  # that of even, smallest probabilities
+        torch.testing.assert_close(tokens.divergence, expected.divergence.detach())
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -36,6 +36,8 @@ from dwakd_plugin.loss.token_order import summed_runs, token_order
 from dwakd_plugin.loss.token_weights import entropy, student_token_weights
 from dwakd_plugin.recipe.schema import Divergence
 
+COMPILED: tuple[Divergence, ...] = ("forward_kl", "reverse_kl")  # at temperature 1, on the CPU
+
 # Of a teacher that gives its likeliest tokens alone: how often the label is one of them.
 TOP = Figure("label_in_top_k", "top_labels", "top_tokens")
 # Of one that gives all: the tokens that are several of its own, which it teaches beside the pairs.
@@ -51,12 +53,14 @@ def mapped_statistics(
     continuations: ContinuationTable | None,
     divergence: Divergence,
     temperature: float,
+    sampled: bool = False,
 ) -> StudentStatistics:
     """`student_statistics` with p_map for p_t2s, a constant: its `t2s_ce` takes no gradient.
 
     Shapes: student_logits (C, Vs), teacher_logits (C, Vt), token_map (Vt,) with −1 for a token that
     the student has no word for, labels (C,) and read (C,), the number of what the student has read
-    of the teacher's token in `continuations`, 0 where nothing.
+    of the teacher's token in `continuations`, 0 where nothing. Where labels are `sampled`,
+    `t2s_correct` is whether both models' likeliest tokens are the same.
     """
     own = student_logits.log_softmax(-1)
     ce = nll(own, labels)
@@ -66,7 +70,7 @@ def mapped_statistics(
 
     with torch.no_grad():
         theirs, foreseen = mapped(1.0)
-        best = theirs.max(-1)
+        best, wanted = theirs.max(-1), own.argmax(-1) if sampled else labels
         target = theirs if temperature == 1 else mapped(temperature)[0]
         student_entropy = entropy(own)
     softened = own if temperature == 1 else log_softmax(student_logits, temperature)
@@ -74,7 +78,7 @@ def mapped_statistics(
     if continuations is not None:
         value = torch.where((read == 0) | (foreseen >= LEAST_READ), value, ce)
     return StudentStatistics(
-        ce, nll(theirs, labels), value, student_entropy, best.values.exp(), best.indices == labels
+        ce, nll(theirs, labels), value, student_entropy, best.values.exp(), best.indices == wanted
     )
 
 
@@ -125,16 +129,20 @@ def _add_continuations(
 
 def _kernel(batch: Batch) -> Kernel:
     loss, teacher = batch.loss, batch.teacher
-    mapping = {"token_map": teacher.token_map, "continuations": teacher.continuations}
+    mapping = {
+        "token_map": teacher.token_map,
+        "continuations": teacher.continuations,
+        "divergence": loss.divergence,
+        "sampled": batch.student.sampled,
+    }
     if teacher.top is not None:
         if loss.temperature != 1:  # of the mass outside nobody knows what it would be at another
             raise ValueError(f"temperature {loss.temperature:g}: the teacher's `top` is at 1")
-        return Kernel(top_statistics, 3, mapping | {"divergence": loss.divergence})
-    plain = loss.divergence == "forward_kl" and loss.temperature == 1
+        return Kernel(top_statistics, 3, mapping)
+    plain = loss.divergence in COMPILED and loss.temperature == 1
     if plain and _compiles_for(batch.student.hidden):
         return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
-    further = {"divergence": loss.divergence, "temperature": loss.temperature}
-    return Kernel(mapped_statistics, 3, mapping | further)
+    return Kernel(mapped_statistics, 3, mapping | {"temperature": loss.temperature})
 
 
 def _compiles_for(states: Tensor) -> bool:
@@ -150,10 +158,12 @@ def compiled_statistics(
     read: Tensor,
     token_map: Tensor,
     continuations: ContinuationTable | None,
+    divergence: Divergence,
+    sampled: bool = False,
 ) -> StudentStatistics:
-    """`mapped_statistics` on the CPU, forward KL at temperature 1, without a graph."""
+    """`mapped_statistics` on the CPU, one of COMPILED at temperature 1, without a graph."""
     zero = student_logits.new_zeros(len(labels))
-    mapping = token_map, continuations
+    mapping = token_map, continuations, divergence, sampled
     return compiled_gradients(
         student_logits, teacher_logits, labels, read, zero, zero, zero, *mapping
     )[0]
@@ -169,6 +179,8 @@ def compiled_gradients(
     divergence_grad: Tensor,
     token_map: Tensor,
     continuations: ContinuationTable | None,
+    divergence: Divergence,
+    sampled: bool = False,
 ) -> tuple[StudentStatistics, Tensor]:
     """The same, and the gradient in student_logits (C, Vs) by gradients (C,) of the columns."""
     from dwakd_plugin.loss.terms import mapped_cpu  # numba, which a GPU has no need of
@@ -184,6 +196,8 @@ def compiled_gradients(
         labels,
         ce_grad + divergence_grad.where(~said, 0.0),
         divergence_grad.where(said, 0.0),
+        reverse=divergence == "reverse_kl",
+        sampled=sampled,
     )
     tokens = StudentStatistics(*found)
     return tokens._replace(divergence=torch.where(said, tokens.divergence, tokens.ce)), target

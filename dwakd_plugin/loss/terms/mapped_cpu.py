@@ -64,20 +64,23 @@ def statistics_and_gradient(
     labels: Tensor,
     ce_grad: Tensor,
     divergence_grad: Tensor,
+    *,
+    reverse: bool = False,
+    sampled: bool = False,
 ) -> tuple[Tensor, ...]:
     """ce, −log p_map(y), KL(p_map ‖ p_s), H(p_s), max p_map and whether that is at y, each (C,).
 
-    `target` becomes the gradient in student_logits, by those of the first and the third.
+    With `reverse` the third is KL(p_s ‖ p_map), with `sampled` the last is whether both have their
+    largest at one token. `target` becomes the gradient in student_logits, by those of the first
+    and the third.
 
     Shapes: student_logits and target = p_map (C, Vs), labels and gradients (C,).
     """
     columns = student_logits.new_empty(6, len(student_logits))
     inputs = student_logits, student_logits.amax(-1), labels, ce_grad, divergence_grad
     arrays = [_array(each) for each in inputs]
-    _by_rows(
-        lambda a, b: _statistics_and_gradient(a, b, *arrays, target.numpy(), columns.numpy()),
-        target,
-    )
+    outputs = target.numpy(), columns.numpy(), reverse, sampled
+    _by_rows(lambda a, b: _statistics_and_gradient(a, b, *arrays, *outputs), target)
     return (*columns[:BEST].unbind(), columns[BEST] > 0)
 
 
@@ -160,6 +163,8 @@ def _statistics_and_gradient(
     divergence_grad: Array,
     target: Array,
     columns: Array,
+    reverse: bool,
+    sampled: bool,
 ) -> None:
     """Rows `first` to `last` of `statistics_and_gradient`."""
     real = logits.dtype.type
@@ -177,22 +182,35 @@ def _statistics_and_gradient(
         columns[CE, i] = log_sum + largest[i] - row[y]
         columns[MAPPED_CE, i] = -np.log(max(goal[y], tiny))
         columns[ENTROPY, i] = log_sum - mean / total
-        best, place, kept, cross = goal[0], 0, zero, zero
-        for s in range(rows):
-            kept += goal[s]
-            cross -= goal[s] * (row[s] - largest[i])
+        best, place = goal[0], 0
         for s in range(rows):
             if goal[s] > best:
                 best, place = goal[s], s
-        own = zero
-        for s in range(rows):
-            if goal[s] > zero:
-                own += goal[s] * np.log(goal[s])
-        columns[DIVERGENCE, i] = own + cross + kept * log_sum
         columns[GATE, i] = best
-        columns[BEST, i] = real(1) if place == y else zero
-        pull = divergence_grad[i]
-        push = (pull * kept + ce_grad[i]) / total
-        for s in range(rows):
-            goal[s] = push * p[s] - pull * goal[s]
+        hit = row[place] == largest[i] if sampled else place == y
+        columns[BEST, i] = real(1) if hit else zero
+        push, pull = ce_grad[i] / total, divergence_grad[i]
+        if reverse:
+            value = zero
+            for s in range(rows):
+                gap = row[s] - largest[i] - log_sum - np.log(max(goal[s], tiny))
+                value += p[s] * gap
+                goal[s] = gap
+            value /= total
+            pull /= total
+            for s in range(rows):
+                goal[s] = p[s] * (push + pull * (goal[s] - value))
+        else:
+            kept, cross, value = zero, zero, zero
+            for s in range(rows):
+                kept += goal[s]
+                cross -= goal[s] * (row[s] - largest[i])
+            for s in range(rows):
+                if goal[s] > zero:
+                    value += goal[s] * np.log(goal[s])
+            value += cross + kept * log_sum
+            push += pull * kept / total
+            for s in range(rows):
+                goal[s] = push * p[s] - pull * goal[s]
+        columns[DIVERGENCE, i] = value
         goal[y] -= ce_grad[i]

@@ -59,6 +59,7 @@ def top_statistics(
     token_map: Tensor,
     continuations: ContinuationTable | None,
     divergence: Divergence,
+    sampled: bool = False,
 ) -> TopStatistics:
     """`mapped.mapped_statistics` at temperature 1 with p_top for p_map.
 
@@ -72,6 +73,8 @@ def top_statistics(
         is_label = found.kept & (found.tokens == labels[:, None])
         kept, rest = found.probs[:, :-1], found.probs[:, -1]
         best = kept.max(-1)
+        chosen = found.tokens.gather(-1, best.indices[:, None]).squeeze(-1)
+        wanted = own.argmax(-1) if sampled else labels
         label_kept = is_label.any(-1)
         of_label = torch.where(label_kept, (kept * is_label).sum(-1), rest)
     target = found.probs.clamp_min(smallest).log()
@@ -82,7 +85,7 @@ def top_statistics(
         torch.where(found.said, value, ce),
         entropy(own),
         best.values,
-        is_label.gather(-1, best.indices[:, None]).squeeze(-1),
+        (chosen == wanted) & (best.values > 0),
         label_kept,
     )
 
