@@ -62,6 +62,16 @@ def teacher_batch(
     }
 
 
+def known_and_read(batch: dict[str, Any], read: Tensor) -> Tensor:
+    """A batch's teacher states (B, T, D): of its `LIVE` rows those that were `read`, (k, L, D), of
+    the others those that it has. In the dtype of `read`."""
+    hidden = read.new_zeros(*batch["teacher_positions"].shape, read.shape[-1])
+    if (known := batch.get("teacher_hidden")) is not None:
+        hidden[:, : known.shape[1]] = known
+    hidden[batch[LIVE]["rows"], : read.shape[1]] = read
+    return hidden
+
+
 def response_positions(side: str, labels: list[Tensor], starts: list[int]) -> dict[str, Tensor]:
     """Where the shifted labels count, as the keys `{side}_positions`, `_lengths` and `_index`; and
     where the samples stand, as `{side}_rows`.

@@ -29,7 +29,7 @@ from dwakd_plugin.loss import (
     SpellingTable,
     valid_positions,
 )
-from dwakd_plugin.models.batches import LIVE
+from dwakd_plugin.models.batches import LIVE, known_and_read
 from dwakd_plugin.models.causal_lm import (
     EmbeddingTable,
     causal_lm,
@@ -95,18 +95,10 @@ class Teacher:
         """
         if "teacher_top" in batch:
             return self.head.weight.new_zeros(*batch["teacher_positions"].shape, 0)
-        if LIVE not in batch and "teacher_hidden" not in batch:
-            return self._read(batch)
-        known = batch.get("teacher_hidden", self.head.weight.new_zeros(1, 0, self.hidden_size))
-        known = known.to(self.head.weight.dtype)
-        if LIVE not in batch:
-            return known
-        live, shape = batch[LIVE], batch["teacher_positions"].shape
-        hidden = known.new_zeros(*shape, self.hidden_size)
-        hidden[:, : known.shape[1]] = known
-        read = self._read(live)
-        hidden[live["rows"], : read.shape[1]] = read
-        return hidden
+        if LIVE in batch:
+            return known_and_read(batch, self._read(batch[LIVE]))
+        known = batch.get("teacher_hidden")
+        return self._read(batch) if known is None else known.to(self.head.weight.dtype)
 
     def _read(self, batch: dict[str, Tensor]) -> Tensor:
         """The body's states at the response positions of a batch."""
