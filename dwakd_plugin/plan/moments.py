@@ -110,7 +110,7 @@ def _teacher_states(run: Parts) -> float:
         return states
     positions = run.batch * run.lengths.teacher_response
     peak = states
-    if run.live_rows > 0 and not run.elsewhere:
+    if run.reads_here:
         peak = run.body("teacher", reading=run.live_rows)[1] + (states if run.cached else 0)
     if run.has_teacher and run.config.teacher.top_k is not None:  # of its head's logits, and again
         chunk = min(positions, run.chunk(run.teacher.head_rows)) * run.teacher.head_rows

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
+from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.own_answers import AT_ONCE
 
 DRAWING, SORTING = 3 * 4 + 3 * 8, 4 * 8  # bytes of a token's logit
@@ -20,6 +21,16 @@ DRAWING, SORTING = 3 * 4 + 3 * 8, 4 * 8  # bytes of a token's logit
 def answers_at_once(own: OwnAnswersConfig, rows: int) -> int:
     """Of a step's rows, those that are sampled together."""
     return min(AT_ONCE, math.ceil(own.share * rows))
+
+
+def read_in_a_step(
+    config: DWAKDConfig, cached: bool, batch: int, accumulation: int
+) -> tuple[float, int]:
+    """The share of a step's rows that the teacher reads in it, and how many rows of a micro-batch
+    at most, as all of a step's own answers may be in one."""
+    own = config.sampled_answers
+    share = 1.0 if not cached else 0.0 if own is None else own.share
+    return share, min(batch, math.ceil(share * batch * accumulation))
 
 
 def key_value_bytes(config: Any, answers: int, tokens: int, itemsize: int) -> int:

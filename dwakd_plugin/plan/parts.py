@@ -9,7 +9,6 @@ arithmetic, and every constant of it stands below with its reason. Bytes through
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from dwakd_plugin.plan.model_sizes import (
     quantisation_scratch,
     weight_bytes,
 )
+from dwakd_plugin.plan.own_answers import read_in_a_step
 from dwakd_plugin.plan.recipe_models import (
     body_trace,
     config_of,
@@ -124,12 +124,10 @@ class Parts:
         if self.elsewhere:
             self.assume(f"the teacher's body is not on this card: device is {teacher.device}")
         self.cached = config.loss.needs_teacher and (teacher.cache is not None or self.served)
-        # Of the rows, the share that the teacher reads in the step; and how many of a micro-batch
-        # at most, as all of an optimizer step's own answers may be in one.
-        own = config.sampled_answers
-        self.live_share = 1.0 if not self.cached else 0.0 if own is None else own.share
-        accumulation = int(recipe.get("gradient_accumulation_steps") or 1)
-        self.live_rows = min(batch, math.ceil(self.live_share * batch * accumulation))
+        self.accumulation = int(recipe.get("gradient_accumulation_steps") or 1)
+        read = read_in_a_step(config, self.cached, batch, self.accumulation)
+        self.live_share, self.live_rows = read
+        self.reads_here = self.live_rows > 0 and not self.elsewhere
         # Of a teacher whose likeliest tokens are in a cache nothing is loaded.
         self.kept_tokens = teacher.top_k if self.cached else None
         self.losses = [config.loss]
@@ -224,7 +222,7 @@ class Parts:
         runtime = CPU_RUNTIME if self.card.kind == "cpu" else CUDA_RUNTIME
         return {
             "student weights": self.student_weights(),
-            "teacher weights": self.teacher_weights(body=self.live_rows > 0 and not self.elsewhere),
+            "teacher weights": self.teacher_weights(body=self.reads_here),
             "projectors": sum(FLOAT * layer.numel for layer in self.projectors())
             + self._head_follower(),
             "runtime": runtime,
@@ -236,16 +234,12 @@ class Parts:
         return 8 * self.teacher.hidden_size**2 if follows and self.student_head.trained else 0
 
     def waiting_states(self) -> int:
-        """Of cached teacher states in batches that are collated and not at work yet.
-
-        The trainer fetches all micro-batches of an optimizer step at once, and its data loader one
-        more, which stays in the CPU's memory.
-        """
+        """Of cached teacher states in batches that wait: the trainer fetches all micro-batches of a
+        step at once, and its data loader one more, which stays in the CPU's memory."""
         if not self.cached:
             return 0
         more = 1 if self.card.kind == "cpu" else 0
-        accumulation = int(self.recipe.get("gradient_accumulation_steps") or 1)
-        waiting = self.batch * self.lengths.teacher_response * (accumulation - 1 + more)
+        waiting = self.batch * self.lengths.teacher_response * (self.accumulation - 1 + more)
         if self.kept_tokens is not None:
             return waiting * self.kept_tokens * TOKEN_BYTES
         kept = self.config.teacher.cache_dtype
