@@ -62,6 +62,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.objective
 	$(BIN)/python -m benchmarks.gold
 	$(BIN)/python -m benchmarks.mapped
+	$(BIN)/python -m benchmarks.own_step
 	$(BIN)/python -m benchmarks.around
 	$(BIN)/python -m benchmarks.performance
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import typer
 
-from benchmarks import around, gold, mapped, objective, soft_dtw
+from benchmarks import around, gold, mapped, objective, own_step, soft_dtw
 from benchmarks.measure import RESULTS, Report, write_between
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-TABLES = {module.NAME: module.tables for module in (soft_dtw, objective, gold, mapped, around)}
+MODULES = (soft_dtw, objective, gold, mapped, own_step, around)
+TABLES = {module.NAME: module.tables for module in MODULES}
 
 
 def section(report: Report) -> str:

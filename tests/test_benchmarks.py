@@ -31,7 +31,7 @@ from dwakd_plugin.loss.soft_dtw import soft_dtw
 ROOT = Path(__file__).parents[1]
 
 
-NAMES = ["soft_dtw", "objective", "gold", "mapped", "around"]
+NAMES = ["soft_dtw", "objective", "gold", "mapped", "own_step", "around"]
 
 
 @pytest.fixture(scope="module")
