@@ -10,6 +10,7 @@ from dwakd_plugin.plan.own_answers import answers_at_once, drawing_bytes, key_va
 from dwakd_plugin.plan.parts import TOKEN_BYTES, Parts
 from dwakd_plugin.plan.recipe_models import config_of, shared_tokens
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
+from dwakd_plugin.train.own_answers import AT_ONCE
 
 INITIALISATION = "the projectors' initialisation"  # on a CPU; over before anything is trained
 TEACHER = "the teacher's forward pass"
@@ -126,7 +127,9 @@ def _sampling(run: Parts, own: OwnAnswersConfig) -> tuple[float, float]:
     itemsize = (run.autocast or run.student_dtype).itemsize
     cache = key_value_bytes(config, answers, run.lengths.student, itemsize)
     prompts = run.body("student", reading=answers)[1]
-    return cache + prompts, drawing_bytes(own, answers, run.student.head_rows)
+    # A packed sequence has several rows: as long together, but each is drawn for.
+    drawn_for = AT_ONCE if run.recipe.get("sample_packing") else answers
+    return cache + prompts, drawing_bytes(own, drawn_for, run.student.head_rows)
 
 
 def _optimizer_scratch(run: Parts) -> int:

@@ -16,7 +16,7 @@ from dwakd_plugin.recipe.adapters import (
 )
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.messages import as_found, name_problem, nearest
-from dwakd_plugin.recipe.recipe import Recipe
+from dwakd_plugin.recipe.recipe import ENGINE_KEYS, Recipe
 
 # Settings of axolotl that distillation does not go with: key, and what to do about it.
 _CONFLICTS = {
@@ -213,15 +213,12 @@ def is_sharded(recipe: Recipe) -> bool:
 
 def _own_answers_problems(recipe: Recipe) -> Iterator[str]:
     """What sampling answers from the student cannot do yet, with what to do about it."""
-    if recipe.packs:
-        yield (
-            "  dwakd.own_answers: with sample_packing — sampled answers are not packed yet; set "
-            "`sample_packing: false`"
-        )
     if recipe.has_engine:
+        found = ", ".join(key for key in ENGINE_KEYS if recipe.keys.get(key))
         yield (
-            "  dwakd.own_answers: with FSDP or DeepSpeed — the student is sampled from in one "
-            "process that holds it whole; train on one GPU without them"
+            f"  dwakd.own_answers: with {found} — each process samples from the student as it "
+            "holds it, and under FSDP and DeepSpeed that isn't the whole of it; remove these keys: "
+            "several GPUs train without them too (DDP), each with the whole student"
         )
     length, longest = recipe.keys.get("sequence_len"), recipe.written(*_LONGEST_OWN)
     if longest is None:

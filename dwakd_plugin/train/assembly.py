@@ -84,7 +84,7 @@ def assemble(cfg: Any, recipe: Recipe, trainer: Any, rows: RowReport) -> Distill
     place = trainer.args.device if is_sharded(trainer) else student.device
     device = "cpu" if place.type == "cpu" else str(place)  # accelerate numbers CPUs
     if cfg.sample_packing:
-        _check_packing_of_student(cfg, trainer)
+        _check_packing_of_student(cfg, config, trainer)
     # Those that fill a cache come first: their bodies go before the others', which stay, are there.
     numbered = list(enumerate(config.each_teacher))
     in_turn = sorted(numbered, key=lambda each: each[1].cache is None)
@@ -306,9 +306,11 @@ def _is_flash(teacher: Teacher) -> bool:
     return "flash" in causal_lm(teacher.model).config._attn_implementation
 
 
-def _check_packing_of_student(cfg: Any, trainer: Any) -> None:
+def _check_packing_of_student(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
     """Sees that packed rows stay apart in the student; raises UserError where they don't."""
     sequences = cfg.micro_batch_size if trainer.args.multipack_real_batches else 1
+    if trainer.args.multipack_real_batches and config.sampled_answers is not None:
+        sequences += 1  # answers may be longer than those that they replace
     if not is_sharded(trainer):  # whose weights are not whole before it is wrapped
         with trainer.accelerator.autocast():
             check_packing(

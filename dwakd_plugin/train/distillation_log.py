@@ -35,7 +35,7 @@ class DistillationLog(Trainer):
             logs["gamma"] = round(distillation.gamma(step - 1, self.state.max_steps), 5)
         own = {}
         if distillation.own_answers is not None and not prefix:
-            own = distillation.own_answers.logged()
+            own = distillation.own_answers.logged(self.accelerator)
             logs.update(own)
         if f"{prefix}ce" in logs:  # axolotl takes the exponential of the whole objective
             logs[f"{prefix}ppl"] = round(perplexity(logs[f"{prefix}ce"]), 5)

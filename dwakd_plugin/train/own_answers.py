@@ -25,6 +25,7 @@ from dwakd_plugin.data.sampled_rows import (
 )
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import ResponseStates, own_answer_terms, own_loss_config
+from dwakd_plugin.models.batches import pack
 from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
 from dwakd_plugin.models.sampling import Sampling, with_transformers
@@ -35,14 +36,17 @@ from dwakd_plugin.tokenizers.alignment import first_tokens
 from dwakd_plugin.tokenizers.sampled import SampledText
 
 AT_ONCE = 64  # answers sampled together at most
-_CHOICE = 2**32 - 1  # the number of the row that no step has, for what chooses among them
+# The number of a row that no step has, for what chooses among them: less the process's number.
+_CHOICE = 2**32 - 1
+_SUMS = ("answers", "tokens", "ended", "unaligned", "divergence", "compared", "agreed", "seconds")
 
 
 class OwnAnswers:
     """Replaces given answers by sampled ones, and has the teacher judge these.
 
-    What is drawn depends on seed, step and the row's number in the step alone (`models.sampling`):
-    there is no state to save, and a resumed run draws what it would have drawn.
+    What is drawn depends on seed, step and the row's number in the step alone (`models.sampling`),
+    with several processes on theirs too: there is no state to save, and a resumed run draws what it
+    would have drawn.
     """
 
     def __init__(
@@ -57,10 +61,14 @@ class OwnAnswers:
         paired: Mapping[int, int],
         lengths: tuple[int, int],
         seed: int,
+        packed_len: int | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         """tokenizers and lengths (of sequences, in tokens) are the student's and the teacher's;
         ends are the student's tokens that end an answer, beside the given answer's own; paired, the
-        teacher's token that ends one, and the student's."""
+        teacher's token that ends one, and the student's; packed_len, the tokens of a sequence that
+        packed rows are laid out in again, None where a batch is one sequence; rank, the number of
+        this process, and of how many."""
         student_tokenizer, teacher_tokenizer = tokenizers
         self._own = own
         self._loss = own_loss_config(own, config.loss)
@@ -77,7 +85,8 @@ class OwnAnswers:
         self._collate = collate
         self._ends = ends
         self._student_len, self._teacher_len = lengths
-        self._seed = seed
+        self._seed, self._packed_len = seed, packed_len
+        self._rank, self._ranks = rank
         self._sums: dict[str, Any] = defaultdict(float)  # since the last log line
 
     # Sampling ------------------------------------------------------------------------------------
@@ -114,9 +123,16 @@ class OwnAnswers:
         return result
 
     def _laid_out(self, rows: list[Row], before: dict[str, Tensor]) -> dict[str, Any]:
-        """The rows as a batch of the kind, and on the device, that they were `before`."""
-        made = dict(self._collate([row.feature() for row in rows]))
-        return send_to_device(made, before["input_ids"].device)
+        """The rows as a batch of the kind, and on the device, that they were `before`.
+
+        Packed ones are packed again: answers are longer or shorter than those that they replace.
+        """
+        features: list[Any] = [row.feature() for row in rows]
+        if "position_ids" in before:
+            lengths = [len(row.student_ids) for row in rows]
+            packs = pack(lengths, self._packed_len or sum(lengths))
+            features = [[features[place] for place in places] for places in packs]
+        return send_to_device(dict(self._collate(features)), before["input_ids"].device)
 
     def _choose(self, rows: list[Row], step: int) -> list[int]:
         """Numbers of the rows to sample for, in order: on average the share of all of them."""
@@ -126,7 +142,7 @@ class OwnAnswers:
             for number, row in enumerate(rows)
             if (prompt := prompt_of(row)) is not None and len(prompt) <= room
         ]
-        key = np.array([self._seed, _key(step, _CHOICE)], dtype=np.uint64)
+        key = np.array([self._seed, _key(step, _CHOICE - self._rank)], dtype=np.uint64)
         random = np.random.Generator(np.random.Philox(key=key))
         count = int(self._own.share * len(rows) + random.random())
         return sorted(random.permutation(fit)[:count].tolist())
@@ -146,7 +162,9 @@ class OwnAnswers:
             generate = with_transformers(causal_lm(student), sampling, stop)
             for begin in range(0, len(chosen), AT_ONCE):
                 part = chosen[begin : begin + AT_ONCE]
-                keys = [(self._seed, _key(step, number)) for number in part]
+                # Of all processes' rows no two have a number in common.
+                numbers = [number * self._ranks + self._rank for number in part]
+                keys = [(self._seed, _key(step, number)) for number in numbers]
                 drawn = generate([prompts[n] for n in part], keys, own.max_new_tokens)
                 for number, sample in zip(part, drawn, strict=True):
                     samples[number] = sample.tokens, sample.tokens[-1] in stop
@@ -173,15 +191,22 @@ class OwnAnswers:
         self._sums["agreed"] += terms.t2s_correct
         return student.samples(others), teacher.samples(others), loss
 
-    def logged(self) -> dict[str, float]:
-        """What a log line says of the answers since the last one; empty where there were none."""
-        sums = {name: float(value) for name, value in self._sums.items()}
+    def logged(self, accelerator: Any = None) -> dict[str, float]:
+        """What a log line says of the answers since the last one; empty where there were none.
+
+        Of all processes of the accelerator's, which must all take part; the seconds are their mean.
+        """
+        sums = {name: float(self._sums[name]) for name in _SUMS}
         self._sums.clear()
-        if not sums.get("answers"):
+        if accelerator is not None and accelerator.num_processes > 1:
+            values = torch.tensor([*sums.values()], dtype=torch.float64, device=accelerator.device)
+            sums = dict(zip(_SUMS, accelerator.reduce(values, "sum").tolist(), strict=True))
+            sums["seconds"] /= accelerator.num_processes
+        if not sums["answers"]:
             return {}
         per_answer = {"length": "tokens", "ended": "ended", "unaligned": "unaligned"}
         figures = {name: sums[key] / sums["answers"] for name, key in per_answer.items()}
-        if sums.get("compared"):
+        if sums["compared"]:
             figures["divergence"] = sums["divergence"] / sums["compared"]
             if self._token_map is not None:
                 figures["agreement"] = sums["agreed"] / sums["compared"]
@@ -215,6 +240,8 @@ def own_answers(
         paired=paired,
         lengths=(cfg.sequence_len, teacher_len),
         seed=trainer.args.seed,
+        packed_len=cfg.sequence_len if trainer.args.multipack_real_batches else None,
+        rank=(trainer.args.process_index, trainer.args.world_size),
     )
 
 
@@ -223,11 +250,6 @@ def check_own_answers(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
     own = config.sampled_answers
     if own is None:
         return
-    if trainer.args.world_size > 1:
-        raise UserError(
-            f"dwakd.own_answers: this run has {trainer.args.world_size} processes, and answers are "
-            "sampled in one only so far. Train on one GPU, or remove dwakd.own_answers."
-        )
     if not _ends(cfg, trainer.processing_class):
         raise UserError(
             "dwakd.own_answers: the student's tokenizer has no end-of-sequence token, so a sampled "

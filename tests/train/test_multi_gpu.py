@@ -162,6 +162,31 @@ def test_two_processes_train_as_one(recipe: Recipe, train: Train, tmp_path: Path
 
 
 @pytest.mark.slow
+@no_two_processes
+def test_two_processes_answer_as_one(recipe: Recipe, train: Train, tmp_path: Path) -> None:
+    """The likeliest tokens, which all processes sample alike; every row, so that one may have no
+    given answer, and its projectors no gradient of their own."""
+    own = {"share": 1.0, "temperature": 0, "max_new_tokens": 2, "start_after": 0}
+
+    def settings(name: str, micro_batch: int, accumulation: int, **others: Any) -> dict[str, Any]:
+        sizes = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+        keys = {"output_dir": str(tmp_path / name), "max_steps": 3, "save_steps": 2}
+        return recipe({"own_answers": own}, **keys, **sizes, **others)
+
+    log = [line for line in train(settings("one", 8, 1)) if "loss" in line]
+    ddp = settings("ddp", 1, 4)
+    again = settings("ddp-resumed", 1, 4, auto_resume_from_checkpoints=True)
+    checkpoint = str(tmp_path / "ddp" / "checkpoint-2")
+    run_ranks(tmp_path, [Job(ddp), Job(again, checkpoint=checkpoint)])
+    assert_close(tmp_path / "ddp", tmp_path / "one")
+    assert_close(tmp_path / "ddp-resumed", tmp_path / "ddp", atol=0)
+    state = json.loads((tmp_path / "ddp" / "checkpoint-3" / "trainer_state.json").read_text())
+    for line, expected in zip(state["log_history"], log, strict=False):
+        for name in ("own_length", "own_ended", "own_unaligned", "own_divergence"):
+            assert line.get(name) == pytest.approx(expected.get(name), rel=1e-4), name
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @no_two_processes
 @pytest.mark.parametrize("ranks", [1, 2])

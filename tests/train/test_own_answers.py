@@ -25,6 +25,7 @@ from dwakd_plugin.data.sampled_rows import (
     rows_of,
 )
 from dwakd_plugin.errors import UserError
+from dwakd_plugin.loss import ResponseStates
 from dwakd_plugin.models.causal_lm import embedding_table, output_head
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.models.teacher.loaded import Teacher
@@ -99,9 +100,15 @@ class Pair:
     """Student and teacher in float64 with one tokenizer, and a batch of rows for both."""
 
     def __init__(
-        self, folder: Path, rows: int, states: RowStates | None = None, **own: Any
+        self,
+        folder: Path,
+        rows: int,
+        states: RowStates | None = None,
+        packed_len: int | None = None,
+        rank: tuple[int, int] = (0, 1),
+        **own: Any,
     ) -> None:
-        """states: what a cache has of the given rows."""
+        """states: what a cache has of the given rows; the rest as `OwnAnswers` has it."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.student, self.model = (self._model(seed) for seed in (4, 5))
         features = []
@@ -151,6 +158,8 @@ class Pair:
             paired={self.tokenizer.eos_token_id: self.tokenizer.eos_token_id},
             lengths=(256, 256),
             seed=3,
+            packed_len=packed_len,
+            rank=rank,
         )
 
     def _model(self, seed: int) -> Any:
@@ -167,9 +176,15 @@ class Pair:
         return LlamaForCausalLM(config).double().eval()
 
     def judged(self, batch: dict[str, Tensor], rows: list[int]) -> Tensor:
+        return self.sides(batch, rows)[2]
+
+    def sides(
+        self, batch: dict[str, Tensor], rows: list[int]
+    ) -> tuple[ResponseStates, ResponseStates, Tensor]:
+        """What is given, on both sides, and the loss of the student's own rows."""
         added, own = split_batch(batch)
         student = student_states(self.student, added, **own)
-        return self.own.set_apart(student, self.teacher.states(added), torch.tensor(rows))[2]
+        return self.own.set_apart(student, self.teacher.states(added), torch.tensor(rows))
 
 
 @pytest.fixture
@@ -310,6 +325,76 @@ def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
     assert answered(row, [end], True, text, end, 256) is not None  # says nothing, and ends
 
 
+# Packed rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed_len", [None, 150])
+def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones(
+    lab: Path, packed_len: int | None
+) -> None:
+    """In one sequence, as flash attention has them, or in several."""
+    plain = Pair(lab / "student", 12, share=0.75, max_new_tokens=2)
+    packed = Pair(lab / "student", 12, packed_len=packed_len, share=0.75, max_new_tokens=2)
+    features = [row.feature() for row in rows_of(packed.batch)]
+    before = dict(packed.collator([features[:5], features[5:]]))
+    assert rows_of(before) == rows_of(plain.batch)
+    (expected,) = plain.own.put_into([plain.batch], 0, plain.student)
+    (found,) = packed.own.put_into([before], 0, packed.student)
+    assert "position_ids" in found and "attention_mask" not in found
+    made, wanted = (
+        sorted(rows_of(batch), key=lambda row: row.source) for batch in (found, expected)
+    )
+    assert made == wanted and 2 < sum(row.own for row in made) <= 9
+    sequences = len(found["input_ids"])
+    assert sequences == 1 if packed_len is None else sequences > 1
+
+    figures = []
+    for pair, batch in ((plain, expected), (packed, found)):
+        student, _, own = pair.sides(batch, batch[OWN_ROWS].tolist())
+        logits = student.head.logits(student.hidden)
+        assert student.labels is not None
+        given = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), student.labels.flatten(), reduction="sum"
+        )
+        gradients = torch.autograd.grad(own + given, [*pair.student.parameters()])
+        labels = given_labels(batch)[:, 1:].ne(-100).sum()
+        figures.append([own.detach(), given.detach(), labels, *gradients])
+    for one, other in zip(*figures, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_packed_run_samples_and_resumes_exactly(
+    recipe: Recipe, train: Train, tmp_path: Path
+) -> None:
+    keys = recipe(
+        {"variant": "mapped", "own_answers": OWN, "teacher": {"cache": str(tmp_path / "states")}},
+        sample_packing=True, micro_batch_size=1, attn_implementation="sdpa", sequence_len=512,
+    )  # fmt: skip
+    log = [line for line in train(keys) if "loss" in line]
+    assert any("own_divergence" in line for line in log[1:])
+    whole, resumed = Path(keys["output_dir"]), tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    train(keys | {"output_dir": str(resumed), "auto_resume_from_checkpoints": True})
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+# Several processes --------------------------------------------------------------------------------
+
+
+def test_no_two_processes_draw_alike(lab: Path) -> None:
+    drawn, chosen = [], []
+    for rank in range(2):
+        pair = Pair(lab / "student", 12, rank=(rank, 2), share=0.5, max_new_tokens=2)
+        (batch,) = pair.own.put_into([pair.batch], 0, pair.student)
+        chosen.append(batch[OWN_ROWS].tolist())
+        whole = Pair(lab / "student", 12, rank=(rank, 2), share=1.0, max_new_tokens=2)
+        (batch,) = whole.own.put_into([whole.batch], 0, whole.student)
+        drawn.append([row.student_ids for row in rows_of(batch)])
+    assert chosen[0] != chosen[1] and drawn[0] != drawn[1]
+
+
 # A cache of the given answers --------------------------------------------------------------------
 
 
@@ -381,8 +466,8 @@ def test_a_run_with_a_cache_learns_the_same(
         ({"own_answers": {"matching": "attention"}}, {}, "labels, which a sampled answer doesn't"),
         ({"own_answers": {"matching": "exact"}}, {}, "set `mapped` or `order`"),
         ({"own_answers": {}, "variant": "sft"}, {}, "give dwakd.loss.kd_weight above 0"),
-        ({"own_answers": {}}, {"sample_packing": True}, "set `sample_packing: false`"),
-        ({"own_answers": {}}, {"deepspeed": {"a": 1}}, "with FSDP or DeepSpeed"),
+        ({"own_answers": {}}, {"deepspeed": {"a": 1}}, r"with deepspeed — .*\(DDP\)"),
+        ({"own_answers": {}}, {"fsdp_version": 2}, "with fsdp_version — .*remove these keys"),
         ({"own_answers": {}}, {"sequence_len": 128}, "leaves no place for a prompt"),
     ],
 )
@@ -405,7 +490,6 @@ def test_a_run_that_cannot_sample_is_refused_before_a_teacher_is_loaded(
 
     def check(**changes: Any) -> None:
         trainer = SimpleNamespace(
-            args=SimpleNamespace(world_size=changes.get("world_size", 1)),
             processing_class=changes.get("tokenizer", tokenizer),
             train_dataset=changes.get("rows", rows),
         )
@@ -414,8 +498,6 @@ def test_a_run_that_cannot_sample_is_refused_before_a_teacher_is_loaded(
     check()
     with pytest.raises(UserError, match=r"shortest prompt, of 10 tokens.*Raise sequence_len to 18"):
         check(length=17)
-    with pytest.raises(UserError, match="this run has 2 processes"):
-        check(world_size=2)
     with pytest.raises(UserError, match="no row has an answer on both sides"):
         check(rows=[{"labels": [-100, 5], "teacher_labels": [-100, -100]}])
     tokenizer.eos_token = None
