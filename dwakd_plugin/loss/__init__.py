@@ -31,6 +31,7 @@ __all__ = [
     "attention_entropy",
     "dwakd_loss",
     "every_sum",
+    "linear",
     "names_of",
     "own_answer_terms",
     "own_loss_config",

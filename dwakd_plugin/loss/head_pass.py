@@ -8,6 +8,7 @@ into gradients of the logits. Logits live only while their chunk is at work.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dwakd_plugin.loss.linear import linear
 from dwakd_plugin.loss.states import Head
 
 # With chunk_size "auto", the logits of one chunk in float32 take at most this share of the device's
@@ -151,7 +153,7 @@ class _Gradients:
         """From that in the logits (C, V) of hidden (C, d)."""
         grad = head.product_gradient(grad, logits)
         if self.needs_hidden:
-            self.hidden.append(grad @ head.weight)
+            self.hidden.append(linear(grad, head.weight.T))
         if self.weight is not None:
             _add_product(self.weight, grad, hidden)
         if self.bias is not None:
@@ -159,7 +161,7 @@ class _Gradients:
 
     def add_other(self, grad: Tensor, logits: Tensor, head: Head) -> None:
         if self.needs_other:
-            self.other.append(head.product_gradient(grad, logits) @ head.weight)
+            self.other.append(linear(head.product_gradient(grad, logits), head.weight.T))
 
     def of(self, *inputs: Tensor | None) -> list[Tensor | None]:
         """In hidden, other, weight and bias, in the dtype of each."""
@@ -264,8 +266,14 @@ def _chunks(parts: KernelParts, tokens: Sequence[Tensor], size: int) -> Iterator
     counts = [count for count, _ in parts]
     of_parts = zip(*(torch.split(tensor, counts) for tensor in tokens), strict=True)
     for (_, kernel), own in zip(parts, of_parts, strict=True):
-        for chunk in zip(*(torch.split(tensor, size) for tensor in own), strict=True):
+        for chunk in zip(*(even_chunks(tensor, size) for tensor in own), strict=True):
             yield kernel, *chunk
+
+
+def even_chunks(tokens: Tensor, size: int) -> Sequence[Tensor]:
+    """Of at most `size` tokens (N, ...), as few as can be and alike: products of few are slow."""
+    count = max(1, math.ceil(len(tokens) / size))
+    return torch.split(tokens, max(1, math.ceil(len(tokens) / count)))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -283,4 +291,4 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
 @torch.no_grad()
 def most_likely(hidden: Tensor, head: Head, chunk_size: int) -> Tensor:
     """The token that each hidden state (N, D) predicts, a chunk of logits at a time: (N,) long."""
-    return torch.cat([head.logits(chunk).argmax(-1) for chunk in torch.split(hidden, chunk_size)])
+    return torch.cat([head.logits(chunk).argmax(-1) for chunk in even_chunks(hidden, chunk_size)])

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwakd_plugin.loss.alignment import valid_positions
+from dwakd_plugin.loss.linear import linear
 
 
 class ProjectorSet(Protocol):
@@ -38,7 +38,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, d) → (N, V): the product in the weight's dtype, the rest in float32 at least (D3)."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from dwakd_plugin.loss.linear import ONEDNN
 from dwakd_plugin.models.causal_lm import causal_lm
 
 # Two batch sizes are traced, this and one more, and others are on the line through these. The next
@@ -68,6 +69,8 @@ class Recorder(TorchDispatchMode):
         if operation.overloadpacket in _PRODUCTS:
             a, b = args[-2:]
             self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+        elif operation.name() == ONEDNN:
+            self.multiplications += args[0].numel() * args[1].shape[0]
         tree_map_only(Tensor, self._note, results)
         return results
 

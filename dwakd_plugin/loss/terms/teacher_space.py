@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dwakd_plugin.loss.head_pass import even_chunks
+from dwakd_plugin.loss.linear import linear
 from dwakd_plugin.loss.matches import Figure, Projecting
 from dwakd_plugin.loss.record import HeadPasses, Term
 from dwakd_plugin.loss.states import Head, gathered, padded
@@ -89,13 +91,13 @@ class TeacherPass(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, ...]:
         rows, gradients = [], []
-        chunks = (torch.split(tensor, chunk_size) for tensor in (projected, hidden, labels))
+        chunks = (even_chunks(tensor, chunk_size) for tensor in (projected, hidden, labels))
         for p, h, y in zip(*chunks, strict=True):
             logits = head.logits(p)
             kept = logits if head.softcap is None else logits.clone()
             statistics, gradient = teacher_statistics_(head.logits(h), logits, y, temperature)
             if ctx.needs_input_grad[0]:
-                gradient = head.product_gradient(gradient, kept) @ head.weight
+                gradient = linear(head.product_gradient(gradient, kept), head.weight.T)
                 gradients.append(gradient.to(projected.dtype))
             del logits, kept, gradient  # before the next chunk's are made
             rows.append(statistics)
