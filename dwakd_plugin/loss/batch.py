@@ -13,6 +13,7 @@ from dwakd_plugin.loss.alignment import valid_positions
 from dwakd_plugin.loss.head_pass import tokens_per_chunk
 from dwakd_plugin.loss.products import in_full_precision
 from dwakd_plugin.loss.states import Head, ProjectorSet, ResponseStates
+from dwakd_plugin.loss.threads import compiles_for
 from dwakd_plugin.recipe.schema import LossConfig, SoftDTWConfig
 
 
@@ -74,6 +75,11 @@ class Batch:
         """float32 at least (D3)."""
         dtype = torch.promote_types(self.student.hidden.dtype, self.teacher.hidden.dtype)
         return torch.promote_types(dtype, torch.float32)
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether the kernels for a CPU take it: then what the host reads is no wait either."""
+        return compiles_for(self.student.hidden)
 
     @cached_property
     def paired(self) -> Tensor:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+
+
+def compiles_for(states: Tensor) -> bool:
+    """Whether there are kernels for such states: plain ones on the CPU, and numba is installed."""
+    # Of another kind are those that memory is planned with, some of which hold no numbers.
+    plain = states.device.type == "cpu" and type(states) is Tensor
+    return plain and importlib.util.find_spec("numba") is not None
 
 
 def in_threads(work: Callable[[int], T], count: int, worth: float) -> list[T]:

@@ -18,7 +18,7 @@ from dwakd_plugin.loss.terms.mapped import (
     compiled_statistics,
     mapped_statistics,
 )
-from dwakd_plugin.loss.terms.mapped_cpu import BLOCK
+from dwakd_plugin.loss.terms.rows_cpu import BLOCK
 from dwakd_plugin.recipe.schema import Divergence
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -176,7 +176,7 @@ def test_the_loss_does_not_wait_for_the_device(
         teacher, projectors = likeliest_alone(teacher, k), None
     expected = dwakd_loss(student, teacher, projectors, loss=loss, soft_dtw=NARROW).total(loss)
     monkeypatch.setattr(warp, "alignments", partial(warp.alignments, backend="torch"))
-    monkeypatch.setattr("dwakd_plugin.loss.terms.mapped._compiles_for", lambda states: False)
+    monkeypatch.setattr("dwakd_plugin.loss.batch.compiles_for", lambda states: False)
     # Lengths are checked where they lie on the CPU, and only there.
     checks = "dwakd_plugin.loss.soft_dtw._checked_lengths"
     monkeypatch.setattr(checks, lambda name, lengths, cost, dim: lengths)

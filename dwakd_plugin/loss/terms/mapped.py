@@ -16,8 +16,6 @@ tokens that only one tokenizer cuts off would be taught less, and unlearnt.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -140,15 +138,9 @@ def _kernel(batch: Batch) -> Kernel:
             raise ValueError(f"temperature {loss.temperature:g}: the teacher's `top` is at 1")
         return Kernel(top_statistics, 3, mapping)
     plain = loss.divergence in COMPILED and loss.temperature == 1
-    if plain and _compiles_for(batch.student.hidden):
+    if plain and batch.compiled:
         return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
     return Kernel(mapped_statistics, 3, mapping | {"temperature": loss.temperature})
-
-
-def _compiles_for(states: Tensor) -> bool:
-    # Of another kind are those that memory is planned with, some of which hold no numbers.
-    plain = states.device.type == "cpu" and type(states) is Tensor
-    return plain and importlib.util.find_spec("numba") is not None
 
 
 def compiled_statistics(

@@ -1,34 +1,20 @@
 """The kernels of `mapped` on the CPU, compiled by numba: a pass over each matrix of logits.
 
-What torch would do in ten passes over matrices of (tokens × vocabulary), one row stays in the cache
-for. The references are `mapped.mapped_log_probs` and autograd.
+The references are `mapped.mapped_log_probs` and autograd.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss.soft_dtw.llvm import normal_power, power_of_fraction
 from dwakd_plugin.loss.states import ContinuationTable
-from dwakd_plugin.loss.threads import in_threads
+from dwakd_plugin.loss.terms.rows_cpu import BLOCK, Array, array, by_rows, exponentials, jit
 
-BLOCK = 256  # exponentials at once: they stay in the cache until each has found its place
-LOGITS_PER_THREAD = 200_000  # about what is worth starting a thread for, 0.1 ms
 CE, MAPPED_CE, DIVERGENCE, ENTROPY, GATE, BEST = range(6)
-
-Array = Any  # numba reads no annotations; numpy's would not say the shape either
-F = TypeVar("F", bound=Callable[..., Any])
-
-_jit: Callable[[F], F] = numba.njit(
-    cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy"
-)
 
 
 def mapped_probabilities(
@@ -50,11 +36,11 @@ def mapped_probabilities(
     behind = (none, none, none)
     if continuations is not None:
         tables = (continuations.starts, continuations.teacher_tokens, continuations.student_tokens)
-        behind = tuple(map(_array, tables))
+        behind = tuple(map(array, tables))
     # Unsigned and half as wide: no place is counted from the end, and the map is read faster.
     places = torch.where(token_map < 0, rows, token_map).to(torch.int32)
-    arrays = [_array(teacher_logits), _array(largest), _array(places).view(np.uint32), _array(read)]
-    _by_rows(lambda a, b: _map(a, b, *arrays, *behind, found.numpy(), mass.numpy()), found)
+    arrays = [array(teacher_logits), array(largest), array(places).view(np.uint32), array(read)]
+    by_rows(lambda a, b: _map(a, b, *arrays, *behind, found.numpy(), mass.numpy()), found)
     return found, mass
 
 
@@ -78,34 +64,13 @@ def statistics_and_gradient(
     """
     columns = student_logits.new_empty(6, len(student_logits))
     inputs = student_logits, student_logits.amax(-1), labels, ce_grad, divergence_grad
-    arrays = [_array(each) for each in inputs]
+    arrays = [array(each) for each in inputs]
     outputs = target.numpy(), columns.numpy(), reverse, sampled
-    _by_rows(lambda a, b: _statistics_and_gradient(a, b, *arrays, *outputs), target)
+    by_rows(lambda a, b: _statistics_and_gradient(a, b, *arrays, *outputs), target)
     return (*columns[:BEST].unbind(), columns[BEST] > 0)
 
 
-def _array(tensor: Tensor) -> Array:
-    return tensor.detach().contiguous().numpy()
-
-
-def _by_rows(kernel: Callable[[int, int], None], matrix: Tensor) -> None:
-    """kernel(first, last) over all rows, in as many parts as there are threads."""
-    count, parts = len(matrix), max(1, min(len(matrix), torch.get_num_threads()))
-    ends = [count * part // parts for part in range(parts + 1)]
-    worth = matrix.numel() / LOGITS_PER_THREAD
-    in_threads(lambda part: kernel(ends[part], ends[part + 1]), parts, max(1.0, worth))
-
-
-@_jit
-def _exponentials(row: Array, largest: Any, scale: Any, to: Array) -> None:
-    """2^(scale · (row − largest)) of a row, or of a slice of it: one by index is no SIMD."""
-    for k in range(len(row)):
-        x = (row[k] - largest) * scale
-        whole = np.rint(x)
-        to[k] = power_of_fraction(x - whole) * normal_power(whole)
-
-
-@_jit
+@jit
 def _map(
     first: int,
     last: int,
@@ -130,7 +95,7 @@ def _map(
         sums[:] = zero
         for start in range(0, vocabulary, BLOCK):
             some, places = row[start : start + BLOCK], token_map[start : start + BLOCK]
-            _exponentials(some, top, log2e, block)
+            exponentials(some, top, log2e, block)
             part = zero
             for k in range(len(some)):
                 part += block[k]
@@ -141,7 +106,7 @@ def _map(
         if read[i] > 0:
             for entry in range(starts[read[i]], starts[read[i] + 1]):
                 token = teacher_tokens[entry]
-                _exponentials(row[token : token + 1], top, log2e, block)
+                exponentials(row[token : token + 1], top, log2e, block)
                 sums[student_tokens[entry]] += block[0]
         kept = zero
         for s in range(rows):
@@ -152,7 +117,7 @@ def _map(
             found[i, s] = sums[s] * share
 
 
-@_jit
+@jit
 def _statistics_and_gradient(
     first: int,
     last: int,
@@ -173,7 +138,7 @@ def _statistics_and_gradient(
     p = np.empty(rows, logits.dtype)
     for i in range(first, last):
         row, goal, y = logits[i], target[i], labels[i]
-        _exponentials(row, largest[i], log2e, p)
+        exponentials(row, largest[i], log2e, p)
         total, mean = zero, zero
         for s in range(rows):
             total += p[s]

@@ -113,8 +113,48 @@ def student_gradients(
     return student_grad, nll_gradient(t2s_logits, targets, t2s_ce_grad)
 
 
+def compiled_statistics(
+    student_logits: Tensor,
+    t2s_logits: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    temperature: float,
+) -> StudentStatistics:
+    """`student_statistics` on the CPU, with forward KL."""
+    from dwakd_plugin.loss.terms import dual_space_cpu  # numba, which a GPU has no need of
+
+    return StudentStatistics(
+        *dual_space_cpu.student_statistics(student_logits, t2s_logits, labels, targets, temperature)
+    )
+
+
+def compiled_gradients(
+    student_logits: Tensor,
+    t2s_logits: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    ce_grad: Tensor,
+    t2s_ce_grad: Tensor,
+    divergence_grad: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """`student_gradients` on the CPU, with forward KL, in the place of both logits."""
+    from dwakd_plugin.loss.terms import dual_space_cpu
+
+    grads = ce_grad, t2s_ce_grad, divergence_grad
+    dual_space_cpu.student_gradients_(
+        student_logits, t2s_logits, labels, targets, *grads, temperature
+    )
+    return student_logits, t2s_logits
+
+
 def _kernel(batch: Batch) -> Kernel:
     settings = {"divergence": batch.loss.divergence, "temperature": batch.loss.temperature}
+    # A soft cap's gradient needs the logits, which the compiled gradients take the place of.
+    plain = batch.loss.divergence == "forward_kl" and batch.student.head.softcap is None
+    if plain and batch.compiled:
+        temperature = {"temperature": batch.loss.temperature}
+        return Kernel(compiled_statistics, 3, temperature, compiled_gradients)
     return Kernel(student_statistics, 3, settings, student_gradients)
 
 

@@ -70,6 +70,16 @@ def teacher_statistics_(
     return TeacherStatistics(divergence, token_entropy, ce), s2t_logits
 
 
+def compiled_statistics_(
+    teacher_logits: Tensor, s2t_logits: Tensor, labels: Tensor, temperature: float
+) -> tuple[TeacherStatistics, Tensor]:
+    """`teacher_statistics_` on the CPU, with no further tensor of the size of the logits."""
+    from dwakd_plugin.loss.terms import dual_space_cpu  # numba, which a GPU has no need of
+
+    columns = dual_space_cpu.teacher_statistics_(teacher_logits, s2t_logits, labels, temperature)
+    return TeacherStatistics(*columns), s2t_logits
+
+
 class TeacherPass(torch.autograd.Function):
     """`teacher_statistics_` of every token, a chunk of logits at a time, and with its gradient.
 
@@ -89,13 +99,15 @@ class TeacherPass(torch.autograd.Function):
         head: Head,
         temperature: float,
         chunk_size: int,
+        compiled: bool,
     ) -> tuple[Tensor, ...]:
+        said = compiled_statistics_ if compiled else teacher_statistics_
         rows, gradients = [], []
         chunks = (even_chunks(tensor, chunk_size) for tensor in (projected, hidden, labels))
         for p, h, y in zip(*chunks, strict=True):
             logits = head.logits(p)
             kept = logits if head.softcap is None else logits.clone()
-            statistics, gradient = teacher_statistics_(head.logits(h), logits, y, temperature)
+            statistics, gradient = said(head.logits(h), logits, y, temperature)
             if ctx.needs_input_grad[0]:
                 gradient = linear(head.product_gradient(gradient, kept), head.weight.T)
                 gradients.append(gradient.to(projected.dtype))
@@ -110,7 +122,7 @@ class TeacherPass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (grads[0][:, None] * gradient).to(gradient.dtype), *[None] * 5
+        return (grads[0][:, None] * gradient).to(gradient.dtype), *[None] * 6
 
 
 def _teacher_kd(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
@@ -124,6 +136,7 @@ def _teacher_kd(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
         teacher.head.cast(batch.product),
         batch.loss.temperature,
         batch.chunk(teacher.head),
+        batch.compiled,
     )
     divergence, entropy, ce = (padded(column, index, compared) for column in columns)
     vocab, weighting = teacher.head.weight.shape[0], batch.loss.teacher_weighting
