@@ -300,6 +300,7 @@ def main(
     teacher_vocab: Annotated[int, typer.Option(min=2, help="Rows of the teacher's head.")] = (
         FULL.Vt
     ),
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the full batch.")] = FULL.B,
     broadcast_cosine: Annotated[
         bool,
         typer.Option(help="A rival that broadcasts its cosines, at a quarter of the batch."),
@@ -313,7 +314,7 @@ def main(
     measure.set_up(threads, memory_limit)
     started = measure.start(threads, quick, [])
     rivals = [RIVAL, BROADCAST] if broadcast_cosine else [RIVAL]
-    sizes, sweeps = replace(FULL, Vt=teacher_vocab), SWEEPS
+    sizes, sweeps = replace(FULL, B=samples, Vt=teacher_vocab), SWEEPS
     if quick:
         sizes, sweeps, rounds = QUICK, {"tokens": [QUICK]}, 1
 
