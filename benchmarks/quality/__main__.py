@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="training seeds of SFT and mapped")
     parser.add_argument("--other-seeds", type=int, default=5, help="of the other methods")
     parser.add_argument("--ablation-seeds", type=int, default=3, help="0: no ablations")
-    parser.add_argument("--switch-seeds", type=int, default=3, help="0: no switches")
+    parser.add_argument("--switch-seeds", type=int, default=0, help="0: no switches")
     parser.add_argument(
         "--more-rows", nargs="*", type=float, default=[], help="times as many, for SFT alone"
     )

@@ -1,8 +1,8 @@
 """The heads' products on a CPU, by the faster of the two libraries that torch has.
 
-torch gives float32 products to MKL, which for a chunk of tokens and a head of many rows takes up to
-twice as long as oneDNN, its other library (two cores of AMD's Zen 4, 32 to 256 tokens; where MKL
-does well the two are alike). torch itself calls this operation in models that it has compiled.
+torch gives float32 products to MKL, which for a chunk of tokens and a head of many rows was slower
+than oneDNN, its other library, on AMD's cores: `python -m benchmarks.objective` has our products
+beside its. torch itself calls this operation in models that it has compiled.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -56,8 +57,7 @@ class Terminal:
             stderr=ours,
             env=plain_environment() | {"TERM": "xterm"} | environment,
             start_new_session=True,
-            # The keyboard's Ctrl-C reaches those whose controlling terminal this is.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_a_terminal_starts_it,
         )
         os.close(ours)
 
@@ -98,6 +98,13 @@ class Terminal:
             except OSError:  # Linux says so of a terminal that nobody has open
                 return False
         return True
+
+
+def _as_a_terminal_starts_it() -> None:
+    # The keyboard's Ctrl-C reaches those whose controlling terminal this is, and who don't ignore
+    # it, as they would where these tests run in a shell's background.
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def plain_environment() -> dict[str, str]:

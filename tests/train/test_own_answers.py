@@ -363,6 +363,24 @@ def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones(
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+def test_longer_answers_make_more_packs(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(lab / "student", 12, packed_len=150, share=1.0, max_new_tokens=90)
+    features = [row.feature() for row in rows_of(pair.batch)]
+    before = dict(pair.collator([features[:6], features[6:]]))
+    answer = [*pair.tokenizer("the cat sat on the mat. " * 8)["input_ids"]]
+    answer = [*answer[:80], pair.tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        pair.own, "_sample", lambda flat, chosen, *_: dict.fromkeys(chosen, (answer, True))
+    )
+    (found,) = pair.own.put_into([before], 0, pair.student)
+    rows = rows_of(found)
+    assert sorted(row.source for row in rows) == sorted(row.source for row in rows_of(before))
+    own = [row for row in rows if row.own]
+    assert len(own) > 5 and all(row.student_ids[-len(answer) :] == answer for row in own)
+    assert found["input_ids"].shape[0] > before["input_ids"].shape[0]
+    assert found["input_ids"].shape[1] <= max(150, *(len(row.student_ids) for row in rows))
+
+
 @pytest.mark.slow
 def test_a_packed_run_samples_and_resumes_exactly(
     recipe: Recipe, train: Train, tmp_path: Path
