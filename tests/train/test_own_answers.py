@@ -12,10 +12,8 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from dwakd_plugin.data.collator import DualCollator, split_batch
 from dwakd_plugin.data.sampled_rows import (
     OWN_ROWS,
     answer_begins,
@@ -25,23 +23,17 @@ from dwakd_plugin.data.sampled_rows import (
     rows_of,
 )
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import ResponseStates
-from dwakd_plugin.models.causal_lm import embedding_table, output_head
-from dwakd_plugin.models.student import student_states
-from dwakd_plugin.models.teacher.loaded import Teacher
-from dwakd_plugin.models.teacher.top_tokens import RowStates
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.checks import check_recipe
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.tokenizers.sampled import SampledText
-from dwakd_plugin.train.own_answers import OwnAnswers, check_own_answers
-from tests.conftest import ROWS
-from tests.runs import losses, weights
+from dwakd_plugin.train.own_answers import check_own_answers
+from tests.own_answers_pair import OWN, Pair
+from tests.runs import weights
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 LOGGED = {"own_length", "own_ended", "own_unaligned", "own_divergence", "own_agreement"}
-OWN = {"share": 0.75, "max_new_tokens": 2, "start_after": 1}  # few bytes that aren't text
 LORA = {
     "adapter": "lora",
     "lora_r": 4,
@@ -94,97 +86,6 @@ def test_every_row_may_be_the_students_own(recipe: Recipe, train: Train) -> None
 
 
 # Two models of one tokenizer ------------------------------------------------------------------
-
-
-class Pair:
-    """Student and teacher in float64 with one tokenizer, and a batch of rows for both."""
-
-    def __init__(
-        self,
-        folder: Path,
-        rows: int,
-        states: RowStates | None = None,
-        packed_len: int | None = None,
-        rank: tuple[int, int] = (0, 1),
-        **own: Any,
-    ) -> None:
-        """states: what a cache has of the given rows; the rest as `OwnAnswers` has it."""
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.student, self.model = (self._model(seed) for seed in (4, 5))
-        features = []
-        for index, row in enumerate(ROWS[:rows]):
-            prompt = self.tokenizer(f"{row['instruction']}\n")["input_ids"]
-            answer = [*self.tokenizer(row["output"])["input_ids"], self.tokenizer.eos_token_id]
-            ids, labels = [*prompt, *answer], [-100] * len(prompt) + answer
-            features.append(
-                {
-                    "input_ids": ids,
-                    "labels": labels,
-                    "attention_mask": [1] * len(ids),
-                    "teacher_input_ids": ids,
-                    "teacher_labels": labels,
-                    "source_row": index,
-                }
-            )
-        self.collator = DualCollator(tokenizer=self.tokenizer, teacher_states=states)
-        self.batch = dict(self.collator([dict(each) for each in features]))
-        self.teacher = Teacher(
-            embeddings=embedding_table(self.model),
-            head=output_head(self.model),
-            model=self.model,
-            parameters=1,
-            attention="sdpa",
-            precision="float64",
-            device=torch.device("cpu"),
-        )
-        config = parse_recipe(
-            {
-                "distillation": "dwakd",
-                "dwakd": {
-                    "teacher": "big",
-                    "variant": "paper",
-                    "own_answers": {"start_after": 0, **own},
-                },
-            }
-        )
-        assert config is not None and config.own_answers is not None
-        self.own = OwnAnswers(
-            config,
-            config.own_answers,
-            (self.tokenizer, self.tokenizer),
-            self.teacher,
-            self.collator,
-            ends=frozenset({self.tokenizer.eos_token_id}),
-            paired={self.tokenizer.eos_token_id: self.tokenizer.eos_token_id},
-            lengths=(256, 256),
-            seed=3,
-            packed_len=packed_len,
-            rank=rank,
-        )
-
-    def _model(self, seed: int) -> Any:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(self.tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            initializer_range=0.3,
-            tie_word_embeddings=False,
-        )
-        return LlamaForCausalLM(config).double().eval()
-
-    def judged(self, batch: dict[str, Tensor], rows: list[int]) -> Tensor:
-        return self.sides(batch, rows)[2]
-
-    def sides(
-        self, batch: dict[str, Tensor], rows: list[int]
-    ) -> tuple[ResponseStates, ResponseStates, Tensor]:
-        """What is given, on both sides, and the loss of the student's own rows."""
-        added, own = split_batch(batch)
-        student = student_states(self.student, added, **own)
-        return self.own.set_apart(student, self.teacher.states(added), torch.tensor(rows))
 
 
 @pytest.fixture
@@ -323,152 +224,6 @@ def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
     assert cut is not None
     assert cut.student_ids[-2:] == euro[:2] and cut.student_labels[-2:] == [-100, -100]
     assert answered(row, [end], True, text, end, 256) is not None  # says nothing, and ends
-
-
-# Packed rows --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packed_len", [None, 150])
-def test_packed_rows_have_the_loss_and_gradients_of_unpacked_ones(
-    lab: Path, packed_len: int | None
-) -> None:
-    """In one sequence, as flash attention has them, or in several."""
-    plain = Pair(lab / "student", 12, share=0.75, max_new_tokens=2)
-    packed = Pair(lab / "student", 12, packed_len=packed_len, share=0.75, max_new_tokens=2)
-    features = [row.feature() for row in rows_of(packed.batch)]
-    before = dict(packed.collator([features[:5], features[5:]]))
-    assert rows_of(before) == rows_of(plain.batch)
-    (expected,) = plain.own.put_into([plain.batch], 0, plain.student)
-    (found,) = packed.own.put_into([before], 0, packed.student)
-    assert "position_ids" in found and "attention_mask" not in found
-    made, wanted = (
-        sorted(rows_of(batch), key=lambda row: row.source) for batch in (found, expected)
-    )
-    assert made == wanted and 2 < sum(row.own for row in made) <= 9
-    sequences = len(found["input_ids"])
-    assert sequences == 1 if packed_len is None else sequences > 1
-
-    figures = []
-    for pair, batch in ((plain, expected), (packed, found)):
-        student, _, own = pair.sides(batch, batch[OWN_ROWS].tolist())
-        logits = student.head.logits(student.hidden)
-        assert student.labels is not None
-        given = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), student.labels.flatten(), reduction="sum"
-        )
-        gradients = torch.autograd.grad(own + given, [*pair.student.parameters()])
-        labels = given_labels(batch)[:, 1:].ne(-100).sum()
-        figures.append([own.detach(), given.detach(), labels, *gradients])
-    for one, other in zip(*figures, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
-
-
-def test_longer_answers_make_more_packs(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair(lab / "student", 12, packed_len=150, share=1.0, max_new_tokens=90)
-    features = [row.feature() for row in rows_of(pair.batch)]
-    before = dict(pair.collator([features[:6], features[6:]]))
-    answer = [*pair.tokenizer("the cat sat on the mat. " * 8)["input_ids"]]
-    answer = [*answer[:80], pair.tokenizer.eos_token_id]
-    monkeypatch.setattr(
-        pair.own, "_sample", lambda flat, chosen, *_: dict.fromkeys(chosen, (answer, True))
-    )
-    (found,) = pair.own.put_into([before], 0, pair.student)
-    rows = rows_of(found)
-    assert sorted(row.source for row in rows) == sorted(row.source for row in rows_of(before))
-    own = [row for row in rows if row.own]
-    assert len(own) > 5 and all(row.student_ids[-len(answer) :] == answer for row in own)
-    assert found["input_ids"].shape[0] > before["input_ids"].shape[0]
-    assert found["input_ids"].shape[1] <= max(150, *(len(row.student_ids) for row in rows))
-
-
-@pytest.mark.slow
-def test_a_packed_run_samples_and_resumes_exactly(
-    recipe: Recipe, train: Train, tmp_path: Path
-) -> None:
-    keys = recipe(
-        {"variant": "mapped", "own_answers": OWN, "teacher": {"cache": str(tmp_path / "states")}},
-        sample_packing=True, micro_batch_size=1, attn_implementation="sdpa", sequence_len=512,
-    )  # fmt: skip
-    log = [line for line in train(keys) if "loss" in line]
-    assert any("own_divergence" in line for line in log[1:])
-    whole, resumed = Path(keys["output_dir"]), tmp_path / "resumed"
-    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    train(keys | {"output_dir": str(resumed), "auto_resume_from_checkpoints": True})
-    expected, found = weights(whole), weights(resumed)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-# Several processes --------------------------------------------------------------------------------
-
-
-def test_no_two_processes_draw_alike(lab: Path) -> None:
-    drawn, chosen = [], []
-    for rank in range(2):
-        pair = Pair(lab / "student", 12, rank=(rank, 2), share=0.5, max_new_tokens=2)
-        (batch,) = pair.own.put_into([pair.batch], 0, pair.student)
-        chosen.append(batch[OWN_ROWS].tolist())
-        whole = Pair(lab / "student", 12, rank=(rank, 2), share=1.0, max_new_tokens=2)
-        (batch,) = whole.own.put_into([whole.batch], 0, whole.student)
-        drawn.append([row.student_ids for row in rows_of(batch)])
-    assert chosen[0] != chosen[1] and drawn[0] != drawn[1]
-
-
-# A cache of the given answers --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_cache_says_the_given_rows_and_the_teacher_reads_its_own(lab: Path, whole: bool) -> None:
-    """Of a whole batch, and of one with own answers alone."""
-    live = Pair(lab / "student", 12, share=0.5, max_new_tokens=2)
-    asked: list[Tensor] = []
-
-    def kept(ids: Tensor, labels: Tensor) -> Tensor:
-        asked.append(ids)
-        states = live.model.model(input_ids=ids[None]).last_hidden_state[0]
-        return states[:-1][labels[1:] != -100].detach()
-
-    cached = Pair(lab / "student", 12, kept, share=0.5, max_new_tokens=2)
-    asked.clear()
-    (expected,) = live.own.put_into([live.batch], 0, live.student)
-    (found,) = cached.own.put_into([cached.batch], 0, cached.student)
-    assert rows_of(found) == rows_of(expected)
-    assert [ids.tolist() for ids in asked] == [
-        row.teacher_ids for row in rows_of(found) if not row.own
-    ]
-    if not whole:
-        features = [row.feature() for row in rows_of(found) if row.own]
-        expected, found = (pair.collator([*map(dict, features)]) for pair in (live, cached))
-        assert "teacher_hidden" not in found
-    own = found[OWN_ROWS].tolist()
-    assert len(own) > 2
-    read = found["teacher_live"]
-    assert read["rows"].tolist() == own and len(read["teacher_input_ids"]) == len(own)
-    runs = (live, expected), (cached, found)
-    read_by = [pair.teacher.states(split_batch(batch)[0]) for pair, batch in runs]
-    hidden = (states.hidden for states in read_by)
-    for length, one, other in zip(read_by[0].lengths.tolist(), *hidden, strict=True):
-        torch.testing.assert_close(one[:length], other[:length], rtol=1e-12, atol=1e-12)
-    losses = [pair.judged(batch, own) for pair, batch in runs]
-    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
-
-
-@pytest.mark.slow
-def test_a_run_with_a_cache_learns_the_same(
-    recipe: Recipe, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def run(name: str, own: dict[str, Any], **teacher: Any) -> list[float]:
-        block = {"own_answers": own, "teacher": teacher, "variant": "mapped"}
-        return losses(train(recipe(block, output_dir=str(tmp_path / name), max_steps=3)))
-
-    own, cache = OWN | {"start_after": 0}, str(tmp_path / "states")
-    live = run("live", own)
-    first, again = run("first", own, cache=cache), run("again", own, cache=cache)
-    assert first == pytest.approx(live, rel=1e-5)  # other batches in the teacher's forward
-    assert again == first
-    assert f"{cache}, for given answers; the teacher is loaded all the same" in caplog.text
-    assert "serves next to nothing" not in caplog.text
-    run("all", own | {"share": 1.0}, cache=cache)
-    assert "serves next to nothing" in caplog.text
 
 
 # Bad input ------------------------------------------------------------------------------------
