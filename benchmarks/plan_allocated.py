@@ -58,6 +58,10 @@ def configurations() -> dict[str, dict[str, Any]]:
         "mapped, 64 likeliest tokens from a cache": {"teacher": {"cache": "top", "top_k": 64}},
         "mapped, reverse KL": {"loss": {"divergence": "reverse_kl"}},
         "mapped, labels inside tokens": {"loss": {"inside_tokens": "label"}},
+        "mapped, hidden states": {
+            "variant": "mapped",
+            "loss": {"cosine_weight": 3.0, "dtw_weight": 0.2},
+        },
         "mapped, two teachers": {"teachers": [{}, {}]},
         "mapped, LoRA, two teachers, one from a cache": {
             "teachers": [{}, {"cache": "second"}],
@@ -182,7 +186,7 @@ def allocated(recipe: dict[str, Any], rows: int, length: int) -> int:
             )
             batches = waiting[0]
             batch, own = batches[0]
-            embeds = loss.needs_teacher and variant_of(loss).match.embeds
+            embeds = variant_of(loss).needs_embeds(loss)
             states = student_states(student, batch, embeds=embeds, **own)
             sides = [
                 (states, None if teacher is None else teacher.states(one))

@@ -82,12 +82,18 @@ def warmup(
             "dwakd.loss.kd_weight is 0, so a run would not use the student-space projectors that a "
             "warm-up trains. Give it a weight, or leave the warm-up out."
         )
-    from dwakd_plugin.loss import trained_projectors
+    from dwakd_plugin.loss import projects_labels, trained_projectors
 
     if not trained_projectors(config.loss):
         raise UserError(
             f"Variant `{config.variant}` (loss.matching: {config.loss.matching}) has no projectors "
             "to train. Leave the warm-up out, or say `variant: paper`."
+        )
+    if not projects_labels(config.loss):
+        raise UserError(
+            f"Of variant `{config.variant}` (loss.matching: {config.loss.matching}) no projector "
+            "learns the labels, by which a warm-up of its own is stopped. Warm up within the run: "
+            "dwakd.projectors.warmup_steps: 100."
         )
     if output is None:
         folder = read.output_dir

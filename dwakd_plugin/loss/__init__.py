@@ -16,7 +16,13 @@ from dwakd_plugin.loss.states import (
     SpellingTable,
     TopTokens,
 )
-from dwakd_plugin.loss.variants import every_sum, names_of, trained_projectors, variant_of
+from dwakd_plugin.loss.variants import (
+    every_sum,
+    names_of,
+    projects_labels,
+    trained_projectors,
+    variant_of,
+)
 
 __all__ = [
     "Alignment",
@@ -35,6 +41,7 @@ __all__ = [
     "names_of",
     "own_answer_terms",
     "own_loss_config",
+    "projects_labels",
     "soft_dtw",
     "token_order",
     "tokens_per_chunk",

@@ -127,9 +127,9 @@ class Batch:
         student, teacher = self.student, self.teacher
         trained = [student.hidden, student.target_embeds]
         if self.projectors is not None:
-            read = torch.cat([student.input_embeds[:0], student.target_embeds[:0]], -1)
+            read = student.hidden[:0].detach().repeat(1, 1, 2)  # a term may read no embeddings
             trained += [
-                self.project("query", read.detach()),
+                self.project("query", read),
                 self.project("t2s", teacher.hidden[:0]),
                 self.project("s2t", student.hidden[:0].detach()),
                 self.project("embed_t2s", teacher.target_embeds[:0]),

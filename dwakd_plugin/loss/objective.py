@@ -54,7 +54,7 @@ class LossTerms(SimpleNamespace):
         """The objective: sums weighted by the λ of `loss`.
 
             λ_CE ce + λ_KD (kd_ramp · student_kd + teacher_kd + t2s_ce + uld)
-                    + λ_DTW (hidden_dtw + embed_dtw)
+                    + λ_cos hidden_cosine + λ_DTW (hidden_dtw + embed_dtw)
 
         The trainer divides it by the label tokens of the whole optimizer step. Terms of weight 0
         stay out of the graph, so that backward does not visit them.
@@ -131,7 +131,7 @@ def dwakd_loss(
         teacher, projectors = no_teacher(student), None
     batch = _batch(student, teacher, projectors, loss, soft_dtw, gamma)
     variant = variant_of(loss)
-    if teacher.top is not None and variant.needs_states:
+    if teacher.top is not None and variant.needs_states(loss):
         raise ValueError(f"matching `{loss.matching}` needs the teacher's states; it gives `top`")
     terms = variant.active(loss)
     if min(*student.hidden.shape[:2], teacher.hidden.shape[1]) == 0:
@@ -163,7 +163,7 @@ def dwakd_loss(
         if name not in weighted
     }
     ready = None
-    if passes.weighted is not None:
+    if passes.weights is not None and passes.weighted is not None:
         beside = [(term, sums[term.beside]) for term in terms if term.beside in sums]
         whole = sum((term.weight(loss, kd_ramp) * value for term, value in beside), zero)
         ready = LossTerms.weights(loss, kd_ramp), whole + passes.weighted
@@ -173,21 +173,23 @@ def dwakd_loss(
 def _column_weights(
     passes: HeadPasses[Match], terms: Sequence[Term], kd_ramp: float
 ) -> list[Tensor] | None:
-    """The weight of each token's columns in the objective, None where a term has none beforehand.
+    """The weight of each token's columns in the objective.
+
+    None where a term has none beforehand, or no term reads a column.
 
     (B, S) for each differentiable column of the student's pass.
     """
     shape = passes.batch.student.hidden.shape[:2]
     none = passes.batch.student.hidden.new_zeros(shape, dtype=passes.batch.dtype)
-    weights = [none] * passes.kernel.differentiable
+    weights, read = [none] * passes.kernel.differentiable, False
     for term in terms:
         own = None if term.weights is None else term.weights(passes)
         if own is None:
             return None
         scale = term.weight(passes.batch.loss, kd_ramp)
         for column, each in enumerate(own):
-            weights[column] = weights[column] + scale * each
-    return weights if terms else None
+            weights[column], read = weights[column] + scale * each, True
+    return weights if read else None
 
 
 @dataclass(frozen=True)

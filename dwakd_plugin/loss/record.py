@@ -15,7 +15,7 @@ from dwakd_plugin.loss.matches import Figure, Match
 from dwakd_plugin.loss.states import gathered, padded, required_labels, response_index
 from dwakd_plugin.recipe.schema import LossConfig
 
-Role = Literal["labels", "teach", "projector", "warp"]
+Role = Literal["labels", "teach", "hidden", "projector", "warp"]
 
 
 M = TypeVar("M", bound=Match)
@@ -66,13 +66,18 @@ class HeadPasses(Generic[M]):
         return tuple(padded(column, index, labels) for column in columns), weighted
 
 
+def no_column(passes: HeadPasses[Any]) -> tuple[Tensor, ...]:
+    """The `weights` of a term that reads nothing of the student's head: all of it is `beside`."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Term:
     """One sum of the objective; its equation stands where it is made.
 
-    role      what it is for: the labels, teaching the student, teaching a projector, or warping
-              sequences onto one another; ce_weight weighs the first, kd_weight the next two,
-              dtw_weight the last
+    role      what it is for: the labels, teaching the student, drawing its hidden states to the
+              teacher's, teaching a projector, or warping sequences onto one another; ce_weight
+              weighs the first, cosine_weight the third, dtw_weight the last, kd_weight the others
     value     passes → its sum by its name, with a graph, and the sums of its figures
     per       the count that its line in the log divides by
     kernel    what the pass through the student's head has to yield for it
@@ -84,6 +89,7 @@ class Term:
     figures   what else is logged of it
     ramps     whether `kd_warmup_steps` holds it back at first (D6)
     needs_states  whether it reads the teacher's states; else the teacher's `top` will do
+    embeds    whether it reads the embeddings of what is to be predicted, whatever the match reads
     """
 
     name: str
@@ -97,11 +103,14 @@ class Term:
     figures: tuple[Figure, ...] = ()
     ramps: bool = False
     needs_states: bool = True
+    embeds: bool = False
 
     def weight(self, loss: LossConfig, kd_ramp: float = 1.0) -> float:
         """Its λ."""
         if self.role == "labels":
             return loss.ce_weight
+        if self.role == "hidden":
+            return loss.cosine_weight
         weight = loss.dtw_weight if self.role == "warp" else loss.kd_weight
         return weight * kd_ramp if self.ramps else weight
 
@@ -123,20 +132,24 @@ class Variant:
     follows_head: frozenset[str] = frozenset()
     unlogged: frozenset[str] = frozenset()
 
-    @property
-    def needs_states(self) -> bool:
+    def needs_states(self, loss: LossConfig) -> bool:
         """Whether the teacher's states are needed; else its `top` will do (`ResponseStates`)."""
-        return any(term.needs_states for term in self.terms)
+        return any(term.needs_states for term in self.active(loss))
+
+    def needs_embeds(self, loss: LossConfig) -> bool:
+        """Whether the student's embeddings are read."""
+        read = self.match.embeds or any(term.embeds for term in self.active(loss))
+        return loss.needs_teacher and read
 
     def active(self, loss: LossConfig) -> tuple[Term, ...]:
         """The terms that have a weight; the others are not computed."""
         return tuple(term for term in self.terms if term.weight(loss) > 0)
 
     def figures(self, loss: LossConfig, *, evaluating: bool = False) -> Iterator[Figure]:
-        """What a log line has of these settings; an evaluation has all terms of the variant."""
+        """What a log line has of these settings; an evaluation has the labels' in any case."""
         active = self.active(loss)
         for term in self.terms:
-            if term in active or (evaluating and (loss.needs_teacher or term.role == "labels")):
+            if term in active or (evaluating and term.role == "labels"):
                 yield Figure(term.name, term.name, term.per)
         for figure in (
             *(figure for term in active for figure in term.figures),

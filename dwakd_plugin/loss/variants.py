@@ -12,6 +12,7 @@ from dwakd_plugin.loss.matches.attention import Attention
 from dwakd_plugin.loss.matches.pairs import SameToken
 from dwakd_plugin.loss.matches.partners import InOrder, SamePrefix
 from dwakd_plugin.loss.record import Role, Term, Variant
+from dwakd_plugin.loss.terms.cosine import HIDDEN_COSINE
 from dwakd_plugin.loss.terms.labels import LABELS
 from dwakd_plugin.loss.terms.mapped import MAPPED
 from dwakd_plugin.loss.terms.sorted import SORTED
@@ -42,7 +43,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "mapped": Variant(
         SamePrefix,
-        (LABELS, MAPPED),
+        (LABELS, MAPPED, HIDDEN_COSINE, WARP_HIDDEN, WARP_EMBEDS),
         "KD (the teacher's probabilities by the student's tokens, {divergence}",
     ),
     "order": Variant(InOrder, (LABELS, SORTED), "ULD (sorted probabilities"),
@@ -57,6 +58,11 @@ def variant_of(loss: LossConfig) -> Variant:
 def trained_projectors(loss: LossConfig) -> frozenset[str]:
     """The projectors that these settings train; where there are none, none are made."""
     return variant_of(loss).trained_projectors(loss)
+
+
+def projects_labels(loss: LossConfig) -> bool:
+    """Whether a projector learns what the projected teacher should predict (`t2s_ce`)."""
+    return any(term.role == "projector" for term in variant_of(loss).active(loss))
 
 
 def every_term() -> Iterator[Term]:

@@ -213,7 +213,7 @@ class _Run:
 
     def _student(self, batch: int) -> ResponseStates:
         sizes, S = self.sizes, self.sizes.S
-        embeds = sizes.d if self.loss.needs_teacher and self.match.embeds else 0
+        embeds = sizes.d if variant_of(self.loss).needs_embeds(self.loss) else 0
         widths = (embeds, embeds, sizes.d)
         states = [
             torch.zeros(batch, S, width, dtype=sizes.student_dtype, requires_grad=trained)

@@ -111,7 +111,8 @@ def _changes_of(recipe: Recipe, number: int, kind: str) -> Iterator[tuple[str, s
         if not teacher.load_in_4bit:
             yield change(f"{whose} in 4 bit", {"load_in_4bit": True}, load_in_8bit=False)
         yield change(f"{whose}'s states from a cache on disk", {"cache": f"teacher_states{own}"})
-        if not variant_of(recipe.config.loss).needs_states:
+        loss = recipe.config.loss
+        if not variant_of(loss).needs_states(loss):
             title = f"{whose}'s likeliest tokens from a cache on disk"
             yield change(title, {"cache": f"teacher_tokens{own}", "top_k": 64})
     if teacher.dtype in ("auto", "float32") and kind == "cuda":

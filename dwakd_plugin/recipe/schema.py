@@ -77,19 +77,21 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 # What a recipe that names no variant means, and why: docs/method.md. It yields to the weights and
 # the temperature that the recipe gives.
 DEFAULT_VARIANT = "mapped"
-_YIELDS = {"mapped": {"ce_weight", "kd_weight", "temperature", "student_weighting"}}
+_YIELDS = {"mapped": {"ce_weight", "kd_weight", "dtw_weight", "temperature", "student_weighting"}}
 # What a recipe says of these, `mapped` has no use for: it means the paper's form.
 _OF_THE_PAPERS_FORM = {"matching", "dtw_weight", "teacher_weighting", "attention_value"}
 
 _WAYS = [settings.get("loss", {}) for settings in VARIANTS.values()]
-_WARPED = {way.get("matching", "attention") for way in _WAYS if way.get("dtw_weight", 1) > 0}
+_MATCHINGS = sorted({way.get("matching", "attention") for way in _WAYS})
+# Who has terms through projectors: in any case, or by a weight of its own.
+_PROJECTING, _UNPROJECTED = {"attention", "exact"}, {"order"}
 
 if TYPE_CHECKING:
     Variant: TypeAlias = str
     Matching: TypeAlias = str
-else:  # what the variants have, and soft-DTW goes with what one of them has it with
+else:  # what the variants have
     Variant = Literal[tuple(VARIANTS)]
-    Matching = Literal[tuple(sorted({way.get("matching", "attention") for way in _WAYS}))]
+    Matching = Literal[tuple(_MATCHINGS)]
 
 
 class LossConfig(Block):
@@ -98,6 +100,13 @@ class LossConfig(Block):
     ce_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the labels' cross-entropy.")
     kd_weight: float = Field(0.5, ge=0, le=1000, description="Weight of the distillation terms.")
     dtw_weight: float = Field(0.2, ge=0, le=1000, description="Weight of the soft-DTW terms.")
+    cosine_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Of `mapped`: weight of 1 − cos between the student's hidden state and the "
+        "teacher's, projected, where both have read the same bytes.",
+    )
     matching: Matching = Field(
         "attention",
         description="What of the teacher a token learns from. attention: all positions, by "
@@ -152,18 +161,30 @@ class LossConfig(Block):
 
     @model_validator(mode="after")
     def _no_projectors_without_need(self) -> LossConfig:
-        if self.matching not in _WARPED and self.dtw_weight > 0:
+        if self.matching in _UNPROJECTED and self.dtw_weight > 0:
             raise about(
                 "dtw_weight",
                 f"dwakd.loss.matching `{self.matching}` has no projectors, which soft-DTW needs; "
                 f"set it to 0 (found: {self.dtw_weight:g})",
+            )
+        if self.matching != "mapped" and self.cosine_weight > 0:
+            raise about(
+                "cosine_weight",
+                f"it is for dwakd.loss.matching `mapped`, which pairs hidden states, and not for "
+                f"`{self.matching}`; set it to 0 (found: {self.cosine_weight:g})",
             )
         return self
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term asks for the teacher's states; else it is not loaded at all."""
-        return self.kd_weight > 0 or self.dtw_weight > 0
+        return max(self.kd_weight, self.dtw_weight, self.cosine_weight) > 0
+
+    @property
+    def needs_projectors(self) -> bool:
+        """Whether any term goes through projectors (which, `loss.trained_projectors` says)."""
+        by_weight = self.dtw_weight > 0 or self.cosine_weight > 0
+        return self.needs_teacher and (self.matching in _PROJECTING or by_weight)
 
 
 class DWAKDConfig(Block):
@@ -231,11 +252,16 @@ class DWAKDConfig(Block):
             self.__dict__["teacher"] = self.teachers[0]
         if len(self.teachers) < 2:
             return self
-        if self.loss.needs_teacher and self.loss.matching in _WARPED:
+        if self.loss.needs_projectors:
+            loss, remedy = self.loss, "set `variant: mapped`"
+            has_them = f"matching `{loss.matching}` has them"
+            if loss.matching not in _PROJECTING:
+                weights = f"dtw_weight {loss.dtw_weight:g} and cosine_weight {loss.cosine_weight:g}"
+                has_them, remedy = f"dwakd.loss.{weights} bring them", "set both to 0"
             raise about(
                 "teachers",
-                f"several teachers are for variants without projectors (mapped, uld), and matching "
-                f"`{self.loss.matching}` has them; set `variant: mapped`, or give one `teacher`",
+                f"several teachers are for variants without projectors (mapped, uld), and "
+                f"{has_them}; {remedy}, or give one `teacher`",
             )
         if self.own_answers is not None:
             raise about(

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dwakd_plugin.io.files import replace_file
-from dwakd_plugin.loss import names_of, trained_projectors, variant_of
+from dwakd_plugin.loss import names_of, projects_labels, variant_of
 from dwakd_plugin.recipe.schema import DWAKDConfig, ProjectorConfig
 
 HEALTH_FILE = Path("dwakd") / "health.json"  # within the output folder
@@ -160,7 +160,7 @@ class Health:
         judged |= self._of_each_teacher(mean, self._few_pairs)
         if window[-1].get("epoch", 0.0) <= 1:  # after that the student knows the rows by heart
             judged |= self._of_each_teacher(mean, _teacher)
-        if start >= self.settled_after and trained_projectors(self.config.loss):
+        if start >= self.settled_after and projects_labels(self.config.loss):
             judged["t2s_at_chance"] = self._t2s_at_chance(mean)
             judged["gate_low"] = self._gate_low(mean)
             judged |= self._attention(mean)
@@ -368,7 +368,8 @@ def _weight_for(weight: float, share: float) -> str:
 def shares(weighted: Figures) -> dict[str, float]:
     """Shares of the loss from its terms, each times its weight: `kd_share` and `dtw_share`.
 
-    kd_share counts what teaches the student; t2s_ce, which trains projectors, is of the rest.
+    kd_share counts what teaches the student but for soft-DTW; t2s_ce, which trains projectors, is
+    of the rest.
     Normalised soft-DTW may be a little below 0, and counts as 0 then.
     """
     parts = {name: max(0.0, value) for name, value in weighted.items()}
@@ -376,7 +377,7 @@ def shares(weighted: Figures) -> dict[str, float]:
     if whole == 0:
         return {}
     return {
-        "kd_share": sum(parts.get(name, 0.0) for name in names_of("teach")) / whole,
+        "kd_share": sum(parts.get(name, 0.0) for name in names_of("teach", "hidden")) / whole,
         "dtw_share": sum(parts.get(name, 0.0) for name in DTW) / whole,
     }
 

@@ -113,6 +113,7 @@ def _part(
             "ce_weight": loss.ce_weight if labels else 0.0,
             "kd_weight": share * loss.kd_weight,
             "dtw_weight": share * loss.dtw_weight,
+            "cosine_weight": share * loss.cosine_weight,
         }
     )
     student, teacher = sides

@@ -72,12 +72,16 @@ def check_variant(recipe: Recipe) -> None:
 
     variant, clash = variant_of(loss), "These settings do not work with `distillation: dwakd`:\n  "
     if tops and loss.needs_teacher:
-        if variant.needs_states:
+        if variant.needs_states(loss):
+            whose, remedy = f"loss.matching: {loss.matching}", "use variant `mapped`"
+            bare = loss.model_copy(update={"dtw_weight": 0.0, "cosine_weight": 0.0})
+            if not variant.needs_states(bare):
+                remedy = "set both weights to 0"
+                whose = f"dtw_weight: {loss.dtw_weight:g}, cosine_weight: {loss.cosine_weight:g}"
             raise UserError(
                 f"{clash}dwakd.teacher.top_k: {tops[0]} — variant `{recipe.config.variant}` "
-                f"(loss.matching: {loss.matching}) learns from the teacher's hidden states, and "
-                "with top_k it gives its likeliest tokens alone; use variant `mapped`, or remove "
-                "top_k"
+                f"({whose}) learns from the teacher's hidden states, and with top_k it gives its "
+                f"likeliest tokens alone; {remedy}, or remove top_k"
             )
         if loss.temperature != 1:
             raise UserError(

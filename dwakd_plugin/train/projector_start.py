@@ -92,7 +92,8 @@ def _initialise(
             student_embeddings=_rows(table.weight, student_ids) * table.scale,
             teacher_embeddings=_rows(teacher.embeddings.weight, teacher_ids)
             * teacher.embeddings.scale,
-            t2s_scale=1.0 if variant_of(config.loss).match.rows == "token" else T2S_SCALE,
+            # Attention's values are scaled by N; what pairs positions projects the raw g.
+            t2s_scale=T2S_SCALE if variant_of(config.loss).match.rows is None else 1.0,
         )
         how = f"shared_vocab ({len(shared):,} shared tokens)"
     if not all(parameter.isfinite().all() for parameter in projectors.parameters()):

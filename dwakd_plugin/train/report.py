@@ -44,6 +44,7 @@ def describe_run(cfg: Any, trainer: Any) -> str:
         f"{variant_of(loss).in_words.format(divergence=loss.divergence)}, "
         f"temperature {loss.temperature:g}) + {loss.dtw_weight:g} DTW (gamma {dtw.gamma_start:g} "
         f"to {dtw.gamma_end:g}, {'band' if dtw.band else 'no band'})"
+        + (f" + {loss.cosine_weight:g} hidden cosine" if loss.cosine_weight > 0 else "")
         + f"; variant {config.variant}",
         "processes": facts.processes,
         **_caches(distillation),

@@ -17,6 +17,8 @@ from dwakd_plugin.tokenizers.template_date import read_date, today
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 CHECKSUM = "crc32"  # of all else in that file
+# Of `loss`, what brings projectors to `mapped`.
+THROUGH_PROJECTORS = ("dtw_weight", "cosine_weight")
 
 _TRAINING_KEYS = (
     "adapter",
@@ -137,6 +139,16 @@ def _check_form(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
             f"matching: {began}), and this recipe would go on with `{recipe.config.variant}` "
             f"({now}). Write `variant: {settings.get('variant')}` into the recipe's `dwakd:` block "
             "to go on as it began, or give another output_dir."
+        )
+    was = settings.get("loss") or {}
+    had = any(was.get(key, 0) > 0 for key in THROUGH_PROJECTORS)
+    has = any(getattr(recipe.config.loss, key) > 0 for key in THROUGH_PROJECTORS)
+    if now == "mapped" and began == now and had != has:
+        of_both = ", ".join(f"{key}: {was.get(key, 0):g}" for key in THROUGH_PROJECTORS)
+        raise UserError(
+            f"output_dir {folder} holds a run {'with' if had else 'without'} projectors "
+            f"({of_both}), and this recipe would go on {'with' if has else 'without'} them. Give "
+            "dwakd.loss these weights to go on as it began, or give another output_dir."
         )
 
 

@@ -226,7 +226,7 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, DistillationLog):
             check_gathered(self.model)
         batch, own = split_batch(inputs)
         loss = self.distillation.config.loss
-        embeds = loss.needs_teacher and variant_of(loss).match.embeds
+        embeds = variant_of(loss).needs_embeds(loss)
         student = student_states(self.model, batch, embeds=embeds, **own)
         return sides_of(self.distillation, batch, student)
 

@@ -2,7 +2,8 @@
 
 Early distillation through untrained projectors teaches noise, and what the student unlearns then it
 does not get back. Here both models are frozen and the projectors train on the terms that concern
-them: the t2s cross-entropy and the two DTW terms, and if asked for the teacher-space KL.
+them: the t2s cross-entropy, the two DTW terms and the cosine of hidden states, as far as the loss
+has them, and if asked for the teacher-space KL.
 
 There are two ways to it: `warm_up`, some steps at the start of a run, and `train_projectors`,
 epochs over states that are computed once, with early stopping on held-out rows (`dwakd warmup`).
@@ -24,14 +25,14 @@ from torch.utils.data import DataLoader
 
 from dwakd_plugin.data.collator import split_batch
 from dwakd_plugin.errors import UserError
-from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss
+from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss, projects_labels
 from dwakd_plugin.models.causal_lm import embedding_table
 from dwakd_plugin.models.projectors import Projectors, read_projectors, save_projectors
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.models.teacher.cache import SHARD_BYTES, TeacherCache
 from dwakd_plugin.models.teacher.kept_states import row_key
 from dwakd_plugin.models.teacher.loaded import Teacher
-from dwakd_plugin.recipe.schema import DWAKDConfig
+from dwakd_plugin.recipe.schema import DWAKDConfig, LossConfig
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 Progress = Callable[[int, int], None]
@@ -58,12 +59,13 @@ def _terms(
     teacher_space: bool,
 ) -> LossTerms:
     """The loss's terms with both models as constants."""
+    # Terms of weight 0 cost nothing; without a t2s_ce no projector learns by what kd_weight weighs.
+    needless = ["ce_weight"] if projects_labels(config.loss) else ["ce_weight", "kd_weight"]
     return dwakd_loss(
         student.detached(),
         teacher,
         projectors,
-        # Terms of weight 0 cost nothing.
-        loss=config.loss.model_copy(update={"ce_weight": 0.0}),
+        loss=config.loss.model_copy(update=dict.fromkeys(needless, 0.0)),
         soft_dtw=config.soft_dtw,
         teacher_space=teacher_space,
     )
@@ -84,6 +86,7 @@ def _step(
     """
     terms = _terms(projectors, student, teacher, config, teacher_space=teacher_space)
     total = terms.t2s_ce + config.loss.dtw_weight * (terms.hidden_dtw + terms.embed_dtw)
+    total = total + config.loss.cosine_weight * terms.hidden_cosine
     if teacher_space:
         total = total + terms.teacher_kd
     optimizer.zero_grad()
@@ -106,20 +109,19 @@ def both_sides(
 # Some steps at the start of a run ------------------------------------------------------------
 
 
-@dataclass
-class WarmupReport:
-    """The t2s cross-entropy (nats per token) and accuracy, at the start and at the end."""
-
-    steps: int
-    t2s_ce: tuple[float, float]
-    t2s_accuracy: tuple[float, float]
-
-    def __str__(self) -> str:
-        (ce, ce_after), (accuracy, accuracy_after) = self.t2s_ce, self.t2s_accuracy
-        return (
-            f"warmed up for {self.steps} steps: t2s cross-entropy {ce:.2f} to {ce_after:.2f}, "
-            f"accuracy {accuracy:.0%} to {accuracy_after:.0%}"
-        )
+def _reported(loss: LossConfig) -> dict[str, tuple[str, str, str]]:
+    """What is told of a warm-up, in words: a sum, the count that it is divided by, its format."""
+    if projects_labels(loss):
+        return {
+            "t2s cross-entropy": ("t2s_ce", "distilled_tokens", ".2f"),
+            "accuracy": ("t2s_correct", "paired_tokens", ".0%"),
+        }
+    told = {}
+    if loss.cosine_weight > 0:
+        told["distance of hidden states"] = ("hidden_cosine", "hidden_pairs", ".2f")
+    if loss.dtw_weight > 0:
+        told["soft-DTW of hidden states"] = ("hidden_dtw", "distilled_tokens", ".2f")
+    return told
 
 
 def warm_up(
@@ -133,13 +135,13 @@ def warm_up(
     batch_size: int,
     seed: int,
     progress: Progress = lambda done, total: None,
-) -> WarmupReport:
+) -> str:
     """Trains the projectors for `projectors.warmup_steps` batches of the data set, in place.
 
     The student stays as it is, and so does its mode. Batches are drawn with `seed`, the same on
-    every rank.
+    every rank. Returns how it went in words: figures at the start and at the end.
     """
-    steps = config.projectors.warmup_steps
+    steps, reported = config.projectors.warmup_steps, _reported(config.loss)
     optimizer = _optimizer(projectors, config)
     figures = []
     was_training = student.training
@@ -149,21 +151,22 @@ def warm_up(
         for step in range(steps):
             sides = both_sides(student, teacher, next(batches))
             terms = _step(projectors, optimizer, *sides, config)
-            ce, tokens = terms.t2s_ce.detach(), terms.distilled_tokens
-            figures.append(torch.stack([ce, tokens, terms.t2s_correct, terms.paired_tokens]))
+            names = (name for *both, _ in reported.values() for name in both)
+            figures.append(torch.stack([getattr(terms, name).detach() for name in names]))
             progress(step + 1, steps)
     finally:
         student.train(was_training)
         projectors.zero_grad(set_to_none=True)
     start, end = (
-        torch.stack(part).double().sum(0)
+        torch.stack(part).double().sum(0).view(-1, 2)
         for part in (figures[:REPORTED_BATCHES], figures[-REPORTED_BATCHES:])
     )
-    ce, accuracy = (
-        ((start[index] / start[index + 1]).item(), (end[index] / end[index + 1]).item())
-        for index in (0, 2)
+    means = ((sums[:, 0] / sums[:, 1]).tolist() for sums in (start, end))
+    said = (
+        f"{words} {before:{form}} to {after:{form}}"
+        for (words, (*_, form)), before, after in zip(reported.items(), *means, strict=True)
     )
-    return WarmupReport(steps, ce, accuracy)
+    return f"warmed up for {steps} steps: {', '.join(said)}"
 
 
 def _batches(

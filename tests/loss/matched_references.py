@@ -17,7 +17,7 @@ from tests.loss.references import reference_divergence, reference_soft_dtw
 
 Pairs = list[tuple[int, int]]
 Inside = list[tuple[int, int, int]]  # student and teacher position, and what was read of the latter
-ALL_TERMS = (*TERMS, "uld")
+ALL_TERMS = (*TERMS, "uld", "hidden_cosine")
 COMPARED = ("paired_ce", "teacher_ce")  # both models' nats for the same text
 
 
@@ -79,9 +79,17 @@ def reference_exact(
         for weight, value in weighted:
             share = weight * length / sum(other for other, _ in weighted)
             terms[name] = terms[name] + share * value
-    if loss.dtw_weight == 0:
-        return terms
+    if loss.dtw_weight > 0:
+        terms |= reference_warp(student, teacher, pairs, case, soft_dtw)
+    return terms
 
+
+def reference_warp(
+    student: Sample, teacher: Sample, pairs: Pairs, case: Case, soft_dtw: SoftDTWConfig
+) -> dict[str, Tensor]:
+    """Soft-DTW's two terms with a band around the pairs, which ascend."""
+    terms, P = {}, case.projectors
+    S, T = len(student.hidden), len(teacher.hidden)
     penalty = torch.zeros(S, T, dtype=torch.float64)
     ends = [(0, 0), *((i + 1, j + 1) for i, j in pairs), (S + 1, T + 1)]
     for i in range(1, S + 1):
@@ -191,6 +199,7 @@ def reference_mapped(
     entries: list[list[tuple[int, int]]] = [],  # noqa: B006
     spelt: Inside = [],  # noqa: B006
     spellings: Spellings | None = None,
+    soft_dtw: SoftDTWConfig | None = None,
 ) -> dict[str, Tensor]:
     """entries: by what was read, from 1, tokens of the teacher's and what they go on with."""
     zero = torch.zeros((), dtype=torch.float64)
@@ -276,4 +285,13 @@ def reference_mapped(
     for weight, value in taught:
         share = weight * len(taught) / sum(weight for weight, _ in taught)
         terms["student_kd"] = terms["student_kd"] + share * value
+    if loss.cosine_weight > 0:
+        for i, j in pairs:  # those inside a token have not read the same
+            ours, theirs = student.hidden[i], case.projectors.t2s(teacher.hidden[j])
+            dot = sum((x * y for x, y in zip(ours, theirs, strict=True)), zero)
+            norms = (sum(x * x for x in v) for v in (ours, theirs))
+            terms["hidden_cosine"] = terms["hidden_cosine"] + 1 - dot / math.prod(norms) ** 0.5
+    if soft_dtw is not None and loss.dtw_weight > 0 and len(student.hidden) and len(teacher.hidden):
+        path = sorted((i, j) for i, (j, _) in partner.items())
+        terms |= reference_warp(student, teacher, path, case, soft_dtw)
     return terms

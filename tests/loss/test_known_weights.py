@@ -25,6 +25,7 @@ LENGTHS = [(5, 4), (3, 6), (4, 0), (6, 7)]
 KNOWN = {
     "mapped": loss_of("mapped", chunk_size=3),
     "softened": loss_of("mapped", chunk_size=3, temperature=2.0, divergence="reverse_kl"),
+    "mapped with hidden states": loss_of("mapped", chunk_size=3, cosine_weight=0.7, dtw_weight=0.3),
     "sft": loss_of("sft", chunk_size=3),
     "uld": loss_of("uld", chunk_size=4),
 }
@@ -131,7 +132,7 @@ def test_more_chunks_cost_a_half_precision_head_no_digits(dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", ["mapped", "uld", "sft"])
 def test_what_reads_no_embeddings_needs_none(name: str) -> None:
     loss = KNOWN[name]
-    assert not (loss.needs_teacher and variant_of(loss).match.embeds)
+    assert not variant_of(loss).needs_embeds(loss)
     case = make_case(LENGTHS)
     pairs = torch.tensor([[0, 2, 7], [1, 2, 7]])
     teacher = collate(case.teacher, case.teacher_head)

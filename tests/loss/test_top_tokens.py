@@ -222,12 +222,16 @@ def test_gradients_are_formed_in_forward(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_only_what_needs_no_states_takes_them() -> None:
-    assert [name for name, variant in VARIANTS.items() if not variant.needs_states] == ["mapped"]
+    mapped = VARIANTS["mapped"]
+    assert not mapped.needs_states(loss_of("mapped"))
+    assert mapped.needs_states(loss_of("mapped", cosine_weight=0.1))
+    assert mapped.needs_states(loss_of("mapped", dtw_weight=0.1))
     case = make_case([(3, 3)])
     student = replace(collate(case.student, case.student_head), pairs=torch.arange(3))
     teacher = likeliest_alone(collate(case.teacher, case.teacher_head), 4)
     teacher = replace(teacher, pairs=torch.arange(3), token_map=torch.zeros(17, dtype=torch.long))
-    for loss in (loss_of("uld"), loss_of("dskdv2"), loss_of("paper")):
+    others = loss_of("uld"), loss_of("dskdv2"), loss_of("paper"), loss_of("mapped", cosine_weight=1)
+    for loss in others:
         with pytest.raises(ValueError, match="needs the teacher's states"):
             dwakd_loss(student, teacher, case.projectors, loss=loss)
     with pytest.raises(ValueError, match="temperature 2"):

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dwakd_plugin.loss import LossTerms, dwakd_loss, trained_projectors
+from dwakd_plugin.loss import LossTerms, dwakd_loss, projects_labels, trained_projectors
 from dwakd_plugin.loss.head_pass import Kernel
 from dwakd_plugin.loss.matches.partners import InOrder
 from dwakd_plugin.loss.record import HeadPasses, Term, Variant
@@ -94,9 +94,22 @@ def test_the_schema_has_soft_dtw_where_the_record_has(matching: str) -> None:
         ("exact", 1, 0, {"t2s"}),
         ("exact", 0, 1, {"t2s", "embed_t2s"}),
         ("mapped", 1, 0, set()),
+        ("mapped", 1, 1, {"t2s", "embed_t2s"}),
+        ("mapped", 0, 1, {"t2s", "embed_t2s"}),
         ("order", 1, 0, set()),
     ],
 )
 def test_which_projectors_train(matching: str, kd: float, dtw: float, trained: set[str]) -> None:
     loss = LossConfig(matching=matching, kd_weight=kd, dtw_weight=dtw)
     assert trained_projectors(loss) == trained
+    assert loss.needs_projectors == bool(trained)
+
+
+@pytest.mark.parametrize("kd", [0, 1])
+def test_the_cosine_trains_what_it_goes_through_and_is_for_mapped(kd: float) -> None:
+    loss = LossConfig(matching="mapped", kd_weight=kd, dtw_weight=0, cosine_weight=0.5)
+    assert trained_projectors(loss) == {"t2s"} and loss.needs_projectors and loss.needs_teacher
+    assert not projects_labels(loss) and projects_labels(LossConfig())
+    for matching in set(VARIANTS) - {"mapped"}:
+        with pytest.raises(ValidationError, match="it is for dwakd"):
+            LossConfig(matching=matching, dtw_weight=0, cosine_weight=0.5)

@@ -45,6 +45,17 @@ VOCABULARY = 300
             "dwakd.teacher.cache_dtype: it is of hidden states",
         ),
         ({}, {"top_k": 0}, "top_k.*greater than or equal to 1"),
+        (
+            {"loss": {"cosine_weight": 3}},
+            {"top_k": 64},
+            r"top_k: 64 — .*\(dtw_weight: 0, cosine_weight: 3\) learns from the teacher's hidden.*"
+            "set both weights to 0, or remove top_k",
+        ),
+        (
+            {"variant": "mapped", "loss": {"dtw_weight": 0.2}},
+            {"server": "http://localhost:1"},
+            "top_k: 64 — .* learns from the teacher's hidden",
+        ),
         ({"own_answers": {}}, {"top_k": 64}, "dwakd.own_answers: they are judged by all"),
         ({}, {"top_k": 64}, None),
         ({"variant": "sft"}, {"top_k": 64}, None),

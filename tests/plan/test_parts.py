@@ -210,7 +210,14 @@ def test_a_gpu_keeps_the_weights_of_small_matrices_and_not_of_large_ones() -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["mapped", "mapped, LoRA, checkpointing", "paper", "mapped, two teachers"]
+    "name",
+    [
+        "mapped",
+        "mapped, LoRA, checkpointing",
+        "paper",
+        "mapped, hidden states",
+        "mapped, two teachers",
+    ],
 )
 def test_what_two_real_steps_allocate_is_planned(name: str, tmp_path: Path) -> None:
     for model, config in plan_allocated.models().items():

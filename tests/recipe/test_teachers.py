@@ -73,6 +73,11 @@ def test_one_in_the_list_is_the_teacher_and_a_dump_is_read_again() -> None:
             "`attention` has them",
         ),
         (
+            {"teachers": [MATHS, CODE], "loss": {"cosine_weight": 3}},
+            "without projectors (mapped, uld), and dwakd.loss.dtw_weight 0 and cosine_weight 3 "
+            "bring them; set both to 0",
+        ),
+        (
             {"teachers": [MATHS, CODE], "own_answers": {}},
             "dwakd.own_answers: they are judged by one teacher so far, and `teachers` names 2",
         ),

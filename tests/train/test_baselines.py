@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import AutoTokenizer
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import trained_projectors
 from dwakd_plugin.models.projectors import HeadFollower
+from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.tokenizers.pair import shared_vocabulary
+from dwakd_plugin.train.run_folder import check_output_folder
 
 Recipe = Callable[..., dict[str, Any]]
 Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -25,8 +28,10 @@ Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 def test_settings_that_do_not_go_together(recipe: Recipe) -> None:
     with pytest.raises(UserError, match="matching `order` has no projectors"):
         parse_recipe(recipe({"loss": {"matching": "order"}}))
-    with pytest.raises(UserError, match="matching `mapped` has no projectors"):
-        parse_recipe(recipe({"loss": {"matching": "mapped"}}))
+    with pytest.raises(UserError, match="cosine_weight: it is for dwakd"):
+        parse_recipe(recipe({"variant": "paper", "loss": {"cosine_weight": 1.0}}))
+    config = parse_recipe(recipe({"variant": "mapped", "loss": {"dtw_weight": 0.1}}))
+    assert config is not None and trained_projectors(config.loss) == {"t2s", "embed_t2s"}
     config = parse_recipe(recipe({"variant": "dskdv2"}))
     assert config is not None
     assert trained_projectors(config.loss) == {"t2s"}
@@ -84,6 +89,56 @@ def test_mapped_trains_without_projectors_and_resumes(recipe: Recipe, train: Tra
     train(settings_ | {"eval_steps": 2, "auto_resume_from_checkpoints": True})
     resumed = load_file(out / "model.safetensors")
     assert all(torch.equal(resumed[name], last[name]) for name in last)
+
+
+def test_mapped_learns_from_hidden_states_through_projectors(
+    recipe: Recipe, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = {
+        "variant": "mapped",
+        "loss": {"cosine_weight": 3.0, "dtw_weight": 0.2},
+        "teacher": {"cache": str(tmp_path / "states")},
+        "projectors": {"init": "random", "warmup_steps": 40, "warmup_learning_rate": 0.02},
+    }
+    settings_ = recipe(block, max_steps=3, save_steps=1, val_set_size=0.2, eval_steps=2)
+    with caplog.at_level("INFO"):
+        log = train(settings_)
+    first = next(line for line in log if "loss" in line)
+    hidden = 3 * first["hidden_cosine"] * first["paired_share"]  # no token is inside another here
+    warped = 0.2 * (first["hidden_dtw"] + first["embed_dtw"])
+    taught = 0.1 * first["ce"] + 0.9 * first["student_kd"]
+    assert first["loss"] == pytest.approx(taught + hidden + warped, rel=1e-2)
+    assert first["gamma"] == 2 and not {"t2s_ce", "teacher_kd"} & set(first)
+    evaluated = next(line for line in log if "eval_loss" in line)
+    assert 0 < evaluated["eval_hidden_cosine"] < 2
+    said = re.search(r"distance of hidden states ([0-9.]+) to ([0-9.]+)", caplog.text)
+    assert said is not None and float(said[2]) < float(said[1]) - 0.1
+    assert "+ 3 hidden cosine; variant mapped" in caplog.text
+    out = Path(settings_["output_dir"])
+    saved = [load_file(out / f"checkpoint-{n}/dwakd/projectors.safetensors") for n in (1, 3)]
+    moved = {name for name in saved[0] if not torch.equal(saved[0][name], saved[1][name])}
+    assert moved == {"t2s.weight", "t2s.bias", "embed_t2s.weight", "embed_t2s.bias"}
+    last = load_file(out / "model.safetensors")
+    assert not any("projector" in name for name in last)
+    shutil.rmtree(out / "checkpoint-3")
+    train(settings_ | {"auto_resume_from_checkpoints": True})
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(resumed[name], last[name]) for name in last)
+    without = settings_ | {"auto_resume_from_checkpoints": True}
+    without["dwakd"] = {key: value for key, value in without["dwakd"].items() if key != "loss"}
+    with pytest.raises(UserError, match=r"with projectors \(dtw_weight: 0.2, cosine_weight: 3\)"):
+        check_output_folder(ReadRecipe(without))
+
+
+def test_the_cosine_goes_with_own_answers(recipe: Recipe, train: Train) -> None:
+    block = {
+        "variant": "mapped",
+        "loss": {"cosine_weight": 3.0},
+        "own_answers": {"share": 0.5, "max_new_tokens": 4, "start_after": 0},
+    }
+    log = [line for line in train(recipe(block, max_steps=2, save_steps=2)) if "loss" in line]
+    assert [0 < line["hidden_cosine"] < 2 for line in log] == [True, True]
+    assert log[1]["own_length"] > 0
 
 
 @pytest.mark.slow

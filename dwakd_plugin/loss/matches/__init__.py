@@ -14,7 +14,7 @@ from dwakd_plugin.loss.alignment import band_penalty
 from dwakd_plugin.loss.batch import Batch
 from dwakd_plugin.loss.states import Head, gathered, required_labels
 
-__all__ = ["Figure", "Match", "Projecting"]
+__all__ = ["Banded", "Figure", "Match", "Projecting"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,23 @@ class Match(ABC):
         return {}
 
 
-class Projecting(Match):
-    """A match through projectors: each side's states in the other's space, and a band for soft-DTW.
+class Banded(Match):
+    """A match that has a band for soft-DTW."""
+
+    @property
+    @abstractmethod
+    def inside(self) -> Tensor:
+        """(B, S, T) bool, the cells within the band."""
+
+    @cached_property
+    def penalty(self) -> Tensor | None:
+        """What the band adds to the cost (B, S, T); None without a band."""
+        config = self.batch.soft_dtw
+        return band_penalty(self.inside, config, self.batch.dtype) if config.band else None
+
+
+class Projecting(Banded):
+    """A match through projectors: each side's states in the other's space.
 
     Of the class: agreeing_only, whether D is taken only where the projected teacher's argmax is the
     target.
@@ -105,19 +120,8 @@ class Projecting(Match):
     def matrix(self) -> Tensor:
         """(B, S, T), where each student position looks."""
 
-    @property
-    @abstractmethod
-    def inside(self) -> Tensor:
-        """(B, S, T) bool, the cells within the band."""
-
     def other(self, index: Tensor) -> tuple[Tensor, Head]:
         return gathered(self.t2s_hidden, index), self.batch.student.head
-
-    @cached_property
-    def penalty(self) -> Tensor | None:
-        """What the band adds to the cost (B, S, T); None without a band."""
-        config = self.batch.soft_dtw
-        return band_penalty(self.inside, config, self.batch.dtype) if config.band else None
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:

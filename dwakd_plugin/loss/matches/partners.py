@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss.alignment import valid_positions
-from dwakd_plugin.loss.matches import Match
+from dwakd_plugin.loss.alignment import pair_band, valid_positions
+from dwakd_plugin.loss.matches import Banded, Match
 from dwakd_plugin.loss.states import Head, gathered
 
 
@@ -45,9 +45,11 @@ class InOrder(_Partners):
         return rows[:, None] * T + columns.clamp(max=T - 1)
 
 
-class SamePrefix(_Partners):
+class SamePrefix(_Partners, Banded):
     """Pairs (i, j) of positions that have read the same bytes, or of the student's inside what the
     teacher's predicts: `targets` are then the numbers of what it has read of that, elsewhere 0.
+
+    The band's centres lie on the pairs, those inside a token of the teacher's among them.
 
     Raises ValueError where one of the two sides has no `pairs`, or the teacher no `token_map`.
     """
@@ -55,7 +57,8 @@ class SamePrefix(_Partners):
     rows = "prefix"
 
     @cached_property
-    def _pairs(self) -> tuple[Tensor, Tensor]:
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Places in the flattened (B · S) and (B · T): (P,) each."""
         student, teacher = self.batch.student, self.batch.teacher
         if student.pairs is None or teacher.pairs is None or teacher.token_map is None:
             raise ValueError("matching by mapping needs `pairs` of both sides, and a `token_map`")
@@ -64,7 +67,19 @@ class SamePrefix(_Partners):
     @cached_property
     def compared(self) -> Tensor:
         none = torch.zeros_like(self.batch.student_side.valid)
-        return none.flatten().index_fill(0, self._pairs[0], True).view_as(none)
+        return none.flatten().index_fill(0, self.pairs[0], True).view_as(none)
+
+    @cached_property
+    def same_prefix(self) -> Tensor:
+        """The pairs of positions that have read the same bytes, to the last: (B, S) bool."""
+        return self.compared & (self.targets == 0)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        student, teacher = self.batch.student_side, self.batch.teacher_side
+        size = teacher.valid.shape[1]
+        partners = (self.partner % size + 1).where(self.compared, 0)
+        return pair_band(partners, student.lengths, teacher.lengths, size, self.batch.soft_dtw)
 
     @cached_property
     def spelt(self) -> Tensor:
@@ -78,11 +93,11 @@ class SamePrefix(_Partners):
     @cached_property
     def partner(self) -> Tensor:
         first = torch.zeros_like(self.compared, dtype=torch.long)
-        return first.flatten().index_copy(0, *self._pairs).view_as(first)
+        return first.flatten().index_copy(0, *self.pairs).view_as(first)
 
     @cached_property
     def targets(self) -> Tensor:
         read, none = self.batch.student.read, torch.zeros_like(self.partner)
         if read is None or self.batch.teacher.continuations is None:
             return none
-        return none.flatten().index_copy(0, self._pairs[0], read).view_as(none)
+        return none.flatten().index_copy(0, self.pairs[0], read).view_as(none)

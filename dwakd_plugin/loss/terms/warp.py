@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dwakd_plugin.loss.batch import Batch
-from dwakd_plugin.loss.matches import Figure, Projecting
+from dwakd_plugin.loss.matches import Banded, Figure
 from dwakd_plugin.loss.products import in_full_precision
-from dwakd_plugin.loss.record import HeadPasses, Term
+from dwakd_plugin.loss.record import HeadPasses, Term, no_column
 from dwakd_plugin.loss.soft_dtw import expected_alignments as alignments
 from dwakd_plugin.loss.soft_dtw import in_one_launch
 
@@ -119,7 +119,7 @@ def embed_pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.student_side.target_embeds, theirs
 
 
-def _warped(passes: HeadPasses[Projecting], name: str) -> Tensor:
+def _warped(passes: HeadPasses[Banded], name: str) -> Tensor:
     """Σ nDTW of a pair over samples, within the match's band; both pairs are found at once."""
     if name not in passes.shared:
         batch, match = passes.batch, passes.match
@@ -135,7 +135,7 @@ def _warped(passes: HeadPasses[Projecting], name: str) -> Tensor:
     return passes.shared[name]
 
 
-def _hidden_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
+def _hidden_dtw(passes: HeadPasses[Banded]) -> dict[str, Tensor]:
     sums = {"hidden_dtw": _warped(passes, "hidden_dtw")}
     if passes.batch.soft_dtw.band:
         lengths = passes.batch.student_side.lengths * passes.batch.teacher_side.lengths
@@ -143,7 +143,7 @@ def _hidden_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
     return sums
 
 
-def _embed_dtw(passes: HeadPasses[Projecting]) -> dict[str, Tensor]:
+def _embed_dtw(passes: HeadPasses[Banded]) -> dict[str, Tensor]:
     return {"embed_dtw": _warped(passes, "embed_dtw")}
 
 
@@ -151,7 +151,17 @@ WARP_HIDDEN = Term(
     "hidden_dtw",
     "warp",
     _hidden_dtw,
+    weights=no_column,
+    beside="hidden_dtw",
     trains=frozenset({"t2s"}),
     figures=(Figure("band_share", "band_cells_inside", "band_cells"),),
 )
-WARP_EMBEDS = Term("embed_dtw", "warp", _embed_dtw, trains=frozenset({"embed_t2s"}))
+WARP_EMBEDS = Term(
+    "embed_dtw",
+    "warp",
+    _embed_dtw,
+    weights=no_column,
+    beside="embed_dtw",
+    trains=frozenset({"embed_t2s"}),
+    embeds=True,
+)
