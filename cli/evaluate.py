@@ -93,7 +93,7 @@ def evaluate(
     ] = False,
     backend: Annotated[
         Literal["transformers", "vllm"],
-        typer.Option(metavar="NAME", help="transformers, or vllm for the answers (untested)."),
+        typer.Option(metavar="NAME", help="transformers, or vllm for the answers (run on CPUs)."),
     ] = "transformers",
     trust_remote_code: TrustModels = False,
     output: Annotated[

@@ -23,13 +23,13 @@ from dwakd_plugin.evaluate.answer_files import AnswerFiles
 from dwakd_plugin.evaluate.generation import respond
 from dwakd_plugin.evaluate.model import Source, most_positions, stop_ids
 from dwakd_plugin.evaluate.responses import Response, ResponseStore, date_of_file, discard
-from dwakd_plugin.evaluate.vllm import AT_ONCE, is_installed, with_vllm
 from dwakd_plugin.evaluate.work import BATCH_CPU, BATCH_GPU
 from dwakd_plugin.models.batches import check_ids
 from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.sampling import Generator, Sample, Sampling, with_transformers
 from dwakd_plugin.models.teacher.cached import teacher_identity
 from dwakd_plugin.models.teacher.loaded import check_teacher, load_teacher, teacher_config
+from dwakd_plugin.models.vllm import AT_ONCE, is_installed, with_vllm
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.schema import TeacherConfig
 from dwakd_plugin.tokenizers.template_date import template_date, today

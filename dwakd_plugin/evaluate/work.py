@@ -15,10 +15,10 @@ from dwakd_plugin.evaluate.model import identity, load_model, most_positions
 from dwakd_plugin.evaluate.responses import ResponseStore, discard
 from dwakd_plugin.evaluate.rows import bytes_of_tokens
 from dwakd_plugin.evaluate.subjects import Model, Request, place
-from dwakd_plugin.evaluate.vllm import AT_ONCE as BATCH_VLLM
-from dwakd_plugin.evaluate.vllm import with_vllm
 from dwakd_plugin.models.causal_lm import causal_lm, output_head, parameter_count, short_dtype
 from dwakd_plugin.models.sampling import Generator, with_transformers
+from dwakd_plugin.models.vllm import AT_ONCE as BATCH_VLLM
+from dwakd_plugin.models.vllm import with_vllm
 
 # Rows generated at once, where the batch size is auto; halved where a GPU's memory runs out.
 BATCH_GPU, BATCH_CPU = 64, 8

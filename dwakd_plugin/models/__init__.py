@@ -16,4 +16,6 @@ __all__ = [
     "smollm2",
     "student",
     "teacher",
+    "vllm",
+    "whole_weights",
 ]

@@ -6,11 +6,16 @@ from pathlib import Path
 
 from dwakd_plugin.models.teacher.cache import INDEX
 from dwakd_plugin.plan.model_sizes import FLOAT
-from dwakd_plugin.plan.own_answers import answers_at_once, drawing_bytes, key_value_bytes
+from dwakd_plugin.plan.own_answers import (
+    answers_at_once,
+    drawing_bytes,
+    key_value_bytes,
+    samples_with_vllm,
+)
 from dwakd_plugin.plan.parts import TOKEN_BYTES, Parts
 from dwakd_plugin.plan.recipe_models import config_of, shared_tokens
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
-from dwakd_plugin.train.own_answers import AT_ONCE
+from dwakd_plugin.train.own_sampling import AT_ONCE
 
 INITIALISATION = "the projectors' initialisation"  # on a CPU; over before anything is trained
 TEACHER = "the teacher's forward pass"
@@ -33,6 +38,10 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     before = gradients if accumulated else 0
     optimizer = run.optimizer()
     step = weights | {"optimizer": optimizer, "states that wait": run.waiting_states()}
+    own = run.config.sampled_answers
+    by_vllm = own is not None and samples_with_vllm(own, run.card.kind, bits=run.student_bits)
+    if own is not None and by_vllm:
+        step |= {"own answers": own.vllm_memory * run.card.capacity}
     middle = step | {"gradients": before, "student activations": held}
     found = {
         "the student's forward pass": middle | {"student activations": student_peak},
@@ -66,8 +75,7 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     }
     if not run.warps:
         found = {name: parts for name, parts in found.items() if "soft-DTW" not in name}
-    own = run.config.sampled_answers
-    if own is not None:
+    if own is not None and not by_vllm:
         sampled, drawn = _sampling(run, own)
         found["the sampling of the student's own answers"] = step | {
             "own answers": sampled,

@@ -1,4 +1,4 @@
-"""What sampling the student's own answers takes: `train.own_answers`, tensor by tensor.
+"""What sampling the student's own answers takes: `train.own_sampling`, tensor by tensor.
 
 Keys and values of all layers for each token of prompt and answer, those of one layer twice (each
 token's are appended to a copy); the prompt's forward pass; and of each answer's next token the
@@ -11,11 +11,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dwakd_plugin.models.vllm import is_installed
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.schema import DWAKDConfig
-from dwakd_plugin.train.own_answers import AT_ONCE
+from dwakd_plugin.train.own_sampling import AT_ONCE
 
 DRAWING, SORTING = 3 * 4 + 3 * 8, 4 * 8  # bytes of a token's logit
+
+
+def samples_with_vllm(own: OwnAnswersConfig, kind: str, *, bits: int) -> bool:
+    """Whether vLLM has its share of a device of that kind; `bits` of a quantised student, else 0.
+
+    With `backend: auto` it is taken to be installed there where it is here."""
+    able = kind == "cuda" and not bits and is_installed()
+    return own.backend == "vllm" or (own.backend == "auto" and able)
 
 
 def answers_at_once(own: OwnAnswersConfig, rows: int) -> int:

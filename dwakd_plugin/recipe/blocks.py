@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from dwakd_plugin.recipe.messages import check_name
+from dwakd_plugin.recipe.messages import about, check_name
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
@@ -83,27 +83,38 @@ class OwnAnswersConfig(Block):
     start_after: int = Field(
         100, ge=0, le=10**9, description="Optimizer steps with given answers alone, before."
     )
+    backend: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What samples. auto: vLLM where it is installed and the student is on a GPU in "
+        "16 or 32 bits, with or without a plain LoRA; else transformers.",
+    )
     refresh_every: int = Field(
         1,
         ge=1,
+        le=10**9,
+        description="Optimizer steps between two hand-overs of the student's weights to vLLM.",
+    )
+    vllm_memory: float = Field(
+        0.3,
+        gt=0,
         le=1,
-        description="Steps between two states of the student that answers are sampled from; only "
-        "1 so far.",
+        description="Share of the device's memory that vLLM takes throughout, for its copy of the "
+        "student, keys and values.",
     )
     matching: Literal["mapped", "order"] = Field(
         "mapped", description="What compares the two sides, as in `dwakd.loss.matching`."
     )
     divergence: Divergence = Field("reverse_kl", description="Divergence of the mapped teacher.")
 
-    @field_validator("refresh_every", mode="before")
-    @classmethod
-    def _always_fresh(cls, value: Any) -> Any:
-        if isinstance(value, int) and value > 1:
-            raise ValueError(
-                "answers are sampled by transformers from the student as it is, and so always "
-                "fresh (sampling with vLLM from older weights isn't there yet); set it to 1"
+    @model_validator(mode="after")
+    def _always_fresh(self) -> OwnAnswersConfig:
+        if self.backend == "transformers" and self.refresh_every > 1:
+            raise about(
+                "refresh_every",
+                "transformers samples from the student as it is, and so always from fresh weights; "
+                f"set it to 1, or leave the backend to auto or vllm (found: {self.refresh_every})",
             )
-        return value
+        return self
 
     @field_validator("matching", mode="before")
     @classmethod

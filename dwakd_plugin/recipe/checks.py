@@ -220,6 +220,12 @@ def _own_answers_problems(recipe: Recipe) -> Iterator[str]:
             "holds it, and under FSDP and DeepSpeed that isn't the whole of it; remove these keys: "
             "several GPUs train without them too (DDP), each with the whole student"
         )
+    bits = [key for key in ("load_in_8bit", "load_in_4bit") if recipe.keys.get(key)]
+    if bits and recipe.written("own_answers", "backend") == "vllm":
+        yield (
+            f"  dwakd.own_answers.backend: vllm with {bits[0]} — vLLM cannot be handed quantised "
+            "weights; remove one of the two keys"
+        )
     length, longest = recipe.keys.get("sequence_len"), recipe.written(*_LONGEST_OWN)
     if longest is None:
         longest = OwnAnswersConfig.model_fields[_LONGEST_OWN[-1]].default

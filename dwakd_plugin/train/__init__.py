@@ -11,7 +11,7 @@ __all__ = [
     "kept_logits",
     "launch",
     "open_run",
-    "own_answers",
+    "own_sampling",
     "preflight",
     "progress",
     "progress_callback",

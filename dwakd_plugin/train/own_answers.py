@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import GenerationConfig
 
 from dwakd_plugin.data.sampled_rows import (
     Row,
@@ -26,16 +24,14 @@ from dwakd_plugin.data.sampled_rows import (
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.loss import ResponseStates, own_answer_terms, own_loss_config
 from dwakd_plugin.models.batches import pack
-from dwakd_plugin.models.causal_lm import causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
-from dwakd_plugin.models.sampling import Sampling, with_transformers
 from dwakd_plugin.models.teacher.loaded import Teacher
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.tokenizers.alignment import first_tokens
 from dwakd_plugin.tokenizers.sampled import SampledText
+from dwakd_plugin.train.own_sampling import FromCopy, FromItself, backend_of
 
-AT_ONCE = 64  # answers sampled together at most
 # The number of a row that no step has, for what chooses among them: less the process's number.
 _CHOICE = 2**32 - 1
 _SUMS = ("answers", "tokens", "ended", "unaligned", "divergence", "compared", "agreed", "seconds")
@@ -63,12 +59,13 @@ class OwnAnswers:
         seed: int,
         packed_len: int | None = None,
         rank: tuple[int, int] = (0, 1),
+        sampler: FromItself | FromCopy | None = None,
     ) -> None:
         """tokenizers and lengths (of sequences, in tokens) are the student's and the teacher's;
         ends are the student's tokens that end an answer, beside the given answer's own; paired, the
         teacher's token that ends one, and the student's; packed_len, the tokens of a sequence that
         packed rows are laid out in again, None where a batch is one sequence; rank, the number of
-        this process, and of how many."""
+        this process, and of how many; sampler, what answers, by default transformers."""
         student_tokenizer, teacher_tokenizer = tokenizers
         self._own = own
         self._loss = own_loss_config(own, config.loss)
@@ -87,6 +84,7 @@ class OwnAnswers:
         self._student_len, self._teacher_len = lengths
         self._seed, self._packed_len = seed, packed_len
         self._rank, self._ranks = rank
+        self.sampler = sampler or FromItself(own)
         self._sums: dict[str, Any] = defaultdict(float)  # since the last log line
 
     # Sampling ------------------------------------------------------------------------------------
@@ -152,20 +150,21 @@ class OwnAnswers:
     ) -> dict[int, tuple[list[int], bool]]:
         """A sample for each chosen row, by its number, and whether it ended."""
         begun = time.perf_counter()
-        own, special = self._own, self._text.student_special
+        special = self._text.student_special
         prompts = {number: prompt_of(rows[number]) or [] for number in chosen}
         given = {end_of(rows[n].student_ids, rows[n].student_labels, special) for n in chosen}
         stop = sorted(self._ends | {end for end in given if end is not None})
-        sampling = Sampling(own.temperature, own.top_p, own.max_new_tokens)
         samples: dict[int, tuple[list[int], bool]] = {}
-        with _as_a_sampler(student), explain_out_of_memory("sampling the student's own answers"):
-            generate = with_transformers(causal_lm(student), sampling, stop)
-            for begin in range(0, len(chosen), AT_ONCE):
-                part = chosen[begin : begin + AT_ONCE]
+        with (
+            explain_out_of_memory("sampling the student's own answers"),
+            self.sampler.generator(student, stop, step) as generate,
+        ):
+            for begin in range(0, len(chosen), self.sampler.at_once):
+                part = chosen[begin : begin + self.sampler.at_once]
                 # Of all processes' rows no two have a number in common.
                 numbers = [number * self._ranks + self._rank for number in part]
                 keys = [(self._seed, _key(step, number)) for number in numbers]
-                drawn = generate([prompts[n] for n in part], keys, own.max_new_tokens)
+                drawn = generate([prompts[n] for n in part], keys, self._own.max_new_tokens)
                 for number, sample in zip(part, drawn, strict=True):
                     samples[number] = sample.tokens, sample.tokens[-1] in stop
         self._sums["seconds"] += time.perf_counter() - begun
@@ -242,7 +241,17 @@ def own_answers(
         seed=trainer.args.seed,
         packed_len=cfg.sequence_len if trainer.args.multipack_real_batches else None,
         rank=(trainer.args.process_index, trainer.args.world_size),
+        sampler=_sampler(cfg, own, trainer),
     )
+
+
+def _sampler(cfg: Any, own: OwnAnswersConfig, trainer: Any) -> FromItself | FromCopy:
+    student, args = trainer.model, trainer.args
+    if backend_of(own, student) == "transformers":
+        return FromItself(own)
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    with trainer.accelerator.autocast():
+        return FromCopy(own, student, half or student.dtype, cfg.sequence_len, args.world_size)
 
 
 def check_own_answers(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
@@ -250,6 +259,7 @@ def check_own_answers(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
     own = config.sampled_answers
     if own is None:
         return
+    backend_of(own, trainer.model)
     if not _ends(cfg, trainer.processing_class):
         raise UserError(
             "dwakd.own_answers: the student's tokenizer has no end-of-sequence token, so a sampled "
@@ -285,17 +295,3 @@ def _ends(cfg: Any, tokenizer: Any) -> frozenset[int]:
 def _key(step: int, row: int) -> int:
     """A number of its own for each row of each step."""
     return (step << 32) | row
-
-
-@contextmanager
-def _as_a_sampler(student: Any) -> Iterator[None]:
-    """Without dropout, and without what the model's own generation settings do to probabilities."""
-    lm, training = causal_lm(student), student.training
-    settings = lm.generation_config
-    lm.generation_config = GenerationConfig(use_cache=True)
-    student.eval()
-    try:
-        yield
-    finally:
-        lm.generation_config = settings
-        student.train(training)

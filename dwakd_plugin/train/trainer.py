@@ -350,6 +350,8 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, DistillationLog):
             # Before the rest: a checkpoint counts as whole once its last file, the state, is there.
             self._save_beside_student(folder)
             super()._save_checkpoint(model, trial, **kwargs)
+        if self.distillation.own_answers is not None:
+            self.distillation.own_answers.sampler.saved()
 
     def save_at_the_end(self, folder: Path) -> None:
         """Writes below the output folder what checkpoints have too. All ranks must take part."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +21,6 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import teacher_answers
 from dwakd_plugin.evaluate.answer_choice import choose
 from dwakd_plugin.evaluate.responses import Response
-from dwakd_plugin.evaluate.vllm import with_vllm
-from dwakd_plugin.models.sampling import Sampling
 from dwakd_plugin.recipe import Recipe as ReadRecipe
 from dwakd_plugin.train.open_run import open_rows
 from tests.conftest import ROWS, write_rows
@@ -293,78 +291,6 @@ def test_messages_take_another_answer_in_their_own_form() -> None:
     for empty in ([], [{"role": "system", "content": "Be brief."}], [{**ask, "content": " "}]):
         with pytest.raises(ValueError, match="nobody asks"):
             place.put({"messages": empty}, "So.")
-
-
-def test_vllm_is_asked_as_its_documentation_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in of the documented shape: what `LLM` and `SamplingParams` take, and outputs."""
-    seen: dict[str, Any] = {}
-
-    class LLM:
-        def __init__(self, model: str, *, tokenizer: str, quantization: Any, **more: Any) -> None:
-            seen["llm"] = {"model": model, "tokenizer": tokenizer, "quantization": quantization}
-            seen["llm"] |= more
-
-        def generate(
-            self, prompts: Any, sampling_params: Any, *, use_tqdm: bool, lora_request: Any
-        ) -> Any:
-            seen["generate"] = (prompts, lora_request)
-            seen["parameters"] = sampling_params
-            ends = [([5, 6, 2], "stop", None), ([7], "stop", 3), ([5, 6, 7, 8], "length", None)]
-            return [
-                SimpleNamespace(
-                    outputs=[
-                        SimpleNamespace(
-                            token_ids=tuple(ids),
-                            finish_reason=reason,
-                            stop_reason=stop,
-                            cumulative_logprob=-float(len(ids)),
-                        )
-                    ]
-                )
-                for ids, reason, stop in ends
-            ]
-
-    class SamplingParams(SimpleNamespace):
-        def __init__(
-            self,
-            *,
-            temperature: float,
-            top_p: float,
-            max_tokens: int,
-            seed: int,
-            stop_token_ids: list[int],
-            logprobs: int | None,
-        ) -> None:
-            super().__init__(
-                temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
-                stop_token_ids=stop_token_ids, logprobs=logprobs,
-            )  # fmt: skip
-
-    modules: dict[str, Any] = {name: ModuleType(name) for name in ("vllm", "vllm.lora.request")}
-    modules["vllm.lora"] = ModuleType("vllm.lora")
-    modules["vllm"].LLM, modules["vllm"].SamplingParams = LLM, SamplingParams
-    modules["vllm.lora.request"].LoRARequest = lambda *given: given
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-    sampling = Sampling(0.7, 0.9, 4)
-    generate = with_vllm(
-        "teacher", "its-tokenizer", Path("lora"), sampling, [2, 3], 99, scored=True,
-        load_in_8bit=False, load_in_4bit=True, dtype="auto", revision=None,
-    )  # fmt: skip
-    keys = [(1, 0), (1, 1), (2, 0)]
-    samples = generate([[1, 1], [1], [1]], keys, 4)
-    assert [sample.tokens for sample in samples] == [[5, 6, 2], [7, 3], [5, 6, 7, 8]]
-    assert [sample.log_probability for sample in samples] == [-3.0, -1.0, -4.0]
-    assert seen["llm"]["quantization"] == "bitsandbytes" and seen["llm"]["max_model_len"] == 99
-    assert seen["llm"]["enable_lora"] and seen["generate"][1] == ("adapter", 1, "lora")
-    assert seen["generate"][0][0] == {"prompt_token_ids": [1, 1]}
-    first, second, third = seen["parameters"]
-    assert (first.temperature, first.top_p, first.max_tokens) == (0.7, 0.9, 4)
-    assert first.stop_token_ids == [2, 3] and first.logprobs == 1
-    assert len({first.seed, second.seed, third.seed}) == 3
-    with pytest.raises(UserError, match="8 bit"):
-        with_vllm("teacher", "t", None, sampling, [2], 9, load_in_8bit=True)
 
 
 def test_what_cannot_be_answered_is_said_first(

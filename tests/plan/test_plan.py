@@ -265,6 +265,15 @@ def test_answers_of_its_own_take_keys_and_values(pair: dict[str, Any]) -> None:
     assert "own answers" not in none
 
 
+def test_vllm_has_its_share_of_the_card_throughout(pair: dict[str, Any]) -> None:
+    own = {"backend": "vllm", "vllm_memory": 0.25}
+    recipe = pair | {"dwakd": {"teacher": pair["dwakd"]["teacher"], "own_answers": own}}
+    found = moments(Parts(recipe, ReadRecipe(recipe).config, card("24GB"), 8))
+    steps = [parts for parts in found.values() if "optimizer" in parts]
+    assert len(steps) > 4 and not [name for name in found if "sampling" in name]
+    assert {parts["own answers"] for parts in steps} == {0.25 * card("24GB").capacity}
+
+
 def test_a_cache_leaves_the_teacher_loaded_for_own_answers(pair: dict[str, Any]) -> None:
     def made(share: float, **teacher: str) -> Parts:
         own = {"share": share, "max_new_tokens": 8}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwakd_plugin.data.sampled_rows import (
     OWN_ROWS,
@@ -235,7 +235,18 @@ def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
         ({"own_answers": {"share": 1.5}}, {}, "dwakd.own_answers.share: .*less than or equal to 1"),
         ({"own_answers": {"share": -1}}, {}, "dwakd.own_answers.share: .*greater than or equal"),
         ({"own_answers": {"shere": 1}}, {}, "dwakd.own_answers.shere: unknown key; .*`share`"),
-        ({"own_answers": {"refresh_every": 4}}, {}, r"vLLM.* set it to 1 \(found: 4\)"),
+        (
+            {"own_answers": {"refresh_every": 4, "backend": "transformers"}},
+            {},
+            r"refresh_every: .*always from fresh weights; set it to 1.* \(found: 4\)",
+        ),
+        ({"own_answers": {"backend": "sglang"}}, {}, "'auto', 'transformers' or 'vllm'"),
+        ({"own_answers": {"vllm_memory": 0}}, {}, "vllm_memory: .*greater than 0"),
+        (
+            {"own_answers": {"backend": "vllm"}},
+            {"load_in_8bit": True, "adapter": "lora"},
+            "backend: vllm with load_in_8bit — .*remove one of the two",
+        ),
         ({"own_answers": {"matching": "attention"}}, {}, "labels, which a sampled answer doesn't"),
         ({"own_answers": {"matching": "exact"}}, {}, "set `mapped` or `order`"),
         ({"own_answers": {}, "variant": "sft"}, {}, "give dwakd.loss.kd_weight above 0"),
@@ -259,10 +270,12 @@ def test_a_run_that_cannot_sample_is_refused_before_a_teacher_is_loaded(
     config = parse_recipe(recipe({"own_answers": {"max_new_tokens": 8}}))
     assert config is not None
     tokenizer = AutoTokenizer.from_pretrained(lab / "student")
+    model = AutoModelForCausalLM.from_pretrained(lab / "student")
     rows = [{"labels": [-100] * 10 + [5] * 4, "teacher_labels": [-100, 5]}]
 
     def check(**changes: Any) -> None:
         trainer = SimpleNamespace(
+            model=model,
             processing_class=changes.get("tokenizer", tokenizer),
             train_dataset=changes.get("rows", rows),
         )
