@@ -85,6 +85,7 @@ SWITCHES: dict[str, dict[str, Settings]] = {
         "token weights, gate outside": {"student_weighting": "entropy_then_gate"},
         "label inside tokens": {"inside_tokens": "label"},
         "ramp over 20 steps": {"kd_warmup_steps": 20},
+        "cosine of hidden states": {"cosine_weight": 1.0},
         "cosine of hidden states x 3": {"cosine_weight": 3.0},
         "soft-DTW": {"dtw_weight": 0.2},
         "soft-DTW x 50": {"dtw_weight": 10.0},
