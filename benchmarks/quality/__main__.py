@@ -76,6 +76,13 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="*", default=[], choices=methods.METHODS[1:], help="methods to leave out"
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        choices=range(1, len(report.SAMPLING_SEEDS) + 1),
+        help="answers to each row, for ROUGE-L and the share of answers without an end",
+    )
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -104,7 +111,7 @@ def main() -> None:
     def compare(part: str, groups: dict[str, list[Run]]) -> None:
         # Seed by seed: what is stopped early has whole comparisons.
         train(sorted((run for runs in groups.values() for run in runs), key=lambda run: run.seed))
-        found = report.evaluate(base, groups, chosen.metrics)
+        found = report.evaluate(base, groups, chosen.metrics, chosen.samples)
         results["compared"][part], results["trials"] = found, trials(base)
         write_report(name, begun, results, [], chosen.out)
         report.plot(found, chosen.out / f"{name}_{part}.png")

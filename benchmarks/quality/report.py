@@ -20,7 +20,7 @@ from dwakd_plugin.io.files import replace_file
 
 Results = dict[str, Any]
 
-LONGEST_ANSWER = 64  # tokens
+SAMPLING_SEEDS = (10, 20, 30)  # an answer to each row for each, as many as are asked for
 # In the order of the tables: lower is better of the first.
 METRICS = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L", "unended": "unended answers"}
 # Where `dwakd evaluate` has them, and which of its own metrics brings them about.
@@ -36,22 +36,21 @@ def evaluate(
     base: Materials,
     groups: dict[str, list[Run]],
     metrics: Sequence[str] = tuple(METRICS),
-    sampling_seeds: Sequence[int] = (10,),
+    samples: int = 1,
 ) -> Results:
     """Figures of every run on every test set, by group, and how many rows they are of.
 
-    An answer is sampled of each row for each of `sampling_seeds`. What is measured is kept beside
-    its run.
+    So many answers are sampled of each row. What is measured is kept beside its run.
     """
     names = list(dict.fromkeys(run.name for runs in groups.values() for run in runs))
-    kept = {run: base.runs / run / f"{'-'.join(metrics)}.json" for run in names}
+    sampled = f"-{samples}_samples" if samples > 1 else ""
+    kept = {run: base.runs / run / f"{'-'.join(metrics)}{sampled}.json" for run in names}
     missing = [run for run, file in kept.items() if not file.is_file()]
     if missing:
         folders = [base.runs / run for run in missing]
         asked = ",".join(dict.fromkeys(_ASKED.get(metric, metric) for metric in metrics))
         reports = {
-            place: _dwakd_evaluate(base, place, folders, asked, sampling_seeds)
-            for place in TEST_SETS
+            place: _dwakd_evaluate(base, place, folders, asked, samples) for place in TEST_SETS
         }
         for number, run in enumerate(missing):
             of_run = {place: found["models"][number] for place, found in reports.items()}
@@ -106,7 +105,7 @@ def _value(of_model: Results, metric: str) -> float:
 
 
 def _dwakd_evaluate(
-    base: Materials, place: str, folders: Sequence[Path], metrics: str, seeds: Sequence[int] = (10,)
+    base: Materials, place: str, folders: Sequence[Path], metrics: str, samples: int = 1
 ) -> Results:
     """The report of one `dwakd evaluate`. Answers that its folder holds are not sampled again."""
     rows = base.folder / "evaluation" / f"{place}.jsonl"
@@ -121,7 +120,8 @@ def _dwakd_evaluate(
     command = [sys.executable, "-m", "dwakd_cli", "evaluate", str(folders[0]), str(rows), "--json"]
     command += [part for folder in folders[1:] for part in ("--against", str(folder))]
     command += ["--prompt-template", "{instruction}", "--metrics", metrics]
-    command += ["--seeds", ",".join(map(str, seeds)), "--max-new-tokens", str(LONGEST_ANSWER)]
+    seeds = ",".join(map(str, SAMPLING_SEEDS[:samples]))
+    command += ["--seeds", seeds, "--max-new-tokens", str(base.longest)]
     command += ["--batch-size", "32", "--output", str(output)]
     say(f"evaluating {len(folders)} models on {place}")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

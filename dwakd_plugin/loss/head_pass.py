@@ -28,7 +28,7 @@ AUTO_CHUNK_SHARE = 1 / 128
 # Within that share, so many tokens: with fewer, reading the head again for each chunk is what a
 # product costs. And so many elements: more makes nothing faster. (On a CPU 64 MiB, above the 32 MiB
 # up to which freed tensors stay on malloc's heap, which then grows with the number of chunks.)
-AUTO_CHUNK_TOKENS = 256
+AUTO_CHUNK_TOKENS = 128
 AUTO_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
@@ -66,6 +66,9 @@ class Kernel:
                     autograd's of `statistics`, with constant other_logits
     both            the same arguments and gradients → columns and the gradient in student_logits
                     in one go; then `statistics` need no graph. None: by autograd
+    beforehand      (other_logits (C, V), targets, the student's head) → what all of these are given
+                    instead of other_logits. It is made before student_logits are, so that these two
+                    never lie side by side. None: other_logits themselves
     alone           whether nothing is compared: other_logits are (C, 0) then
     """
 
@@ -74,17 +77,27 @@ class Kernel:
     settings: Mapping[str, Any] = field(default_factory=dict)
     gradients: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     both: Callable[..., tuple[tuple[Tensor, ...], Tensor]] | None = None
+    beforehand: Callable[[Tensor, Tensor, Head], Any] | None = None
     alone: bool = False
 
+    def logits(
+        self, hidden: Tensor, other: Tensor, targets: Tensor, head: Head, other_head: Head | None
+    ) -> tuple[Tensor, Any]:
+        """student_logits (C, Vs) of hidden (C, d), and what they are compared with."""
+        other = other if other_head is None else other_head.logits(other)
+        if self.beforehand is not None:
+            other = self.beforehand(other, targets, head)
+        return head.logits(hidden), other
+
     def backward(
-        self, student_logits: Tensor, *rest: Tensor, grads: Sequence[Tensor]
+        self, student_logits: Tensor, *rest: Any, grads: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         if self.gradients is not None:
             return self.gradients(student_logits, *rest, *grads, **self.settings)
         return self.both_ways(student_logits, *rest, grads=grads)[1], None
 
     def both_ways(
-        self, student_logits: Tensor, *rest: Tensor, grads: Sequence[Tensor]
+        self, student_logits: Tensor, *rest: Any, grads: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The columns, and the gradient in student_logits; other_logits are constants."""
         if self.both is not None:
@@ -199,15 +212,15 @@ class _StudentPass(torch.autograd.Function):
         gradients = None if weights is None else _Gradients(ctx, weight, bias)
         rows = []
         for kernel, h, o, y, target, *grads in _chunks(parts, tokens, chunk_size):
-            logits, arguments = head.logits(h), (_logits(other_head, o), y, target)
+            logits, compared = kernel.logits(h, o, target, head, other_head)
             if gradients is None:
-                rows.append(kernel.statistics(logits, *arguments, **kernel.settings))
+                rows.append(kernel.statistics(logits, compared, y, target, **kernel.settings))
             else:
-                columns, grad = kernel.both_ways(logits, *arguments, grads=grads)
+                columns, grad = kernel.both_ways(logits, compared, y, target, grads=grads)
                 gradients.add(grad, logits, h, head)
                 rows.append(columns)
                 del grad
-            del logits, arguments  # before others of their size are made
+            del logits, compared  # before others of their size are made
         columns = tuple(map(torch.cat, zip(*rows, strict=True)))
         differentiable = parts[0][1].differentiable
         ctx.mark_non_differentiable(*columns[differentiable:])
@@ -247,18 +260,14 @@ class _StudentPass(torch.autograd.Function):
         seeds = [torch.zeros_like(known) if seed is None else seed for seed in seeds]
         tokens = (hidden, other, labels, targets, *seeds)
         for kernel, h, o, y, target, *grads in _chunks(parts, tokens, chunk_size):
-            logits, other_logits = head.logits(h), _logits(other_head, o)
-            grad, other_grad = kernel.backward(logits, other_logits, y, target, grads=grads)
+            logits, compared = kernel.logits(h, o, target, head, other_head)
+            grad, other_grad = kernel.backward(logits, compared, y, target, grads=grads)
             gradients.add(grad, logits, h, head)
             del grad, logits  # before another of their size is made
             if other_grad is not None and other_head is not None:
-                gradients.add_other(other_grad, other_logits, other_head)
-            del other_grad, other_logits
+                gradients.add_other(other_grad, compared, other_head)
+            del other_grad, compared
         return gradients.of(hidden, other, weight, bias)
-
-
-def _logits(head: Head | None, states: Tensor) -> Tensor:
-    return states if head is None else head.logits(states)
 
 
 def _chunks(parts: KernelParts, tokens: Sequence[Tensor], size: int) -> Iterator[Any]:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwakd_plugin.loss import ContinuationTable
+from dwakd_plugin.loss import ContinuationTable, Head
 from dwakd_plugin.loss.terms.mapped import (
     COMPILED,
     StudentStatistics,
     compiled_gradients,
     compiled_statistics,
+    compiled_target,
     mapped_statistics,
 )
 from dwakd_plugin.loss.terms.rows_cpu import BLOCK
@@ -53,6 +54,19 @@ def some(
     }
 
 
+def compiled(
+    arguments: Sequence[Tensor], grads: Sequence[Tensor] | None, mapping: Sequence[Any]
+) -> Any:
+    """Both passes of the kernels; without `grads` the statistics alone."""
+    student_logits, teacher_logits, labels, read = arguments
+    token_map, continuations, *comparing = mapping
+    head = Head(student_logits.new_empty(student_logits.shape[1], 1))
+    target = compiled_target(teacher_logits, read, head, token_map, continuations)
+    if grads is None:
+        return compiled_statistics(student_logits, target, labels, read, *comparing)
+    return compiled_gradients(student_logits, target, labels, read, *grads, *comparing)
+
+
 def by_autograd(
     arguments: tuple[Tensor, ...], grads: tuple[Tensor, ...], mapping: Sequence[Any]
 ) -> tuple[StudentStatistics, Tensor]:
@@ -75,8 +89,8 @@ def test_equal_torch_and_autograd(
 ) -> None:
     case = some(*sizes, dtype, divergence=divergence, sampled=sampled)
     expected, expected_grad = by_autograd(**case)
-    alone = compiled_statistics(*case["arguments"], *case["mapping"])
-    tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
+    alone = compiled(case["arguments"], None, case["mapping"])
+    tokens, grad = compiled(**case)
     tolerance = TOLERANCE[dtype]
     for name in StudentStatistics._fields:
         found, wanted = getattr(tokens, name), getattr(expected, name).detach()
@@ -91,7 +105,7 @@ def test_what_is_almost_certain_or_almost_never(divergence: Divergence) -> None:
     case = some(30, 50, 400, torch.float32, spread=15.0, divergence=divergence)
     token_map = case["mapping"][0]
     expected, expected_grad = by_autograd(**case)
-    tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
+    tokens, grad = compiled(**case)
     for found, wanted in zip(tokens, expected, strict=True):
         torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
@@ -99,7 +113,7 @@ def test_what_is_almost_certain_or_almost_never(divergence: Divergence) -> None:
     arguments = *case["arguments"][:3], torch.zeros(30, dtype=torch.long)
     silent = dict(case, arguments=arguments, mapping=(nothing, None, *case["mapping"][2:]))
     expected, expected_grad = by_autograd(**silent)
-    tokens, grad = compiled_gradients(*arguments, *case["grads"], *silent["mapping"])
+    tokens, grad = compiled(**silent)
     if divergence == "forward_kl":
         assert (tokens.divergence == 0).all() and grad.isfinite().all()
     else:  # that of even, smallest probabilities
@@ -113,7 +127,7 @@ def test_a_value_that_is_not_finite_is_seen_in_its_row_alone(value: float, side:
     case = some(6, 30, 500, torch.float32)
     case["arguments"][3].zero_()
     case["arguments"][side][2, 7] = value
-    tokens, grad = compiled_gradients(*case["arguments"], *case["grads"], *case["mapping"])
+    tokens, grad = compiled(**case)
     assert not tokens.divergence[2].isfinite() and not grad[2].isfinite().all()
     assert tokens.divergence[[0, 1, 3, 4, 5]].isfinite().all()
 
@@ -126,11 +140,13 @@ def test_threads_and_layout_change_nothing() -> None:
             torch.set_num_threads(count)
             arguments = [each.T.contiguous().T for each in case["arguments"][:2]]
             results.append(
-                compiled_gradients(
-                    *(arguments if count == 3 else case["arguments"][:2]),
-                    *case["arguments"][2:],
-                    *case["grads"],
-                    *case["mapping"],
+                compiled(
+                    [
+                        *(arguments if count == 3 else case["arguments"][:2]),
+                        *case["arguments"][2:],
+                    ],
+                    case["grads"],
+                    case["mapping"],
                 )
             )
     finally:

@@ -16,6 +16,9 @@ tokens that only one tokenizer cuts off would be taught less, and unlearnt.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from dwakd_plugin.loss.head_pass import Kernel
 from dwakd_plugin.loss.matches import Figure
 from dwakd_plugin.loss.matches.partners import SamePrefix
 from dwakd_plugin.loss.record import HeadPasses, Term
-from dwakd_plugin.loss.states import ContinuationTable
+from dwakd_plugin.loss.states import ContinuationTable, Head
 from dwakd_plugin.loss.terms.mapped_top import LEAST_READ, top_statistics
 from dwakd_plugin.loss.terms.spelt import spelt_sum
 from dwakd_plugin.loss.terms.student_space import PAIRED, StudentStatistics, paired_sums
@@ -127,64 +130,83 @@ def _add_continuations(
 
 def _kernel(batch: Batch) -> Kernel:
     loss, teacher = batch.loss, batch.teacher
-    mapping = {
+    tables: dict[str, Any] = {
         "token_map": teacher.token_map,
         "continuations": teacher.continuations,
-        "divergence": loss.divergence,
-        "sampled": batch.student.sampled,
     }
+    comparing = {"divergence": loss.divergence, "sampled": batch.student.sampled}
     if teacher.top is not None:
         if loss.temperature != 1:  # of the mass outside nobody knows what it would be at another
             raise ValueError(f"temperature {loss.temperature:g}: the teacher's `top` is at 1")
-        return Kernel(top_statistics, 3, mapping)
+        return Kernel(top_statistics, 3, tables | comparing)
     plain = loss.divergence in COMPILED and loss.temperature == 1
     if plain and batch.compiled:
-        return Kernel(compiled_statistics, 3, mapping, both=compiled_gradients)
-    return Kernel(mapped_statistics, 3, mapping | {"temperature": loss.temperature})
+        return Kernel(
+            compiled_statistics,
+            3,
+            comparing,
+            both=compiled_gradients,
+            beforehand=partial(compiled_target, **tables),
+        )
+    return Kernel(mapped_statistics, 3, tables | comparing | {"temperature": loss.temperature})
+
+
+def compiled_target(
+    teacher_logits: Tensor,
+    read: Tensor,
+    student_head: Head,
+    token_map: Tensor,
+    continuations: ContinuationTable | None,
+) -> tuple[Tensor, Tensor]:
+    """p_map (C, Vs) at temperature 1, and whether the teacher says enough for it, (C,) bool.
+
+    Shapes as `mapped_statistics` has them, Vs being the rows of student_head.
+    """
+    from dwakd_plugin.loss.terms import mapped_cpu  # numba, which a GPU has no need of
+
+    weight = student_head.weight
+    theirs = teacher_logits.to(torch.promote_types(weight.dtype, torch.float32))
+    target, foreseen = mapped_cpu.mapped_probabilities(
+        theirs, token_map, read, continuations, len(weight)
+    )
+    return target, (read == 0) | (foreseen >= LEAST_READ)
 
 
 def compiled_statistics(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    target: tuple[Tensor, Tensor],
     labels: Tensor,
     read: Tensor,
-    token_map: Tensor,
-    continuations: ContinuationTable | None,
     divergence: Divergence,
     sampled: bool = False,
 ) -> StudentStatistics:
-    """`mapped_statistics` on the CPU, one of COMPILED at temperature 1, without a graph."""
+    """`mapped_statistics` on the CPU against `compiled_target`'s, by one of COMPILED, no graph."""
     zero = student_logits.new_zeros(len(labels))
-    mapping = token_map, continuations, divergence, sampled
-    return compiled_gradients(
-        student_logits, teacher_logits, labels, read, zero, zero, zero, *mapping
-    )[0]
+    comparing = divergence, sampled
+    return compiled_gradients(student_logits, target, labels, read, zero, zero, zero, *comparing)[0]
 
 
 def compiled_gradients(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    target: tuple[Tensor, Tensor],
     labels: Tensor,
     read: Tensor,
     ce_grad: Tensor,
     _: Tensor,
     divergence_grad: Tensor,
-    token_map: Tensor,
-    continuations: ContinuationTable | None,
     divergence: Divergence,
     sampled: bool = False,
 ) -> tuple[StudentStatistics, Tensor]:
-    """The same, and the gradient in student_logits (C, Vs) by gradients (C,) of the columns."""
-    from dwakd_plugin.loss.terms import mapped_cpu  # numba, which a GPU has no need of
+    """The same, and the gradient in student_logits (C, Vs) by gradients (C,) of the columns.
 
-    theirs = teacher_logits.to(student_logits.dtype)
-    target, foreseen = mapped_cpu.mapped_probabilities(
-        theirs, token_map, read, continuations, student_logits.shape[1]
-    )
-    said = (read == 0) | (foreseen >= LEAST_READ)
+    The gradient takes the place of `target`'s probabilities.
+    """
+    from dwakd_plugin.loss.terms import mapped_cpu
+
+    probabilities, said = target
     found = mapped_cpu.statistics_and_gradient(
         student_logits,
-        target,
+        probabilities,
         labels,
         ce_grad + divergence_grad.where(~said, 0.0),
         divergence_grad.where(said, 0.0),
@@ -192,7 +214,8 @@ def compiled_gradients(
         sampled=sampled,
     )
     tokens = StudentStatistics(*found)
-    return tokens._replace(divergence=torch.where(said, tokens.divergence, tokens.ce)), target
+    divergences = torch.where(said, tokens.divergence, tokens.ce)
+    return tokens._replace(divergence=divergences), probabilities
 
 
 def _weights(passes: HeadPasses[SamePrefix]) -> tuple[Tensor, Tensor, Tensor] | None:
