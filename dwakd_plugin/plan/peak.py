@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dwakd_plugin.models.teacher.kept_states import bytes_per_token, kept_form
 from dwakd_plugin.plan.cards import Card
-from dwakd_plugin.plan.moments import INITIALISATION, moments
+from dwakd_plugin.plan.moments import FILLING, INITIALISATION, moments
 from dwakd_plugin.plan.parts import Lengths, Parts
 from dwakd_plugin.plan.several import WEIGHTS, assumptions_of, moments_of_several
 from dwakd_plugin.plan.step_time import seconds_per_step
@@ -105,21 +105,27 @@ def largest_micro_batch(
 
 
 def _plan(runs: dict[str, Parts]) -> Plan:
-    """The highest moment; on a CPU, what each part takes at its own worst, added up.
+    """The highest moment; on a CPU, what each part of a step takes at its own worst, added up.
 
     glibc's malloc keeps freed blocks up to 32 MiB (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX). That
-    the next part finds no use for them is assumed; docs/planning.md has it against recorded runs.
+    the next part of a step finds no use for them is assumed, but that gradients take the place of
+    the activations that they are formed from, and the steps that of what was freed before them;
+    docs/planning.md has it against recorded runs.
     """
     run, *further = runs.values()
     by_moment = moments_of_several(runs) if further else moments(run)
-    once = by_moment.pop(INITIALISATION, {})
+    # Of several teachers each has its own filling, which names it.
+    early = [name for name in by_moment if name.startswith((INITIALISATION, FILLING))]
+    before = {name: by_moment.pop(name) for name in early}
     peak = max(by_moment, key=lambda name: sum(by_moment[name].values()))
     largest, parts = _largest(by_moment.values()), by_moment[peak]
     if run.card.kind == "cpu":
-        parts = parts | {KEPT: sum(largest.values()) - sum(parts.values())}
-    if sum(once.values()) > sum(parts.values()):
-        peak, parts = INITIALISATION, once
-    largest = _largest([largest, once, parts])
+        in_turn = _largest(map(_in_place_of_activations, by_moment.values()))
+        parts = parts | {KEPT: sum(in_turn.values()) - sum(parts.values())}
+    largest = _largest([largest, *before.values(), parts])
+    for name, once in before.items():
+        if sum(once.values()) > sum(parts.values()):
+            peak, parts = name, once
     return Plan(
         card=run.card,
         micro_batch=run.batch,
@@ -155,6 +161,13 @@ def _cache_bytes(run: Parts) -> float:
         run.teacher.hidden_size, kept_form(run.config.teacher), run.teacher_dtype
     )
     return run.lengths.teacher_response * each
+
+
+def _in_place_of_activations(parts: dict[str, float]) -> dict[str, float]:
+    """With the gradients counted among the student's activations."""
+    together = ("gradients", "student activations")
+    rest = {part: size for part, size in parts.items() if part not in together}
+    return rest | {together[1]: sum(parts.get(part, 0) for part in together)}
 
 
 def _largest(moments_: Iterable[dict[str, float]]) -> dict[str, float]:
