@@ -320,9 +320,11 @@ class DWAKDConfig(Block):
 def _unnamed_variant(block: dict[str, Any]) -> str:
     """What a `dwakd:` block means that names none."""
     loss = block.get("loss")
-    given = set(loss) if isinstance(loss, dict) else set()
+    given = loss if isinstance(loss, dict) else {}
+    if given.get("matching") == VARIANTS[DEFAULT_VARIANT]["loss"]["matching"]:
+        return DEFAULT_VARIANT  # by another of its keys: soft-DTW and projectors may stand beside
     of_the_papers_form = block.get("soft_dtw") or block.get("projectors")
-    if of_the_papers_form or _OF_THE_PAPERS_FORM & given:
+    if of_the_papers_form or _OF_THE_PAPERS_FORM & given.keys():
         return "paper"
     return DEFAULT_VARIANT
 

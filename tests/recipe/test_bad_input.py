@@ -119,6 +119,8 @@ def test_defaults_for_all_but_the_teacher() -> None:
         ({"variant": "mapped", "loss": {"kd_weight": 0.5}}, "mapped", (0.1, 0.5, 0)),
         ({"loss": {"dtw_weight": 0.1}}, "paper", (0.5, 0.5, 0.1)),
         ({"loss": {"matching": "attention"}}, "paper", (0.5, 0.5, 0.2)),
+        ({"loss": {"matching": "mapped"}}, "mapped", (0.1, 0.9, 0)),
+        ({"loss": {"matching": "mapped", "dtw_weight": 0.1}}, "mapped", (0.1, 0.9, 0.1)),
         ({"soft_dtw": {"band": False}}, "paper", (0.5, 0.5, 0.2)),
         ({"projectors": {"warmup_steps": 10}}, "paper", (0.5, 0.5, 0.2)),
         ({"variant": "full"}, "full", (0.5, 0.5, 0.2)),
