@@ -22,7 +22,7 @@ STUDENTS = {
     "8 layers,\n4,096 tokens": "quality_128_cut8.json",
 }
 TITLES = {"dolly": "Dolly, the task", "self_instruct": "Self-Instruct", "vicuna": "Vicuna"}
-NAMES = {"dwakd": "paper", "gold": "GOLD (TRL)", "uld": "ULD"}
+NAMES = {"dwakd": "DWA-KD, tuned", "gold": "GOLD (TRL)", "uld": "ULD"}
 COLOURS = ("#4477aa", "#ee8866", "#999999")
 
 Groups = dict[str, Any]

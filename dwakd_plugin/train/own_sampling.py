@@ -24,7 +24,7 @@ _KEY = "dwakd.own_answers"
 
 def backend_of(own: OwnAnswersConfig, student: Any) -> Literal["transformers", "vllm"]:
     """What samples in a run. Raises UserError where the recipe asks for what cannot be."""
-    problem = None if is_installed() else "it isn't installed"
+    problem = None if is_installed() else "vLLM isn't installed"
     problem = problem or why_not_whole(student)
     if own.backend == "vllm" and problem is not None:
         raise UserError(

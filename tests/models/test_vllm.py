@@ -218,7 +218,7 @@ def test_what_samples_and_why_not_vllm(llm: type[LLM], monkeypatch: pytest.Monke
     assert backend_of(own(), dora) == "transformers"
     monkeypatch.setattr(own_sampling, "is_installed", lambda: False)
     assert backend_of(own(), student) == "transformers"
-    with pytest.raises(UserError, match=r"as it isn't installed. Remove the key"):
+    with pytest.raises(UserError, match=r"as vLLM isn't installed. Remove the key"):
         backend_of(own(backend="vllm"), student)
 
 
