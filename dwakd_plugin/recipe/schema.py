@@ -170,8 +170,9 @@ class LossConfig(Block):
         if self.matching != "mapped" and self.cosine_weight > 0:
             raise about(
                 "cosine_weight",
-                f"it is for dwakd.loss.matching `mapped`, which pairs hidden states, and not for "
-                f"`{self.matching}`; set it to 0 (found: {self.cosine_weight:g})",
+                f"it is for variant `mapped`, which pairs hidden states, and not for dwakd.loss."
+                f"matching `{self.matching}`; set `variant: mapped`, or it to 0 (found: "
+                f"{self.cosine_weight:g})",
             )
         return self
 
@@ -321,8 +322,9 @@ def _unnamed_variant(block: dict[str, Any]) -> str:
     """What a `dwakd:` block means that names none."""
     loss = block.get("loss")
     given = loss if isinstance(loss, dict) else {}
-    if given.get("matching") == VARIANTS[DEFAULT_VARIANT]["loss"]["matching"]:
-        return DEFAULT_VARIANT  # by another of its keys: soft-DTW and projectors may stand beside
+    own = VARIANTS[DEFAULT_VARIANT]["loss"]["matching"]
+    if given.get("matching", own if given.get("cosine_weight") else None) == own:
+        return DEFAULT_VARIANT  # by a key of its own: soft-DTW and projectors may stand beside
     of_the_papers_form = block.get("soft_dtw") or block.get("projectors")
     if of_the_papers_form or _OF_THE_PAPERS_FORM & given.keys():
         return "paper"

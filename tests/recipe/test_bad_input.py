@@ -87,6 +87,13 @@ TEACHER = {"teacher": {"base_model": "big"}}
             },
             ["dwakd.loss.dtw_weight: variant `dskd` stands for 0.0; drop one of the two"],
         ),
+        (
+            {
+                "distillation": "dwakd",
+                "dwakd": {**TEACHER, "variant": "uld", "loss": {"cosine_weight": 1}},
+            },
+            ["not for dwakd.loss.matching `order`; set `variant: mapped`, or it to 0 (found: 1)"],
+        ),
         ({"distillation": "dwakd", "dwakd": {**TEACHER, "loss": 3}}, ["dwakd.loss", "found: 3"]),
     ],
 )
@@ -121,6 +128,13 @@ def test_defaults_for_all_but_the_teacher() -> None:
         ({"loss": {"matching": "attention"}}, "paper", (0.5, 0.5, 0.2)),
         ({"loss": {"matching": "mapped"}}, "mapped", (0.1, 0.9, 0)),
         ({"loss": {"matching": "mapped", "dtw_weight": 0.1}}, "mapped", (0.1, 0.9, 0.1)),
+        ({"loss": {"cosine_weight": 1, "dtw_weight": 0.1}}, "mapped", (0.1, 0.9, 0.1)),
+        (
+            {"loss": {"cosine_weight": 1}, "projectors": {"init": "random", "warmup_steps": 9}},
+            "mapped",
+            (0.1, 0.9, 0),
+        ),
+        ({"loss": {"cosine_weight": 0, "dtw_weight": 0.1}}, "paper", (0.5, 0.5, 0.1)),
         ({"soft_dtw": {"band": False}}, "paper", (0.5, 0.5, 0.2)),
         ({"projectors": {"warmup_steps": 10}}, "paper", (0.5, 0.5, 0.2)),
         ({"variant": "full"}, "full", (0.5, 0.5, 0.2)),
