@@ -13,12 +13,13 @@ from dwakd_plugin.errors import UserError, without_credentials
 from dwakd_plugin.io.files import explaining_writes, json_checksum, replace_file
 from dwakd_plugin.recipe import Recipe
 from dwakd_plugin.recipe.places import is_a_path
+from dwakd_plugin.recipe.schema import LossConfig
 from dwakd_plugin.tokenizers.template_date import read_date, today
 
 RUN_FILE = Path("dwakd") / "run.json"  # within the output folder: whose run it holds
 CHECKSUM = "crc32"  # of all else in that file
-# Of `loss`, what brings projectors to `mapped`.
-THROUGH_PROJECTORS = ("dtw_weight", "cosine_weight")
+# Of `loss`, what says which projectors train.
+_PROJECTORS_BY = ("matching", "kd_weight", "dtw_weight", "cosine_weight")
 
 _TRAINING_KEYS = (
     "adapter",
@@ -140,16 +141,27 @@ def _check_form(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
             f"({now}). Write `variant: {settings.get('variant')}` into the recipe's `dwakd:` block "
             "to go on as it began, or give another output_dir."
         )
-    was = settings.get("loss") or {}
-    had = any(was.get(key, 0) > 0 for key in THROUGH_PROJECTORS)
-    has = any(getattr(recipe.config.loss, key) > 0 for key in THROUGH_PROJECTORS)
-    if now == "mapped" and began == now and had != has:
-        of_both = ", ".join(f"{key}: {was.get(key, 0):g}" for key in THROUGH_PROJECTORS)
+    if began is not None:
+        _check_projectors(folder, settings["loss"], recipe.config.loss)
+
+
+def _check_projectors(folder: Path, began: dict[str, Any], now: LossConfig) -> None:
+    """Raises UserError where others train than did: the optimizer's state would not be theirs."""
+    from dwakd_plugin.loss import trained_projectors  # torch, which a look at a recipe can do without
+
+    was = LossConfig.model_validate({key: began.get(key, 0) for key in _PROJECTORS_BY})
+    had, has = (sorted(trained_projectors(loss)) for loss in (was, now))
+    if had != has:
+        weights = ", ".join(f"{key}: {getattr(was, key):g}" for key in _PROJECTORS_BY[1:])
         raise UserError(
-            f"output_dir {folder} holds a run {'with' if had else 'without'} projectors "
-            f"({of_both}), and this recipe would go on {'with' if has else 'without'} them. Give "
-            "dwakd.loss these weights to go on as it began, or give another output_dir."
+            f"output_dir {folder} holds a run that trains {_projectors(had)} ({weights}), and this "
+            f"recipe would go on with {_projectors(has)}. Give dwakd.loss these weights to go on "
+            "as it began, or give another output_dir."
         )
+
+
+def _projectors(names: list[str]) -> str:
+    return f"the projectors {', '.join(names)}" if names else "no projectors"
 
 
 def _check_writable(folder: Path) -> None:

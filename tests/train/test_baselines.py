@@ -124,10 +124,13 @@ def test_mapped_learns_from_hidden_states_through_projectors(
     train(settings_ | {"auto_resume_from_checkpoints": True})
     resumed = load_file(out / "model.safetensors")
     assert all(torch.equal(resumed[name], last[name]) for name in last)
-    without = settings_ | {"auto_resume_from_checkpoints": True}
-    without["dwakd"] = {key: value for key, value in without["dwakd"].items() if key != "loss"}
-    with pytest.raises(UserError, match=r"with projectors \(dtw_weight: 0.2, cosine_weight: 3\)"):
-        check_output_folder(ReadRecipe(without))
+    for weights, others in (({}, "no projectors"), ({"cosine_weight": 3.0}, "the projectors t2s")):
+        other = settings_ | {"auto_resume_from_checkpoints": True}
+        other["dwakd"] = other["dwakd"] | {"loss": weights}
+        began = "embed_t2s, t2s (kd_weight: 0.9, dtw_weight: 0.2, cosine_weight: 3)"
+        said = f"trains the projectors {began}, and this recipe would go on with {others}."
+        with pytest.raises(UserError, match=re.escape(said)):
+            check_output_folder(ReadRecipe(other))
 
 
 def test_the_cosine_goes_with_own_answers(recipe: Recipe, train: Train) -> None:
