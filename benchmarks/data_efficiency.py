@@ -3,7 +3,8 @@
 python -m benchmarks.data_efficiency
 
 Each record is of one number of rows, which the teacher has learnt before and which both methods
-read once. Between two numbers of rows bits per byte are taken as linear in their logarithm.
+read once: of `python -m benchmarks.quality` with another `--rows`, which is named after N as
+RECORDS has it. Between two numbers of rows bits per byte are taken as linear in their logarithm.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ Curve = dict[int, list[float]]  # bits per byte under each seed, by the number o
 
 def main() -> None:
     """Draw rows against bits per byte as data_efficiency.png, and print the table."""
+    if not list(RESULTS.glob(RECORDS)):
+        raise SystemExit(
+            f"{RESULTS} has no {RECORDS}. Run `python -m benchmarks.quality` with several numbers of "
+            "rows, and keep its records there under such names."
+        )
     curves = {place: read(place) for place in TITLES}
     print(table(curves["dolly"]))
     figure = Figure(figsize=(10, 3), layout="constrained")
@@ -79,7 +85,8 @@ def table(curves: tuple[Curve, Curve]) -> str:
     for rows in alone:
         mean, low, high = difference(taught[rows], alone[rows])
         equal = equal_rows(alone, float(np.mean(taught[rows])))
-        as_good = f"{equal:,.0f} rows" if math.isfinite(equal) else f"more than {max(alone):,}"
+        beyond = f"more than {max(alone):,}" if equal > 0 else f"fewer than {min(alone):,}"
+        as_good = f"{equal:,.0f} rows" if math.isfinite(equal) else beyond
         lines.append(
             f"| {rows:,} | {np.mean(alone[rows]):.3f} | {np.mean(taught[rows]):.3f} "
             f"| {mean:+.3f} ({low:+.3f} to {high:+.3f}) | {as_good} |"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import data_efficiency
 from benchmarks.quality import answers, by_token, methods, report
 from benchmarks.quality.gold import gold_loss, use_gold
 from benchmarks.quality.gold_trainer import train_with_gold
@@ -280,6 +281,23 @@ def test_tables_and_picture_come_from_the_groups(tmp_path: Path) -> None:
     assert "| dwakd | 2 | 1.9500 ± 0.0707 |" in text and "| uld | 1 | +0.2000 (one seed) |" in text
     report.plot({"groups": groups}, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_fine_tuning_needs_lie_on_its_own_curve() -> None:
+    alone = {100: [3.0, 3.2], 400: [2.0, 2.2]}
+    assert data_efficiency.equal_rows(alone, 2.6) == pytest.approx(200)
+    rows = data_efficiency.table((alone, {100: [3.5, 3.7], 400: [1.0, 1.2]})).splitlines()[2:]
+    assert rows[0].endswith("| +0.500 (+0.500 to +0.500) | fewer than 100 |")
+    assert rows[1].endswith("| −1.000 (−1.000 to −1.000) | more than 400 |")
+
+
+def test_a_curve_without_records_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_efficiency, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="has no quality_128_cut8_rows"):
+        data_efficiency.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_name_an_input_only_where_there_is_one() -> None:
