@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.causal_lm import short_dtype
 from dwakd_plugin.models.sampling import Generator, Sample, Sampling
+from dwakd_plugin.models.whole_weights import has_tied_head
 
 AT_ONCE = 256  # answers asked for together, and written down together
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, that it makes room for
@@ -99,9 +100,12 @@ class HeldByVLLM:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise UserError(f"vLLM cannot be imported ({error}).") from error
+            raise UserError(
+                f"vLLM is installed, and cannot be imported ({error}). Mend that, or set "
+                "dwakd.own_answers.backend: transformers."
+            ) from error
         cpu = lm.device.type == "cpu"
-        tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        tied = has_tied_head(lm)
         # On a CPU a tied head stays what it was (findings/vllm-keeps-a-tied-head-on-a-cpu.sh).
         self.unties = tied and cpu
         with (
@@ -126,7 +130,8 @@ class HeldByVLLM:
             except Exception as error:  # of many classes, its own among them
                 raise UserError(
                     f"vLLM cannot hold {type(lm).__name__}: {error}. Where it is short of memory, "
-                    "give it another share of the device's."
+                    "give it another share of the device's (dwakd.own_answers.vllm_memory); else "
+                    "set dwakd.own_answers.backend: transformers."
                 ) from error
 
     def hand_over(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -178,6 +183,11 @@ def _sample(output: Any, scored: bool) -> Sample:
 def _room(adapter: Path) -> int:
     """The least rank to make room for that a LoRA fits in. Raises UserError."""
     config: Any = PeftConfig.from_pretrained(str(adapter))
+    if config.peft_type != PeftType.LORA:
+        raise UserError(
+            f"--backend vllm takes a LoRA, and {adapter} is of kind {config.peft_type.value}. Leave "
+            "the option out, or merge the adapter into its base model."
+        )
     rank = max(config.r, *config.rank_pattern.values(), 0)
     for room in _RANKS:
         if rank <= room:

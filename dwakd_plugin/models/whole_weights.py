@@ -7,6 +7,7 @@ for one name is let go before the next.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -36,6 +37,13 @@ def why_not_whole(model: PreTrainedModel | PeftModel) -> str | None:
     return None
 
 
+def has_tied_head(lm: PreTrainedModel) -> bool:
+    """Whether head and embeddings are one weight; with a LoRA in the head they no longer are."""
+    head: Any = lm.get_output_embeddings()
+    tied: bool = head.weight is lm.get_input_embeddings().weight
+    return tied and not isinstance(head, BaseTunerLayer)
+
+
 @torch.no_grad()
 def whole_weights(
     model: PreTrainedModel | PeftModel, *, untied: bool = False
@@ -43,15 +51,17 @@ def whole_weights(
     """(name, weight) of all that a checkpoint of the model without adapters would have.
 
     In W + s·BA the dtypes are as torch adds them. Weights that are tied come once, or with `untied`
-    under each name. Where a checkpoint has them cut otherwise than the model (experts), all are
-    made at once.
+    under each name; one with a LoRA is tied to none. Where a checkpoint has them cut otherwise than
+    the model (experts), all are made at once.
     """
     lm = causal_lm(model)
     of_a_run = set(lm._keys_to_ignore_on_save or ())
     found, seen = {}, set()
     for name, parameter, layer in _parameters(lm, ""):
-        if name not in of_a_run and (untied or id(parameter) not in seen):
-            found[name] = parameter, layer
+        if name in of_a_run or not (untied or layer or id(parameter) not in seen):
+            continue
+        found[name] = parameter, layer
+        if layer is None:
             seen.add(id(parameter))
     shapes = {name: parameter.to("meta") for name, (parameter, _) in found.items()}
     if revert_weight_conversion(lm, shapes).keys() == shapes.keys():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +30,7 @@ from dwakd_plugin.errors import UserError
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.models.sampling import Sampling, with_transformers
 from dwakd_plugin.models.vllm import with_vllm
-from dwakd_plugin.models.whole_weights import whole_weights, why_not_whole
+from dwakd_plugin.models.whole_weights import has_tied_head, whole_weights, why_not_whole
 from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.train import own_sampling
 from dwakd_plugin.train.distillation import attach
@@ -107,6 +107,9 @@ def test_what_it_cannot_hold_is_refused(llm: type[LLM], tmp_path: Path) -> None:
         with_vllm("teacher", "t", None, Sampling(), [2], 9, load_in_8bit=True)
     LoraConfig(r=8, rank_pattern={"q_proj": 513}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"rank 512 at most, and .* has 513"):
+        with_vllm("teacher", "t", tmp_path, Sampling(), [2], 9, load_in_8bit=False)
+    IA3Config(target_modules=["k_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"takes a LoRA, and .* is of kind IA3"):
         with_vllm("teacher", "t", tmp_path, Sampling(), [2], 9, load_in_8bit=False)
 
 
@@ -194,7 +197,9 @@ def test_its_start_moves_nobodys_random_numbers(llm: type[LLM]) -> None:
 def test_a_copy_that_is_another_model_is_refused(
     llm: type[LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"cannot hold LlamaForCausalLM: max_model_len .*share"):
+    with pytest.raises(
+        UserError, match=r"cannot hold LlamaForCausalLM: max_model_len .*vllm_memory"
+    ):
         FromCopy(own(), llama(), torch.float32, 65, 1)
     monkeypatch.setattr(llm, "collective_rpc", lambda *_, **__: [None])
     with pytest.raises(UserError, match=r"other probabilities .*backend: transformers"):
@@ -266,6 +271,19 @@ def test_a_lora_is_in_them_as_peft_merges_it(settings: dict[str, Any]) -> None:
     expected = dict(student.merge_and_unload().named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tied_head_with_a_lora_has_weights_of_its_own(llm: type[LLM]) -> None:
+    assert has_tied_head(llama(tied=True)) and not has_tied_head(llama())
+    student = with_lora(llama(tied=True), target_modules=["q_proj", "lm_head"])
+    assert not has_tied_head(student.get_base_model())
+    apart = llama()
+    apart.load_state_dict(dict(whole_weights(student)))
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(apart(ids).logits, student(ids).logits)
+    copy = FromCopy(own(), student, torch.float32, 32, 1)
+    stir(student)
+    assert taken(copy, student, 0) == wanted(student)
 
 
 def test_a_layer_that_is_stored_across_merges_too() -> None:
