@@ -30,8 +30,8 @@ def main() -> None:
     """Draw rows against bits per byte as data_efficiency.png, and print the table."""
     if not list(RESULTS.glob(RECORDS)):
         raise SystemExit(
-            f"{RESULTS} has no {RECORDS}. Run `python -m benchmarks.quality` with several numbers of "
-            "rows, and keep its records there under such names."
+            f"{RESULTS} has no {RECORDS}. Run `python -m benchmarks.quality` with several numbers "
+            "of rows, and keep its records there under such names."
         )
     curves = {place: read(place) for place in TITLES}
     print(table(curves["dolly"]))
