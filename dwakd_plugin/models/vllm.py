@@ -185,7 +185,7 @@ def _room(adapter: Path) -> int:
     config: Any = PeftConfig.from_pretrained(str(adapter))
     if config.peft_type != PeftType.LORA:
         raise UserError(
-            f"--backend vllm takes a LoRA, and {adapter} is of kind {config.peft_type.value}. Leave "
+            f"--backend vllm takes a LoRA, and {adapter} is {config.peft_type.value}. Leave "
             "the option out, or merge the adapter into its base model."
         )
     rank = max(config.r, *config.rank_pattern.values(), 0)

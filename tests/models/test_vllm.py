@@ -109,7 +109,7 @@ def test_what_it_cannot_hold_is_refused(llm: type[LLM], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rank 512 at most, and .* has 513"):
         with_vllm("teacher", "t", tmp_path, Sampling(), [2], 9, load_in_8bit=False)
     IA3Config(target_modules=["k_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"takes a LoRA, and .* is of kind IA3"):
+    with pytest.raises(UserError, match=r"takes a LoRA, and .* is IA3"):
         with_vllm("teacher", "t", tmp_path, Sampling(), [2], 9, load_in_8bit=False)
 
 
