@@ -147,7 +147,7 @@ def _check_form(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
 
 def _check_projectors(folder: Path, began: dict[str, Any], now: LossConfig) -> None:
     """Raises UserError where others train than did: the optimizer's state would not be theirs."""
-    from dwakd_plugin.loss import trained_projectors  # torch, which this file needs not else
+    from dwakd_plugin.loss import trained_projectors  # torch, which nothing else here needs
 
     was = LossConfig.model_validate({key: began.get(key, 0) for key in _PROJECTORS_BY})
     had, has = (sorted(trained_projectors(loss)) for loss in (was, now))

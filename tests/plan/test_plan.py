@@ -25,7 +25,7 @@ from dwakd_plugin.loss.head_pass import tokens_per_chunk
 from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
 from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB
-from dwakd_plugin.plan.moments import TEACHER, moments
+from dwakd_plugin.plan.moments import FILLING, TEACHER, moments
 from dwakd_plugin.plan.parts import Parts
 from dwakd_plugin.plan.peak import Plan
 from dwakd_plugin.plan.step_time import seconds_per_step
@@ -145,6 +145,20 @@ def test_of_a_teacher_whose_tokens_are_kept_nothing_is_loaded(
     assert tokens.cache_bytes_per_row == 30 * 16 * 6
     assert tokens.largest["states that wait"] == 3 * tokens.micro_batch * 30 * 16 * 8
     assert tokens.seconds_per_step < states.seconds_per_step
+
+
+def test_on_a_cpu_the_steps_use_again_what_the_filling_of_a_cache_freed(
+    pair: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = pair["dwakd"]["teacher"] | {"cache": str(tmp_path)}
+    lora = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["c_attn"]}
+    recipe = ReadRecipe(pair | lora | {"dwakd": {"teacher": teacher}, "sequence_len": 2048})
+    long = Lengths(64, 2048, 2, 3)
+    few, many = (plan(recipe, CPU, micro_batch=batch, lengths=long) for batch in (1, 64))
+    assert few.peak == FILLING and "kept by malloc" not in few.parts
+    (tmp_path / "index.jsonl").touch()  # as one that is filled
+    filled = plan(recipe, CPU, micro_batch=64, lengths=long)
+    assert many.peak == filled.peak and many.total == filled.total > few.total
 
 
 def test_a_served_teacher_takes_what_it_says_and_nothing_more(pair: dict[str, Any]) -> None:
