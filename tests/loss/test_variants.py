@@ -111,5 +111,5 @@ def test_the_cosine_trains_what_it_goes_through_and_is_for_mapped(kd: float) -> 
     assert trained_projectors(loss) == {"t2s"} and loss.needs_projectors and loss.needs_teacher
     assert not projects_labels(loss) and projects_labels(LossConfig())
     for matching in set(VARIANTS) - {"mapped"}:
-        with pytest.raises(ValidationError, match="it is for dwakd"):
+        with pytest.raises(ValidationError, match="it is for variant `mapped`"):
             LossConfig(matching=matching, dtw_weight=0, cosine_weight=0.5)

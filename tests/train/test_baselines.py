@@ -28,7 +28,7 @@ Train = Callable[[dict[str, Any]], list[dict[str, Any]]]
 def test_settings_that_do_not_go_together(recipe: Recipe) -> None:
     with pytest.raises(UserError, match="matching `order` has no projectors"):
         parse_recipe(recipe({"loss": {"matching": "order"}}))
-    with pytest.raises(UserError, match="cosine_weight: it is for dwakd"):
+    with pytest.raises(UserError, match="cosine_weight: it is for variant `mapped`"):
         parse_recipe(recipe({"variant": "paper", "loss": {"cosine_weight": 1.0}}))
     config = parse_recipe(recipe({"variant": "mapped", "loss": {"dtw_weight": 0.1}}))
     assert config is not None and trained_projectors(config.loss) == {"t2s", "embed_t2s"}
