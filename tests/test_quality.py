@@ -192,6 +192,17 @@ def test_more_rows_are_for_fine_tuning_alone(tmp_path: Path) -> None:
         base.first_rows(41)
 
 
+def test_more_epochs_are_read_by_all_and_kept_apart(tmp_path: Path) -> None:
+    """But for the teacher, which is the same one, and its states."""
+    base = rows_of(materials_of(tmp_path))
+    again = replace(base, epochs=3)
+    settings = [recipe(one, Run("tune-sft-1", {"variant": "sft"}, 1e-3)) for one in (base, again)]
+    assert [one["num_epochs"] for one in settings] == [1, 3]
+    assert settings[0]["dwakd"] == settings[1]["dwakd"]
+    assert (base.pair, again.pair) == ("student-tuned", "student-tuned-3epochs")
+    assert again.runs.parent == base.runs.parent and again.runs != base.runs
+
+
 def test_golds_loss_reads_what_its_own_trainer_would_give_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

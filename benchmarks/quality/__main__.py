@@ -47,6 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=materials.TRAIN_ROWS, help="to train on")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--epochs", type=int, default=1, help="of each training")
     parser.add_argument(
         "--longest",
         type=int,
@@ -95,11 +96,13 @@ def main() -> None:
         chosen.teacher,
         train_rows=chosen.rows,
         batch=chosen.batch,
+        epochs=chosen.epochs,
         longest=chosen.longest,
         held_out_bytes=chosen.held_out_bytes,
     )
     results: dict[str, Any] = {
         "rows": {"train": chosen.rows, "dev": len(read_rows(base, "dev"))},
+        "epochs": chosen.epochs,
         "compared": {},
     }
     name = f"quality_{base.pair}"

@@ -60,13 +60,15 @@ class Materials:
     teacher: Path
     train_rows: int = TRAIN_ROWS  # the first ones
     batch: int = 8
+    epochs: int = 1  # of the student's trainings
     longest: int = LONGEST  # row, in the teacher's tokens
     held_out_bytes: float = math.inf  # of responses, of each set that is measured on
 
     @property
     def pair(self) -> str:
         """The name of both models, and of what is made of them."""
-        return f"{self.student.name}-{self.teacher.name}"
+        read = "" if self.epochs == 1 else f"-{self.epochs}epochs"
+        return f"{self.student.name}-{self.teacher.name}{read}"
 
     @property
     def runs(self) -> Path:

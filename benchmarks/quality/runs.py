@@ -65,7 +65,7 @@ def recipe(materials: Materials, run: Run) -> Settings:
         "pad_to_sequence_len": False,
         "gradient_accumulation_steps": 1,
         "micro_batch_size": materials.batch,
-        "num_epochs": 1,
+        "num_epochs": materials.epochs,
         "optimizer": "adamw_torch_fused",
         "lr_scheduler": "cosine",
         "learning_rate": run.learning_rate,
