@@ -66,9 +66,10 @@ class Kernel:
                     autograd's of `statistics`, with constant other_logits
     both            the same arguments and gradients → columns and the gradient in student_logits
                     in one go; then `statistics` need no graph. None: by autograd
-    beforehand      (other_logits (C, V), targets, the student's head) → what all of these are given
-                    instead of other_logits. It is made before student_logits are, so that these two
-                    never lie side by side. None: other_logits themselves
+    beforehand      (other states (C, D), other head, targets, the student's head) → what all of
+                    these are given instead of other_logits. It is made before student_logits are,
+                    and from a part of the vocabulary at a time: other_logits never lie side by side
+                    with them, nor as a whole. None: other_logits themselves
     alone           whether nothing is compared: other_logits are (C, 0) then
     """
 
@@ -77,17 +78,20 @@ class Kernel:
     settings: Mapping[str, Any] = field(default_factory=dict)
     gradients: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     both: Callable[..., tuple[tuple[Tensor, ...], Tensor]] | None = None
-    beforehand: Callable[[Tensor, Tensor, Head], Any] | None = None
+    beforehand: Callable[[Tensor, Head, Tensor, Head], Any] | None = None
     alone: bool = False
 
     def logits(
         self, hidden: Tensor, other: Tensor, targets: Tensor, head: Head, other_head: Head | None
     ) -> tuple[Tensor, Any]:
         """student_logits (C, Vs) of hidden (C, d), and what they are compared with."""
-        other = other if other_head is None else other_head.logits(other)
-        if self.beforehand is not None:
-            other = self.beforehand(other, targets, head)
-        return head.logits(hidden), other
+        if other_head is None:
+            return head.logits(hidden), other
+        if self.beforehand is None:
+            compared = other_head.logits(other)
+        else:
+            compared = self.beforehand(other, other_head, targets, head)
+        return head.logits(hidden), compared
 
     def backward(
         self, student_logits: Tensor, *rest: Any, grads: Sequence[Tensor]

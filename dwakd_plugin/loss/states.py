@@ -52,6 +52,11 @@ class Head:
             grad = grad * (1 - (logits / self.softcap).square())
         return (grad if self.scale == 1.0 else grad * self.scale).to(self.weight.dtype)
 
+    def rows(self, first: int, last: int) -> Head:
+        """That of some tokens alone."""
+        bias = None if self.bias is None else self.bias[first:last]
+        return replace(self, weight=self.weight[first:last], bias=bias)
+
     def detached(self) -> Head:
         """The same head as a constant."""
         bias = None if self.bias is None else self.bias.detach()

@@ -54,6 +54,13 @@ def some(
     }
 
 
+class Given(Head):
+    """A head (V, C) of which the logits are given, whatever the states are."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.weight.T
+
+
 def compiled(
     arguments: Sequence[Tensor], grads: Sequence[Tensor] | None, mapping: Sequence[Any]
 ) -> Any:
@@ -61,7 +68,8 @@ def compiled(
     student_logits, teacher_logits, labels, read = arguments
     token_map, continuations, *comparing = mapping
     head = Head(student_logits.new_empty(student_logits.shape[1], 1))
-    target = compiled_target(teacher_logits, read, head, token_map, continuations)
+    states = teacher_logits[:, :0]
+    target = compiled_target(states, Given(teacher_logits.T), read, head, token_map, continuations)
     if grads is None:
         return compiled_statistics(student_logits, target, labels, read, *comparing)
     return compiled_gradients(student_logits, target, labels, read, *grads, *comparing)
@@ -154,3 +162,35 @@ def test_threads_and_layout_change_nothing() -> None:
     (tokens, grad), (other_tokens, other_grad) = results
     assert torch.equal(grad, other_grad)
     assert all(torch.equal(a, b) for a, b in zip(tokens, other_tokens, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parts_of_a_vocabulary_are_scaled_to_its_largest(dtype: torch.dtype) -> None:
+    """Where each part has larger logits than those before, and where each has smaller ones."""
+    case = some(12, 300, 2000, dtype)
+    slope = torch.linspace(-9, 9, 2000, dtype=torch.float64).to(dtype)
+    for shift in (slope, -slope, slope.roll(1000)):
+        student_logits, teacher_logits, *rest = case["arguments"]
+        shifted = dict(case, arguments=(student_logits, teacher_logits + shift, *rest))
+        expected, expected_grad = by_autograd(**shifted)
+        tokens, grad = compiled(**shifted)
+        for found, wanted in zip(tokens, expected, strict=True):
+            torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=TOLERANCE[dtype])
+
+
+def test_no_more_logits_of_the_teacher_are_made_at_once_than_the_student_has() -> None:
+    made = []
+
+    class Counted(Given):
+        def logits(self, hidden: Tensor) -> Tensor:
+            made.append(len(self.weight))
+            return super().logits(hidden)
+
+    for student, parts in ((300, 7), (700, 3), (5000, 1), (10, 8)):
+        (own, theirs, _, read), mapping = (
+            some(4, student, 2000, torch.float32)[key] for key in ("arguments", "mapping")
+        )
+        compiled_target(theirs[:, :0], Counted(theirs.T), read, Head(own.T), *mapping[:2])
+        assert len(made) == parts and sum(made) == 2000 and max(made) <= max(student, 256)
+        made.clear()

@@ -152,7 +152,8 @@ def _kernel(batch: Batch) -> Kernel:
 
 
 def compiled_target(
-    teacher_logits: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
     read: Tensor,
     student_head: Head,
     token_map: Tensor,
@@ -160,14 +161,19 @@ def compiled_target(
 ) -> tuple[Tensor, Tensor]:
     """p_map (C, Vs) at temperature 1, and whether the teacher says enough for it, (C,) bool.
 
-    Shapes as `mapped_statistics` has them, Vs being the rows of student_head.
+    Shapes as `mapped_statistics` has them, Vs being the rows of student_head and Vt those of
+    teacher_head, the head of teacher_hidden (C, D).
     """
     from dwakd_plugin.loss.terms import mapped_cpu  # numba, which a GPU has no need of
 
-    weight = student_head.weight
-    theirs = teacher_logits.to(torch.promote_types(weight.dtype, torch.float32))
+    dtype = torch.promote_types(student_head.weight.dtype, torch.float32)
+    rows = len(student_head.weight)
     target, foreseen = mapped_cpu.mapped_probabilities(
-        theirs, token_map, read, continuations, len(weight)
+        lambda first, last: teacher_head.rows(first, last).logits(teacher_hidden).to(dtype),
+        token_map,
+        read,
+        continuations,
+        teacher_hidden.new_empty(len(read), rows, dtype=dtype),
     )
     return target, (read == 0) | (foreseen >= LEAST_READ)
 

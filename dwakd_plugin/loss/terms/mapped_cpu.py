@@ -6,6 +6,9 @@ The references are `mapped.mapped_log_probs` and autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,33 +17,46 @@ from torch import Tensor
 from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.terms.rows_cpu import BLOCK, Array, array, by_rows, exponentials, jit
 
+FEWEST_LOGITS = 256  # of the teacher's tokens at once, however few the student has
 CE, MAPPED_CE, DIVERGENCE, ENTROPY, GATE, BEST = range(6)
 
 
 def mapped_probabilities(
-    teacher_logits: Tensor,
+    teacher_logits: Callable[[int, int], Tensor],
     token_map: Tensor,
     read: Tensor,
     continuations: ContinuationTable | None,
-    rows: int,
+    found: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """p_map over `rows` tokens of the student (C, Vs), and the mass that it is a share of (C,).
+    """p_map (C, Vs) in the place of `found`, and the mass that it is a share of (C,).
 
-    Shapes as `mapped.mapped_statistics` has them; in the dtype of teacher_logits, float32 or
-    float64. Sums over a student's token go in the order of the teacher's tokens.
+    `teacher_logits` makes those of the tokens from one to another, in found's dtype, float32 or
+    float64: as many at a time as the student has, since these are what comes next. What was summed
+    before is scaled down where a larger one is met. The other shapes as
+    `mapped.mapped_statistics` has them. Sums over a student's token go in the order of the
+    teacher's tokens.
     """
-    largest = teacher_logits.amax(-1)
-    found = teacher_logits.new_empty(len(teacher_logits), rows)
-    mass = torch.empty_like(largest)
+    rows, vocabulary = found.shape[1], len(token_map)
+    found.zero_()
+    largest = found.new_full((len(found),), -math.inf)
+    total = torch.zeros_like(largest)
     none = np.zeros(2, np.int64)
     behind = (none, none, none)
     if continuations is not None:
         tables = (continuations.starts, continuations.teacher_tokens, continuations.student_tokens)
         behind = tuple(map(array, tables))
     # Unsigned and half as wide: no place is counted from the end, and the map is read faster.
-    places = torch.where(token_map < 0, rows, token_map).to(torch.int32)
-    arrays = [array(teacher_logits), array(largest), array(places).view(np.uint32), array(read)]
-    by_rows(lambda a, b: _map(a, b, *arrays, *behind, found.numpy(), mass.numpy()), found)
+    places = array(token_map.clamp_min(0).to(torch.int32)).view(np.uint32)
+    known = array((token_map >= 0).to(found.dtype))
+    sums = [each.numpy() for each in (largest, total, found)]
+    parts = math.ceil(vocabulary / max(rows, FEWEST_LOGITS))
+    ends = [vocabulary * part // parts for part in range(parts + 1)]
+    for start, end in pairwise(ends):
+        logits = teacher_logits(start, end)
+        arrays = [array(logits), array(logits.amax(-1)), places[start:end], known[start:end]]
+        by_rows(partial(_map, *sums, *arrays, array(read), *behind, start), logits)
+    mass = torch.empty_like(total)
+    by_rows(partial(_share, total.numpy(), found.numpy(), mass.numpy()), found)
     return found, mass
 
 
@@ -72,49 +88,74 @@ def statistics_and_gradient(
 
 @jit
 def _map(
-    first: int,
-    last: int,
-    logits: Array,
     largest: Array,
+    total: Array,
+    found: Array,
+    logits: Array,
+    largest_now: Array,
     token_map: Array,
+    known: Array,
     read: Array,
     starts: Array,
     teacher_tokens: Array,
     student_tokens: Array,
-    found: Array,
-    mass: Array,
+    begin: int,
+    first: int,
+    last: int,
 ) -> None:
-    """Rows `first` to `last` of `mapped_probabilities`."""
+    """Adds the teacher's tokens from `begin` on to rows `first` to `last` of the sums.
+
+    A row's sums are of exp(logit − largest), over all tokens in `total`, by the student's in
+    `found`.
+    """
     real = logits.dtype.type
     log2e, zero = real(math.log2(math.e)), real(0)
     vocabulary, rows = logits.shape[1], found.shape[1]
     block = np.empty(BLOCK, logits.dtype)
-    sums = np.empty(rows + 1, logits.dtype)  # the last one of what the student has no token for
     for i in range(first, last):
-        row, top, total = logits[i], largest[i], zero
-        sums[:] = zero
+        row, sums = logits[i], found[i]
+        if not largest_now[i] <= largest[i]:
+            if begin > 0:
+                share = np.exp(largest[i] - largest_now[i])
+                total[i] *= share
+                for s in range(rows):
+                    sums[s] *= share
+            largest[i] = largest_now[i]
+        top, added = largest[i], zero
         for start in range(0, vocabulary, BLOCK):
             some, places = row[start : start + BLOCK], token_map[start : start + BLOCK]
+            kept = known[start : start + BLOCK]
             exponentials(some, top, log2e, block)
             part = zero
             for k in range(len(some)):
                 part += block[k]
-            total += part
+            added += part
             if read[i] == 0:
                 for k in range(len(some)):
+                    block[k] *= kept[k]
+                for k in range(len(some)):
                     sums[places[k]] += block[k]
+        total[i] += added
         if read[i] > 0:
             for entry in range(starts[read[i]], starts[read[i] + 1]):
-                token = teacher_tokens[entry]
-                exponentials(row[token : token + 1], top, log2e, block)
-                sums[student_tokens[entry]] += block[0]
+                token = teacher_tokens[entry] - begin
+                if 0 <= token < vocabulary:
+                    exponentials(row[token : token + 1], top, log2e, block)
+                    sums[student_tokens[entry]] += block[0]
+
+
+@jit
+def _share(total: Array, found: Array, mass: Array, first: int, last: int) -> None:
+    """Rows `first` to `last` of the sums as shares of what they add up to."""
+    zero = found.dtype.type(0)
+    for i in range(first, last):
         kept = zero
-        for s in range(rows):
-            kept += sums[s]
-        mass[i] = kept / total
-        share = real(1) / kept if kept != zero else zero
-        for s in range(rows):
-            found[i, s] = sums[s] * share
+        for s in range(found.shape[1]):
+            kept += found[i, s]
+        mass[i] = kept / total[i]
+        share = found.dtype.type(1) / kept if kept != zero else zero
+        for s in range(found.shape[1]):
+            found[i, s] *= share
 
 
 @jit
