@@ -8,11 +8,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import data_efficiency
+from benchmarks.gain import at_their_best
 from benchmarks.quality import answers, by_token, methods, report
 from benchmarks.quality.gold import gold_loss, use_gold
 from benchmarks.quality.gold_trainer import train_with_gold
@@ -369,3 +371,25 @@ def test_golds_own_trainer_learns_with_its_own_answers(tmp_path: Path) -> None:
     assert found["sampling_seconds"] > 0
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(weights.isfinite().all() for weights in after.values())
+
+
+def test_each_method_reads_rows_as_often_as_is_best_for_it() -> None:
+    def record(epochs: int, dev: dict[str, float]) -> dict[str, Any]:
+        trials = [
+            {"name": f"tune-{method}-{trial}", "dev_bits_per_byte": bits + trial}
+            for method, bits in dev.items()
+            for trial in range(2)
+        ]
+        groups = {method: {"bits_per_byte": {"dolly": [bits]}} for method, bits in dev.items()}
+        return {
+            "epochs": epochs,
+            "trials": trials,
+            "compared": {"methods": {"groups": groups}},
+        }
+
+    once = record(1, {"sft": 1.4, "mapped": 1.36, "dwakd": 1.41, "dwakdv2": 1.0})
+    again = record(3, {"sft": 1.43, "mapped": 1.3})
+    found, readings = at_their_best([once, again])
+    assert readings == {"sft": 1, "mapped": 3, "dwakd": 1, "dwakdv2": 1}
+    bits = {method: group["bits_per_byte"]["dolly"] for method, group in found.items()}
+    assert bits == {"sft": [1.4], "mapped": [1.3], "dwakd": [1.41], "dwakdv2": [1.0]}

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,13 +49,13 @@ def mapped_probabilities(
     # Unsigned and half as wide: no place is counted from the end, and the map is read faster.
     places = array(token_map.clamp_min(0).to(torch.int32)).view(np.uint32)
     known = array((token_map >= 0).to(found.dtype))
-    sums = [each.numpy() for each in (largest, total, found)]
+    sums: list[Any] = [each.numpy() for each in (largest, total, found)]
     parts = math.ceil(vocabulary / max(rows, FEWEST_LOGITS))
     ends = [vocabulary * part // parts for part in range(parts + 1)]
     for start, end in pairwise(ends):
         logits = teacher_logits(start, end)
-        arrays = [array(logits), array(logits.amax(-1)), places[start:end], known[start:end]]
-        by_rows(partial(_map, *sums, *arrays, array(read), *behind, start), logits)
+        tokens = array(logits.amax(-1)), places[start:end], known[start:end], array(read), *behind
+        by_rows(partial(_map, *sums, array(logits), *tokens, start), logits)
     mass = torch.empty_like(total)
     by_rows(partial(_share, total.numpy(), found.numpy(), mass.numpy()), found)
     return found, mass
