@@ -39,7 +39,9 @@ def moments(run: Parts) -> dict[str, dict[str, float]]:
     optimizer = run.optimizer()
     step = weights | {"optimizer": optimizer, "states that wait": run.waiting_states()}
     own = run.config.sampled_answers
-    by_vllm = own is not None and samples_with_vllm(own, run.card.kind, bits=run.student_bits)
+    by_vllm = own is not None and samples_with_vllm(
+        own, run.card.kind, run.recipe, bits=run.student_bits
+    )
     if own is not None and by_vllm:
         step |= {"own answers": own.vllm_memory * run.card.capacity}
     middle = step | {"gradients": before, "student activations": held}

@@ -9,6 +9,7 @@ logits, twice more as they are masked, and in float64 the scaled ones, probabili
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dwakd_plugin.models.vllm import is_installed
@@ -16,14 +17,20 @@ from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.train.own_sampling import AT_ONCE
 
+_NOT_WHOLE = ("peft_use_dora", "peft_trainable_token_indices")  # keys of axolotl's recipes
 DRAWING, SORTING = 3 * 4 + 3 * 8, 4 * 8  # bytes of a token's logit
 
 
-def samples_with_vllm(own: OwnAnswersConfig, kind: str, *, bits: int) -> bool:
+def samples_with_vllm(
+    own: OwnAnswersConfig, kind: str, recipe: Mapping[str, Any], *, bits: int
+) -> bool:
     """Whether vLLM has its share of a device of that kind; `bits` of a quantised student, else 0.
 
-    With `backend: auto` it is taken to be installed there where it is here."""
-    able = kind == "cuda" and not bits and is_installed()
+    With `backend: auto` it is taken to be installed there where it is here; a student that cannot
+    be handed to it (`models.whole_weights.why_not_whole`) is known by its recipe.
+    """
+    whole = not bits and not any(recipe.get(key) for key in _NOT_WHOLE)
+    able = kind == "cuda" and whole and is_installed()
     return own.backend == "vllm" or (own.backend == "auto" and able)
 
 

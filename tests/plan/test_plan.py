@@ -26,10 +26,12 @@ from dwakd_plugin.models.projectors import Projectors
 from dwakd_plugin.plan import Card, Lengths, card, largest_micro_batch, plan, suggestions
 from dwakd_plugin.plan.cards import CPU_IMPORTS, GIB
 from dwakd_plugin.plan.moments import FILLING, TEACHER, moments
+from dwakd_plugin.plan.own_answers import samples_with_vllm
 from dwakd_plugin.plan.parts import Parts
 from dwakd_plugin.plan.peak import Plan
 from dwakd_plugin.plan.step_time import seconds_per_step
 from dwakd_plugin.recipe import Recipe as ReadRecipe
+from dwakd_plugin.recipe.blocks import OwnAnswersConfig
 from dwakd_plugin.recipe.schema import parse_recipe
 from dwakd_plugin.train.trainer import DWAKDTrainer
 from tests.conftest import ROOT
@@ -286,6 +288,18 @@ def test_vllm_has_its_share_of_the_card_throughout(pair: dict[str, Any]) -> None
     steps = [parts for parts in found.values() if "optimizer" in parts]
     assert len(steps) > 4 and not [name for name in found if "sampling" in name]
     assert {parts["own answers"] for parts in steps} == {0.25 * card("24GB").capacity}
+
+
+def test_a_student_that_vllm_is_not_handed_leaves_it_no_share(
+    pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dwakd_plugin.plan.own_answers.is_installed", lambda: True)
+    own = OwnAnswersConfig(backend="auto")
+    assert samples_with_vllm(own, "cuda", pair, bits=0)
+    assert not samples_with_vllm(own, "cpu", pair, bits=0)
+    assert not samples_with_vllm(own, "cuda", pair, bits=4)
+    assert not samples_with_vllm(own, "cuda", pair | {"peft_use_dora": True}, bits=0)
+    assert not samples_with_vllm(own, "cuda", pair | {"peft_trainable_token_indices": [1]}, bits=0)
 
 
 def test_a_cache_leaves_the_teacher_loaded_for_own_answers(pair: dict[str, Any]) -> None:
