@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dwakd_plugin.loss import ContinuationTable, Head
+from dwakd_plugin.loss.terms import mapped_cpu
 from dwakd_plugin.loss.terms.mapped import (
     COMPILED,
     StudentStatistics,
@@ -164,12 +165,16 @@ def test_threads_and_layout_change_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(tokens, other_tokens, strict=True))
 
 
+@pytest.mark.parametrize("at_once", [12 * 9000, 12 * 300, 12, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_parts_of_a_vocabulary_are_scaled_to_its_largest(dtype: torch.dtype) -> None:
+def test_parts_of_a_vocabulary_are_scaled_to_its_largest(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where each part has larger logits than those before, and where each has smaller ones."""
-    case = some(12, 300, 2000, dtype)
-    slope = torch.linspace(-9, 9, 2000, dtype=torch.float64).to(dtype)
-    for shift in (slope, -slope, slope.roll(1000)):
+    monkeypatch.setattr(mapped_cpu, "LOGITS_AT_ONCE", at_once)
+    case = some(12, 300, 600, dtype)
+    slope = torch.linspace(-9, 9, 600, dtype=torch.float64).to(dtype)
+    for shift in (slope, -slope, slope.roll(300)):
         student_logits, teacher_logits, *rest = case["arguments"]
         shifted = dict(case, arguments=(student_logits, teacher_logits + shift, *rest))
         expected, expected_grad = by_autograd(**shifted)
@@ -179,18 +184,21 @@ def test_parts_of_a_vocabulary_are_scaled_to_its_largest(dtype: torch.dtype) -> 
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=TOLERANCE[dtype])
 
 
-def test_no_more_logits_of_the_teacher_are_made_at_once_than_the_student_has() -> None:
+@pytest.mark.parametrize(("at_once", "parts"), [(8001, 1), (4000, 2), (1000, 8), (3, 2000)])
+def test_the_teachers_logits_are_made_in_parts_that_are_not_small(
+    at_once: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
 
     class Counted(Given):
         def logits(self, hidden: Tensor) -> Tensor:
-            made.append(len(self.weight))
+            made.append(self.weight.numel())
             return super().logits(hidden)
 
-    for student, parts in ((300, 7), (700, 3), (5000, 1), (10, 8)):
-        (own, theirs, _, read), mapping = (
-            some(4, student, 2000, torch.float32)[key] for key in ("arguments", "mapping")
-        )
-        compiled_target(theirs[:, :0], Counted(theirs.T), read, Head(own.T), *mapping[:2])
-        assert len(made) == parts and sum(made) == 2000 and max(made) <= max(student, 256)
-        made.clear()
+    monkeypatch.setattr(mapped_cpu, "LOGITS_AT_ONCE", at_once)
+    case = some(4, 300, 2000, torch.float32)
+    own, theirs, _, read = case["arguments"]
+    target = Counted(theirs.T), read, Head(own.T), *case["mapping"][:2]
+    compiled_target(theirs[:, :0], *target)
+    assert len(made) == parts and sum(made) == theirs.numel()
+    assert parts == 1 or min(made) >= at_once

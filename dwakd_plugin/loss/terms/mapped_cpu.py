@@ -18,7 +18,9 @@ from torch import Tensor
 from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.terms.rows_cpu import BLOCK, Array, array, by_rows, exponentials, jit
 
-FEWEST_LOGITS = 256  # of the teacher's tokens at once, however few the student has
+# Of the teacher, no fewer where there are more: in float32 32 MiB. Smaller ones stay on malloc's
+# heap when it is let go, which then grows.
+LOGITS_AT_ONCE = 2**23
 CE, MAPPED_CE, DIVERGENCE, ENTROPY, GATE, BEST = range(6)
 
 
@@ -32,12 +34,11 @@ def mapped_probabilities(
     """p_map (C, Vs) in the place of `found`, and the mass that it is a share of (C,).
 
     `teacher_logits` makes those of the tokens from one to another, in found's dtype, float32 or
-    float64: as many at a time as the student has, since these are what comes next. What was summed
-    before is scaled down where a larger one is met. The other shapes as
-    `mapped.mapped_statistics` has them. Sums over a student's token go in the order of the
-    teacher's tokens.
+    float64: of a part of the vocabulary at a time. What was summed before is scaled down where a
+    larger one is met. The other shapes as `mapped.mapped_statistics` has them. Sums over a
+    student's token go in the order of the teacher's tokens.
     """
-    rows, vocabulary = found.shape[1], len(token_map)
+    vocabulary = len(token_map)
     found.zero_()
     largest = found.new_full((len(found),), -math.inf)
     total = torch.zeros_like(largest)
@@ -50,12 +51,13 @@ def mapped_probabilities(
     places = array(token_map.clamp_min(0).to(torch.int32)).view(np.uint32)
     known = array((token_map >= 0).to(found.dtype))
     sums: list[Any] = [each.numpy() for each in (largest, total, found)]
-    parts = math.ceil(vocabulary / max(rows, FEWEST_LOGITS))
+    parts = min(max(1, len(found) * vocabulary // LOGITS_AT_ONCE), vocabulary)
     ends = [vocabulary * part // parts for part in range(parts + 1)]
     for start, end in pairwise(ends):
         logits = teacher_logits(start, end)
         tokens = array(logits.amax(-1)), places[start:end], known[start:end], array(read), *behind
         by_rows(partial(_map, *sums, array(logits), *tokens, start), logits)
+        del logits  # before more of their size are made
     mass = torch.empty_like(total)
     by_rows(partial(_share, total.numpy(), found.numpy(), mass.numpy()), found)
     return found, mass
