@@ -54,8 +54,9 @@ def main() -> None:
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """The records of a student, by how often rows are read."""
-    files = [RESULTS / f"{name}{ending}.json" for ending in READINGS]
+    """The records of a student, by how often rows are read; the first is always there."""
+    first, *others = (RESULTS / f"{name}{ending}.json" for ending in READINGS)
+    files = [first, *(file for file in others if file.is_file())]
     return [json.loads(file.read_text(encoding="utf-8"))["results"] for file in files]
 
 
