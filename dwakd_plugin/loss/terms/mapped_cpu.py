@@ -19,7 +19,7 @@ from dwakd_plugin.loss.states import ContinuationTable
 from dwakd_plugin.loss.terms.rows_cpu import BLOCK, Array, array, by_rows, exponentials, jit
 
 # Of the teacher, no fewer where there are more: in float32 32 MiB. Smaller ones stay on malloc's
-# heap when it is let go, which then grows.
+# heap when they are let go, which then grows.
 LOGITS_AT_ONCE = 2**23
 CE, MAPPED_CE, DIVERGENCE, ENTROPY, GATE, BEST = range(6)
 
