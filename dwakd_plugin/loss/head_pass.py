@@ -68,8 +68,8 @@ class Kernel:
                     in one go; then `statistics` need no graph. None: by autograd
     beforehand      (other states (C, D), other head, targets, the student's head) → what all of
                     these are given instead of other_logits. It is made before student_logits are,
-                    and from a part of the vocabulary at a time: other_logits never lie side by side
-                    with them, nor as a whole. None: other_logits themselves
+                    so that other_logits never lie beside them; it may make these in parts. None:
+                    other_logits themselves. Without another head it is not asked
     alone           whether nothing is compared: other_logits are (C, 0) then
     """
 

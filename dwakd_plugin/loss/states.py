@@ -53,7 +53,7 @@ class Head:
         return (grad if self.scale == 1.0 else grad * self.scale).to(self.weight.dtype)
 
     def rows(self, first: int, last: int) -> Head:
-        """That of some tokens alone."""
+        """The head of the tokens `first` to `last` alone, a view: (last − first, d)."""
         bias = None if self.bias is None else self.bias[first:last]
         return replace(self, weight=self.weight[first:last], bias=bias)
 
