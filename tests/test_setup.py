@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KNOWN = sorted(int(file.stem[3:]) for file in (ROOT / "constraints").glob("py3*.txt"))
-TOOLS = ["bash", "env", "dirname", "sed", "sort", "awk", "df", "touch", "mkdir", "cp", "rm"]
+TOOLS = ["bash", "env", "dirname", "sed", "sort", "awk", "touch", "mkdir", "cp", "rm"]
 
 # Answers for Python, venv and pip; fails with $TROUBLE where its arguments hold $FAILS_AT.
 FAKE = """#!/usr/bin/env bash
@@ -45,7 +45,16 @@ def here(tmp_path: Path) -> Path:
         found = shutil.which(tool)
         assert found is not None, tool
         (tmp_path / "bin" / tool).symlink_to(found)
+    free(tmp_path, gigabytes=50)
     return tmp_path
+
+
+def free(here: Path, *, gigabytes: int) -> None:
+    """The room that the set-up sees: these tests hold on a disk that is nearly full, too."""
+    df = here / "bin" / "df"
+    df.unlink(missing_ok=True)
+    df.write_text(f"#!/usr/bin/env bash\necho Filesystem\necho a 1 1 {gigabytes}000000 1% /\n")
+    df.chmod(0o755)
 
 
 def python(here: Path, version: str, name: str | None = None) -> Path:
@@ -172,10 +181,7 @@ def test_a_python_without_venv(here: Path) -> None:
 
 def test_too_little_room_is_said_before_anything_is_downloaded(here: Path) -> None:
     python(here, f"3.{KNOWN[0]}")
-    df = here / "bin" / "df"
-    df.unlink()
-    df.write_text("#!/usr/bin/env bash\necho Filesystem\necho a 1 1 3000000 1% /\n")
-    df.chmod(0o755)
+    free(here, gigabytes=3)
     run = set_up(here)
     assert run.returncode == 1
     assert "stopped at step 3 of 5 (torch): there is too little room" in run.stderr
