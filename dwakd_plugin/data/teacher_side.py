@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,15 @@ from dwakd_plugin.tokenizers.loading import load_tokenizer
 _PROBE = (
     {"role": "user", "content": "Zq7Question"},
     {"role": "assistant", "content": "Zq7Answer"},
+)
+# What a message may have beside role and content.
+_MESSAGE_FIELDS = (
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
 )
 
 
@@ -151,18 +161,20 @@ def teacher_recipe(
     return own
 
 
-def reasoning_mapping(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a data set's settings what gives its template the reasoning under the name asked for.
+def message_mapping(dataset: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """Of a data set's settings what gives its chat template all that it reads of a message.
 
-    axolotl's prompter leaves `field_thinking` and `template_thinking_key` aside where there is a
-    mapping of properties, and its schema makes one of role and content where the recipe has none.
+    Beside role and content axolotl hands on what a template reads of a variable called `message`:
+    `msg.tool_calls` would be left out, silently. And it leaves `field_thinking` and
+    `template_thinking_key` aside where there is a mapping of properties, of which its schema makes
+    one where the recipe has none.
     """
+    own = {name: name for name in _MESSAGE_FIELDS if re.search(rf"\b{name}\b", template)}
     field, key = dataset.get("field_thinking"), dataset.get("template_thinking_key")
-    if not field and not key:
-        return {}
+    if field or key:
+        own[key or "reasoning_content"] = field or "reasoning_content"
     mapped = dataset.get("message_property_mappings") or {"role": "role", "content": "content"}
-    own = {key or "reasoning_content": field or "reasoning_content"}
-    return {"message_property_mappings": {**own, **mapped}}
+    return {"message_property_mappings": {**own, **mapped}} if own else {}
 
 
 def renders_chats(cfg: DictDefault) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dwakd_plugin.data.answers import AnswerReader
 from dwakd_plugin.data.dual_strategy import DualStrategy
-from dwakd_plugin.data.teacher_side import default_template, reasoning_mapping
+from dwakd_plugin.data.teacher_side import default_template, message_mapping
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.recipe.schema import DWAKDConfig
 from dwakd_plugin.tokenizers.alignment import TokenAligner
@@ -152,16 +152,14 @@ def templates(
             student.chat_template_jinja = default_template(
                 student_tokenizer.chat_template, "The student's tokenizer", "chat_template_jinja"
             )
+        students = get_chat_template_from_config(cfg, student, student_tokenizer)
         # A teacher without a chat template of its own renders the student's.
         teacher.chat_template = "jinja"
-        teacher.chat_template_jinja = (
-            teacher_cfg.chat_template_jinja
-            or get_chat_template_from_config(cfg, student, student_tokenizer)
-        )
+        teacher.chat_template_jinja = teacher_cfg.chat_template_jinja or students
         if config.teacher.thinking_key is not None:
             teacher.template_thinking_key = config.teacher.thinking_key
-        for side in (student, teacher):
-            side.update(reasoning_mapping(side))
+        student.update(message_mapping(student, students))
+        teacher.update(message_mapping(teacher, teacher.chat_template_jinja))
     return student, teacher
 
 

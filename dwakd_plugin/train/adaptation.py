@@ -21,7 +21,7 @@ from torch import Tensor
 from dwakd_plugin.data.fingerprint import local_files
 from dwakd_plugin.data.teacher_side import (
     load_teacher_tokenizer,
-    reasoning_mapping,
+    message_mapping,
     renders_chats,
     teacher_recipe,
 )
@@ -123,7 +123,10 @@ def adaptation(
         }
         for name in ("datasets", "test_datasets"):
             if name in keys:
-                keys[name] = [_in_its_template(each, teacher.thinking_key) for each in keys[name]]
+                keys[name] = [
+                    _in_its_template(each, keys["chat_template_jinja"], teacher.thinking_key)
+                    for each in keys[name]
+                ]
     if not keys.get("test_datasets") and not keys.get("val_set_size"):
         keys["val_set_size"] = HELD_OUT
     keys |= {
@@ -168,11 +171,13 @@ def _students_template(recipe: Recipe, cfg: DictDefault) -> str:
     return template
 
 
-def _in_its_template(dataset: dict[str, Any], thinking_key: str | None) -> dict[str, Any]:
+def _in_its_template(
+    dataset: dict[str, Any], template: str, thinking_key: str | None
+) -> dict[str, Any]:
     kept = {key: value for key, value in dataset.items() if not key.startswith("chat_template")}
     if thinking_key is not None:
         kept["template_thinking_key"] = thinking_key
-    return kept | reasoning_mapping(kept)
+    return kept | message_mapping(kept, template)
 
 
 def fingerprint(keys: dict[str, Any]) -> str:

@@ -346,6 +346,33 @@ def test_each_side_is_given_the_reasoning_under_its_own_name(
         assert text.startswith("add themFour.")
 
 
+@pytest.mark.parametrize("variable", ["message", "m", "turn"])
+def test_a_template_is_given_what_it_reads_by_whatever_name_its_loop_has(
+    variable: str, chats: Callable[..., dict[str, Any]], prepare: Prepare
+) -> None:
+    """As GLM-4.5's (`for m in messages`) and axolotl's own `command_a_tool_use` (`msg`)."""
+    template = CHAT_TEMPLATE.replace(
+        "{{ message.content",
+        "{{ message.reasoning_content }}{{ message.name }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+        "{{ message.content",
+    ).replace("message.", f"{variable}.")
+    template = template.replace("for message in messages", f"for {variable} in messages")
+    row = chat("Two and two?", "Four.")
+    row["messages"][1] |= {
+        "reasoning_content": "Hm. ",
+        "name": "Ada ",
+        "tool_calls": [{"type": "function", "function": {"name": "add ", "arguments": {}}}],
+    }
+    settings = chats([row] * 2, {"teacher": {"chat_template": template}})
+    settings["datasets"][0] |= {"chat_template": "jinja", "chat_template_jinja": template}
+    datasets, report = prepare(settings)
+    assert report.answers == {SAME: 2} and not report.unread
+    ids = datasets.train_dataset[0]["input_ids"]
+    text = AutoTokenizer.from_pretrained(settings["base_model"]).decode(ids)
+    assert "Hm. Ada add Four." in text
+
+
 def test_an_answer_that_quotes_the_end_of_a_reasoning_is_not_torn_unnoticed(
     chats: Callable[..., dict[str, Any]], prepare: Prepare
 ) -> None:
