@@ -36,7 +36,7 @@ def fingerprint(cfg: DictDefault, sides: list[TeacherSide]) -> str:
 def _fingerprint_of(cfg: DictDefault, side: TeacherSide) -> str:
     config, own, tokenizer = side.config, side.recipe, side.tokenizer
     content = _identity(tokenizer) | {
-        "columns": "teacher_input_ids, teacher_labels, source_row; answers, all of messages, unread parts",
+        "columns": "teacher_input_ids, teacher_labels, source_row; answers, unread; all fields",
         "chat_template": own.chat_template_jinja,
         "eot_tokens": own.eot_tokens,
         "sequence_len": own.sequence_len,

@@ -350,7 +350,7 @@ def test_each_side_is_given_the_reasoning_under_its_own_name(
 def test_a_template_is_given_what_it_reads_by_whatever_name_its_loop_has(
     variable: str, chats: Callable[..., dict[str, Any]], prepare: Prepare
 ) -> None:
-    """As GLM-4.5's (`for m in messages`) and axolotl's own `command_a_tool_use` (`msg`)."""
+    """GLM-4.5's says `for m in messages`; axolotl hands on to a variable called `message` alone."""
     template = CHAT_TEMPLATE.replace(
         "{{ message.content",
         "{{ message.reasoning_content }}{{ message.name }}"
