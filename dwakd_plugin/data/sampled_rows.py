@@ -75,9 +75,9 @@ def rows_of(batch: dict[str, Tensor]) -> list[Row]:
 
 
 def answer_begins(labels: Sequence[int]) -> int | None:
-    """Where the last run of labels begins; None where there is none behind the first token."""
-    begin, end = last_answer(labels)
-    return max(begin, 1) if end > 1 else None
+    """Where the last run of labels begins; None where there is none, or no prompt before it."""
+    begin, _ = last_answer(labels)
+    return begin or None
 
 
 def end_of(ids: Sequence[int], labels: Sequence[int], special: frozenset[int]) -> int | None:
@@ -108,8 +108,10 @@ def answered(
     assert begin is not None
     assert other_begin is not None
     said = text.text(sample[:-1] if ended else sample)
-    prompt = row.teacher_ids[:other_begin]
-    answer = None if said is None else text.behind(prompt, said)
+    if said is None:
+        return None
+    prompt, given = row.teacher_ids[:other_begin], row.teacher_ids[other_begin:]
+    answer = text.behind(prompt, text.spaced_as(said, row.student_ids[begin:], given))
     if answer is None:
         return None
     if ended:

@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from dwakd_plugin.errors import UserError
+
+
+class NaNLogits(UserError):
+    """A model that answers has NaN for a next token."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,7 +55,9 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> T
     total = cumulative[:, -1]
     below = torch.nextafter(total, torch.zeros_like(total))
     targets = torch.minimum(numbers * total, below)
-    return torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
+    found = torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
+    # NaN is larger than all. A token is one of the vocabulary's all the same: see `NaNLogits`.
+    return found.clamp(max=logits.shape[-1] - 1)
 
 
 class Sample(NamedTuple):
@@ -71,12 +79,14 @@ class _Drawn(LogitsProcessor):
         self.step = 0
         self.scored = scored
         self.log_probabilities: list[Tensor] = []  # (B,) of each step
+        self.nan = torch.tensor(False, device=numbers.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         sampling = self.sampling
         numbers = self.numbers[:, self.step].to(scores.device)
         drawn = draw(scores, numbers, sampling.temperature, sampling.top_p)
         self.step += 1
+        self.nan = self.nan.to(scores.device) | scores.isnan().any()
         places = drawn.unsqueeze(-1)
         if self.scored:
             own = scores.float().log_softmax(-1).gather(-1, places)
@@ -97,6 +107,8 @@ def with_transformers(
     scored: bool = False,
 ) -> Generator:
     """Generates a batch at once, prompts padded on the left; new tokens up to the first stop.
+
+    Raises NaNLogits.
 
     `device` takes the tokens, by default the model's own; `scored` asks for log-probabilities.
     """
@@ -121,6 +133,11 @@ def with_transformers(
             eos_token_id=list(stop),
             pad_token_id=stop[0],
         )
+        if drawn.nan:
+            raise NaNLogits(
+                "A model's logits of the next token are NaN, so it cannot answer. Check its "
+                "weights (a download that broke off, a run that diverged), or try another dtype."
+            )
         samples = [up_to_stop(new, stop) for new in output[:, width:].tolist()]
         if not scored:
             return [Sample(new) for new in samples]

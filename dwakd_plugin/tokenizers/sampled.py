@@ -36,8 +36,8 @@ class SampledText:
         """What sampled tokens say, without the one that ends them.
 
         None where they aren't text: bytes of no character, a special token, or a row of the head
-        that no token has. A character that the sample's end cuts off is left out, and so is the
-        space that SentencePiece puts before a text.
+        that no token has. A character that the sample's end cuts off is left out. The space that
+        SentencePiece puts before a text is in it.
         """
         pieces = self._student.pieces
         if any(token in self.student_special or token not in pieces for token in sample):
@@ -49,7 +49,21 @@ class SampledText:
             if error.reason != "unexpected end of data":
                 return None
             text = data[: error.start].decode()
-        return text if self._student.byte_level else text.removeprefix(" ")
+        return text
+
+    def spaced_as(self, text: str, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> str:
+        """What the student said, with the space that the teacher's side of the given answer begins
+        with and the student's doesn't, or without the one that only the student's begins with.
+
+        SentencePiece puts one before a text, and not where it is tokenised with what comes before.
+        """
+        ours, theirs = (
+            cutter.pieces.get(next(iter(ids), -1), b"").startswith(b" ")
+            for cutter, ids in ((self._student, student_ids), (self._teacher, teacher_ids))
+        )
+        if theirs and not ours and text:
+            return f" {text}"
+        return text.removeprefix(" ") if ours and not theirs else text
 
     def behind(self, prompt: Sequence[int], text: str) -> list[int] | None:
         """The teacher's tokens of a text behind its prompt; None where it reads a special token in
@@ -60,11 +74,25 @@ class SampledText:
         last = takewhile(lambda token: token not in added, reversed(prompt[-_TAIL:]))
         tail = b"".join(reversed([pieces.get(token, b"") for token in last]))
         before = tail.decode(errors="ignore")  # which may begin within a character
-        (cut,) = self._teacher.cut([before + text])
-        ids = ids_behind(cut, len(before.encode())) if isinstance(cut, Cut) else []
-        if not ids:
-            ids = self._teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # A space that the text begins with may be the one that SentencePiece puts there itself.
+        ways = [
+            self._cut_behind(context, said)
+            for context in (before, "")
+            for said in dict.fromkeys((text, text.removeprefix(" ")))
+            if said
+        ]
+        data = text.encode()
+        exact = (ids for ids in ways if b"".join(pieces[token] for token in ids) == data)
+        ids = next(exact, None) or next(filter(None, ways), [])
         return None if self.teacher_special.intersection(ids) else ids
+
+    def _cut_behind(self, before: str, text: str) -> list[int]:
+        """The teacher's tokens of `text` in a text that begins with `before`; none where no token
+        begins there."""
+        if not before:
+            return self._teacher.ids([text])[0]
+        (cut,) = self._teacher.cut([before + text])
+        return ids_behind(cut, len(before.encode())) if isinstance(cut, Cut) else []
 
     def pairs(self, sample: Sequence[int], teacher_ids: Sequence[int]) -> Pairs:
         """(student, teacher) places of tokens before which both have read the same bytes: what

@@ -90,7 +90,7 @@ def explain_non_finite(
     if sharded:
         return "one of " + ", ".join(map(rows.locate, inputs[SOURCE_COLUMN].tolist()))
     if (parameter := non_finite_parameter(student)) is not None:
-        return f"{parameter} is not finite (before the first step: as it was loaded)"
+        return f"{parameter} is not finite: the last step made it so, or it was loaded so"
     batch, own = split_batch(inputs)
     states = student_states(student, batch, **own)
     sides, taught_by = sides_of(distillation, batch, states), batch.get(TAUGHT_BY)

@@ -276,8 +276,14 @@ def check_own_answers(cfg: Any, config: DWAKDConfig, trainer: Any) -> None:
             return
     if shortest is None:
         raise UserError(
-            "dwakd.own_answers: no row has an answer on both sides, so there is nothing to sample "
-            "in its place. `dwakd train --dry-run` says what became of the rows."
+            "dwakd.own_answers: no row has a prompt and an answer on both sides, so there is "
+            "nothing to sample. "
+            + (
+                "With train_on_inputs all of a row is learnt, and nothing is left to be asked: "
+                "remove it, or dwakd.own_answers."
+                if cfg.train_on_inputs
+                else "`dwakd train --dry-run` says what became of the rows."
+            )
         )
     raise UserError(
         f"dwakd.own_answers.max_new_tokens is {own.max_new_tokens}, and sequence_len is "

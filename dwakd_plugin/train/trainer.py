@@ -28,6 +28,7 @@ from dwakd_plugin.loss import LossTerms, ResponseStates, dwakd_loss, variant_of
 from dwakd_plugin.models.batches import teacher_columns
 from dwakd_plugin.models.causal_lm import body, causal_lm
 from dwakd_plugin.models.out_of_memory import explain_out_of_memory
+from dwakd_plugin.models.sampling import NaNLogits
 from dwakd_plugin.models.student import student_states
 from dwakd_plugin.recipe.schema import LossConfig
 from dwakd_plugin.train.callbacks import HealthReport, StopWhenAsked
@@ -155,8 +156,13 @@ class DWAKDTrainer(AxolotlTrainer, ServedRows, DistillationLog):
         own = None if self.distillation is None else self.distillation.own_answers
         if own is None:
             return batches, count
-        with self.accelerator.autocast():
-            batches = own.put_into(batches, self.state.global_step, self.model)
+        try:
+            with self.accelerator.autocast():
+                batches = own.put_into(batches, self.state.global_step, self.model)
+        except NaNLogits as error:
+            parameter, step = non_finite_parameter(self.model), self.state.global_step
+            found = f"{parameter} is not finite after step {step}" if parameter else error
+            raise NonFiniteLoss(f"{found}\n{how_to_go_on(self.args.output_dir)}") from error
         return batches, self._get_num_items_in_batch(batches, self.args.device)
 
     def compute_loss(

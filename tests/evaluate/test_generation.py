@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dwakd_plugin.errors import UserError
 from dwakd_plugin.evaluate import generation
 from dwakd_plugin.evaluate.generation import batches, respond
 from dwakd_plugin.evaluate.responses import ResponseStore
 from dwakd_plugin.evaluate.rows import Encoded
-from dwakd_plugin.models.sampling import Sampling, draw, uniforms, with_transformers
+from dwakd_plugin.models.sampling import NaNLogits, Sampling, draw, uniforms, with_transformers
 
 IDENTITY = {"weights": "abc", "temperature": 1.0}
 
@@ -35,6 +36,16 @@ def test_tokens_are_drawn_as_likely_as_they_are() -> None:
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(2, -1), edges, 1.0, 1.0).tolist() == [0, 4]
     assert draw(logits, edges[1:], 0.0, 1.0).tolist() == [0]
+
+
+def test_a_model_whose_logits_are_nan_does_not_answer(lab: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(lab / "student")
+    generate = with_transformers(model, Sampling(), [0])
+    assert generate([[5, 6]], [(1, 2)], 3)[0].tokens
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(NaNLogits, match="NaN, so it cannot answer"):
+        generate([[5, 6]], [(1, 2)], 3)
 
 
 def test_numbers_depend_on_seed_and_row_and_not_on_how_many_are_asked_for() -> None:

@@ -141,6 +141,28 @@ def test_a_value_that_is_not_finite_is_seen_in_its_row_alone(value: float, side:
     assert tokens.divergence[[0, 1, 3, 4, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("at_once", [5 * 2000, 5 * 50, 1])
+@pytest.mark.parametrize("divergence", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_token_that_the_teacher_leaves_out(
+    dtype: torch.dtype, divergence: Divergence, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logit of −∞ is a probability of 0, in whole parts of the vocabulary, too."""
+    monkeypatch.setattr(mapped_cpu, "LOGITS_AT_ONCE", at_once)
+    case = some(5, 300, 2000, dtype, divergence=divergence)
+    case["arguments"][3].fill_(0)
+    teacher_logits = case["arguments"][1]
+    teacher_logits[:, 30:500] = -math.inf
+    teacher_logits[1, :900] = -math.inf
+    teacher_logits[2, 60:] = -math.inf
+    expected, expected_grad = by_autograd(**case)
+    tokens, grad = compiled(**case)
+    assert grad.isfinite().all()
+    for found, wanted in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=TOLERANCE[dtype])
+
+
 def test_threads_and_layout_change_nothing() -> None:
     case = some(64, 512, 20_000, torch.float32)
     results, threads = [], torch.get_num_threads()

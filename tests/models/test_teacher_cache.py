@@ -59,6 +59,7 @@ def test_rows_come_back_as_they_were_written(cache: TeacherCache) -> None:
     assert row_key(IDS, LABELS) in cache
     other_labels = torch.tensor([-100, 6, 7, 8])  # other response positions are another row
     assert row_key(IDS, other_labels) not in cache
+    assert row_key(IDS, torch.tensor([5, -100, 7, 8])) in cache  # nothing predicts the first token
     with pytest.raises(UserError, match="lacks a row"):
         cache.read(IDS, other_labels)
     assert cache.read(IDS, torch.full_like(IDS, -100)).shape == (0, 4)

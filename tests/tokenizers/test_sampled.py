@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from dwakd_plugin.data.sampled_rows import Row, answer_begins, answered
+from dwakd_plugin.tokenizers.alignment import TokenAligner
 from dwakd_plugin.tokenizers.pair import ByteCutter, vocabulary_bytes
 from dwakd_plugin.tokenizers.sampled import SampledText
 from tests.conftest import SHARED
@@ -47,8 +49,8 @@ def check_pair(student: str, teacher: str, samples: int) -> None:
         text = whole[begin : begin + draw.randint(1, 160)]
         sample = sampled(text.encode(), vocabulary, draw)
         said = text_of.text(sample)
-        spaceless = text.removeprefix(" ") if "<0x0A>" in student_tokenizer.get_vocab() else text
-        assert said == spaceless.replace("▁", " ")
+        folds = "<0x0A>" in student_tokenizer.get_vocab()
+        assert said == (text.replace("▁", " ") if folds else text)
         theirs = text_of.behind(prompt, said)
         assert theirs is not None
         ends = [student_tokenizer.eos_token_id], [teacher_tokenizer.eos_token_id]
@@ -86,3 +88,35 @@ def test_each_byte_once_on_both_sides(student: str, teacher: str) -> None:
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_each_byte_once_on_2000_samples(student: str, teacher: str) -> None:
     check_pair(student, teacher, 2000)
+
+
+@needs_real
+@pytest.mark.parametrize("student", ["gpt2", "tinyllama", "qwen1.5"])
+@pytest.mark.parametrize("teacher", ["gpt2", "tinyllama", "mistral-v0.1"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_given_answer_is_read_as_it_was_given(student: str, teacher: str, apart: bool) -> None:
+    """Whether a row's answer is tokenised by itself (`alpaca`) or with its prompt (`[/INST] `)."""
+    rows = []
+    for name in (student, teacher):
+        tokenizer = load(name)
+        prompt = tokenizer("[INST] Why? [/INST]" if not apart else "Why?\n")["input_ids"]
+        if apart:
+            ids = prompt + tokenizer("Because it is.", add_special_tokens=False)["input_ids"]
+        else:
+            ids = tokenizer("[INST] Why? [/INST] Because it is.")["input_ids"]
+        assert ids[: len(prompt)] == prompt
+        end = tokenizer.eos_token_id
+        rows += [[*ids, end], [-100] * len(prompt) + [*ids[len(prompt) :], end]]
+    row = Row(*rows, source=0)
+    begin, other = answer_begins(row.student_labels), answer_begins(row.teacher_labels)
+    ends = {row.teacher_ids[-1]: row.student_ids[-1]}
+    text = SampledText(load(student), load(teacher), ends)
+    own = answered(row, row.student_ids[begin:], True, text, row.teacher_ids[-1], 256)
+    assert own is not None
+    assert (own.student_ids, own.teacher_ids) == (row.student_ids, row.teacher_ids)
+    aligner = TokenAligner(load(student), load(teacher), whole=False, ends=ends)
+    pairs = aligner.pairs(*rows)
+    assert begin is not None and other is not None and pairs
+    learnt = [own.student_labels, own.teacher_labels]
+    places = [[i for i, label in enumerate(labels) if label != -100] for labels in learnt]
+    assert [(i - begin, j - other) for i, j in zip(*places, strict=True)] == pairs

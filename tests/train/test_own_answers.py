@@ -85,6 +85,17 @@ def test_every_row_may_be_the_students_own(recipe: Recipe, train: Train) -> None
             assert line["loss"] > 0 and line["grad_norm"] > 0
 
 
+@pytest.mark.slow
+def test_a_student_that_diverges_ends_the_run_by_name(
+    recipe: Recipe, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = recipe({"own_answers": OWN | {"share": 1.0}}, learning_rate=1e35, save_steps=50)
+    with pytest.raises(SystemExit):
+        train(keys)
+    assert "is not finite after step 2" in caplog.text
+    assert "Lower learning_rate" in caplog.text
+
+
 # Two models of one tokenizer ------------------------------------------------------------------
 
 
@@ -205,7 +216,8 @@ def test_the_last_turn_is_answered_and_ends_as_it_did() -> None:
     assert end_of(ids, labels, special) == 91
     assert end_of(ids, labels, frozenset()) is None
     assert answer_begins([5, -100]) is None  # nothing predicts a row's first token
-    assert answer_begins([5, 5]) == 1
+    assert answer_begins([5, 5]) is None  # all of it is learnt: nothing is asked
+    assert answer_begins([5, -100, 5]) == 2
 
 
 def test_answers_that_are_no_text_keep_the_given_one(pair: Pair) -> None:
@@ -279,13 +291,16 @@ def test_a_run_that_cannot_sample_is_refused_before_a_teacher_is_loaded(
             processing_class=changes.get("tokenizer", tokenizer),
             train_dataset=changes.get("rows", rows),
         )
-        check_own_answers(DictDefault(sequence_len=changes.get("length", 18)), config, trainer)
+        cfg = {"sequence_len": changes.get("length", 18), "train_on_inputs": "inputs" in changes}
+        check_own_answers(DictDefault(cfg), config, trainer)
 
     check()
     with pytest.raises(UserError, match=r"shortest prompt, of 10 tokens.*Raise sequence_len to 18"):
         check(length=17)
-    with pytest.raises(UserError, match="no row has an answer on both sides"):
+    with pytest.raises(UserError, match="no row has a prompt and an answer on both sides"):
         check(rows=[{"labels": [-100, 5], "teacher_labels": [-100, -100]}])
+    with pytest.raises(UserError, match="With train_on_inputs all of a row is learnt"):
+        check(rows=[{"labels": [4, 5], "teacher_labels": [4, 5]}], inputs=True)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"no end-of-sequence token.*special_tokens"):
         check(tokenizer=tokenizer)

@@ -116,6 +116,8 @@ def _map(
     vocabulary, rows = logits.shape[1], found.shape[1]
     block = np.empty(BLOCK, logits.dtype)
     for i in range(first, last):
+        if largest_now[i] == -np.inf:  # nothing of the row is in this part
+            continue
         row, sums = logits[i], found[i]
         if not largest_now[i] <= largest[i]:
             if begin > 0:

@@ -20,6 +20,8 @@ from dwakd_plugin.loss.threads import in_threads
 BLOCK = 256  # exponentials at once: they stay in the cache until each has found its place
 LOGITS_PER_THREAD = 200_000  # about what is worth starting a thread for, 0.1 ms
 
+_NOTHING = -2200.0  # 2 to the power of it is 0 in float64, too
+
 Array = Any  # numba reads no annotations; numpy's would not say the shape either
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,8 +44,13 @@ def by_rows(kernel: Callable[[int, int], None], matrix: Tensor) -> None:
 
 @jit
 def exponentials(row: Array, largest: Any, scale: Any, to: Array) -> None:
-    """2^(scale · (row − largest)) of a row, or of a slice of it: one by index is no SIMD."""
+    """2^(scale · (row − largest)) of a row, or of a slice of it: one by index is no SIMD.
+
+    0 for −∞, which a head gives a token that it leaves out; NaN stays NaN.
+    """
+    nothing = to.dtype.type(_NOTHING)
     for k in range(len(row)):
         x = (row[k] - largest) * scale
+        x = nothing if x < nothing else x
         whole = np.rint(x)
         to[k] = power_of_fraction(x - whole) * normal_power(whole)

@@ -19,9 +19,14 @@ FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 def row_key(teacher_ids: Tensor, teacher_labels: Tensor) -> str:
-    """Names a row by its teacher token ids and by which of its labels count, both (L,)."""
+    """Names a row by its teacher token ids and by which of its labels count, both (L,).
+
+    Nothing predicts a row's first token: its label doesn't count.
+    """
     digest = sha256(teacher_ids.to(torch.int64).numpy().tobytes())
-    digest.update(teacher_labels.ne(-100).numpy().tobytes())
+    counts = teacher_labels.ne(-100)
+    counts[:1] = False
+    digest.update(counts.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
