@@ -9,6 +9,7 @@ With the reverse KL, D = KL(p_s ‖ p_map) on what the student itself writes, as
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dwakd_plugin.loss.objective import LossTerms, dwakd_loss
 from dwakd_plugin.loss.states import ResponseStates, response_index
@@ -18,9 +19,10 @@ from dwakd_plugin.recipe.schema import LossConfig
 
 def own_loss_config(own: OwnAnswersConfig, loss: LossConfig) -> LossConfig:
     """The settings of the loss on own answers, beside `loss` on the given ones."""
+    divergence: dict[str, Any] = {"divergence": own.divergence} if own.matching == "mapped" else {}
     return LossConfig(
         matching=own.matching,
-        divergence=own.divergence,
+        **divergence,
         ce_weight=0.0,
         kd_weight=1.0,
         dtw_weight=0.0,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from dwakd_plugin.recipe.messages import about, check_name
+from dwakd_plugin.recipe.messages import about, as_found, check_name
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "js"
@@ -107,13 +107,22 @@ class OwnAnswersConfig(Block):
     divergence: Divergence = Field("reverse_kl", description="Divergence of the mapped teacher.")
 
     @model_validator(mode="after")
-    def _always_fresh(self) -> OwnAnswersConfig:
+    def _nothing_without_effect(self) -> OwnAnswersConfig:
         if self.backend == "transformers" and self.refresh_every > 1:
             raise about(
                 "refresh_every",
                 "transformers samples from the student as it is, and so always from fresh weights; "
                 f"set it to 1, or leave the backend to auto or vllm (found: {self.refresh_every})",
             )
+        unread = {
+            "divergence": self.matching == "order" and "it compares sorted probabilities",
+            "vllm_memory": self.backend == "transformers" and "vLLM isn't used",
+            "top_p": self.temperature == 0 and "temperature 0 takes the most likely token",
+        }
+        for key, why in unread.items():
+            given, default = getattr(self, key), type(self).model_fields[key].default
+            if why and given != default:
+                raise about(key, f"it has no effect here: {why}; remove it ({as_found(given)})")
         return self
 
     @field_validator("matching", mode="before")

@@ -85,6 +85,20 @@ _WAYS = [settings.get("loss", {}) for settings in VARIANTS.values()]
 _MATCHINGS = sorted({way.get("matching", "attention") for way in _WAYS})
 # Who has terms through projectors: in any case, or by a weight of its own.
 _PROJECTING, _UNPROJECTED = {"attention", "exact"}, {"order"}
+# Keys of `loss` that a matching has no use for.
+_UNREAD = {
+    "attention": ("inside_tokens",),
+    "exact": ("inside_tokens", "attention_value"),
+    "mapped": ("attention_value", "teacher_weighting"),
+    "order": (
+        "attention_value",
+        "inside_tokens",
+        "divergence",
+        "student_weighting",
+        "teacher_weighting",
+        "kd_warmup_steps",
+    ),
+}
 
 if TYPE_CHECKING:
     Variant: TypeAlias = str
@@ -174,6 +188,14 @@ class LossConfig(Block):
                 f"matching `{self.matching}`; set `variant: mapped`, or it to 0 (found: "
                 f"{self.cosine_weight:g})",
             )
+        for key in _UNREAD[self.matching]:
+            given = getattr(self, key)
+            if given not in (type(self).model_fields[key].default, "none"):
+                raise about(
+                    key,
+                    f"it has no effect with dwakd.loss.matching `{self.matching}`; remove it, or "
+                    f"take another variant ({as_found(given)})",
+                )
         return self
 
     @property
@@ -209,8 +231,8 @@ class DWAKDConfig(Block):
     different_answers: Literal["labels", "drop", "stop"] = Field(
         "labels",
         description="What becomes of a row whose answer is another text on the teacher's side, as "
-        "its chat template leaves something out: learnt from its labels alone, dropped, or an "
-        "error before training.",
+        "its chat template leaves something out: learnt from its labels alone, at the weight "
+        "`loss.ce_weight`, dropped, or an error before training.",
     )
     loss: LossConfig = Field(default_factory=LossConfig, description="Token level, and weights.")
     soft_dtw: SoftDTWConfig = Field(

@@ -106,6 +106,35 @@ def test_the_block_is_checked_before_anything_else(
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        *(
+            ({"variant": variant, "loss": {key: value}}, rf"dwakd\.loss\.{key}: it has no effect")
+            for variant, key, value in [
+                ("uld", "divergence", "reverse_kl"),
+                ("uld", "student_weighting", "entropy"),
+                ("uld", "kd_warmup_steps", 50),
+                ("mapped", "attention_value", "hidden"),
+                ("paper", "inside_tokens", "label"),
+                ("dskdv2", "attention_value", "hidden"),
+            ]
+        ),
+        *(
+            ({"own_answers": own}, rf"dwakd\.own_answers\.{key}: it has no effect here: {why}")
+            for key, why, own in [
+                ("divergence", "it compares sorted", {"matching": "order", "divergence": "js"}),
+                ("vllm_memory", "vLLM", {"backend": "transformers", "vllm_memory": 0.9}),
+                ("top_p", "temperature 0", {"temperature": 0, "top_p": 0.5}),
+            ]
+        ),
+    ],
+)
+def test_a_key_without_effect_is_refused(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"distillation": "dwakd", "dwakd": TEACHER | block})
+
+
 def test_defaults_for_all_but_the_teacher() -> None:
     config = parse_recipe({"distillation": "dwakd", "dwakd": {"teacher": "big/model"}})
     assert config is not None
