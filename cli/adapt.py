@@ -160,12 +160,14 @@ def _train(keys: dict[str, Any], made_of: str, folder: Path, console: PlainConso
     from dwakd_cli.stages import curve
     from dwakd_plugin.io.files import explaining_writes, replace_file
     from dwakd_plugin.train.launch import axolotl_environment
+    from dwakd_plugin.train.run_folder import set_incomplete_checkpoints_aside
 
     file = folder / RECIPE_FILE
     with explaining_writes("The adapter's folder"):
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
         replace_file(file, f"# The teacher learns the task: dwakd adapt, {made_of}\n{text}")
+        set_incomplete_checkpoints_aside(folder)  # what Ctrl-C left of one that was being written
     with progress_bar(console, "{task.description} {task.fields[note]}") as bars:
         bar = bars.add_task("The teacher learns", total=None, note="")
 

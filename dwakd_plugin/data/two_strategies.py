@@ -152,7 +152,12 @@ def templates(
             student.chat_template_jinja = default_template(
                 student_tokenizer.chat_template, "The student's tokenizer", "chat_template_jinja"
             )
-        students = get_chat_template_from_config(cfg, student, student_tokenizer)
+        try:
+            students = get_chat_template_from_config(cfg, student, student_tokenizer)
+        except ValueError:  # it has none; where only the teacher's side is made, none is needed
+            if not teacher_cfg.chat_template_jinja:
+                raise
+            students = ""
         # A teacher without a chat template of its own renders the student's.
         teacher.chat_template = "jinja"
         teacher.chat_template_jinja = teacher_cfg.chat_template_jinja or students

@@ -86,7 +86,7 @@ _MATCHINGS = sorted({way.get("matching", "attention") for way in _WAYS})
 # Who has terms through projectors: in any case, or by a weight of its own.
 _PROJECTING, _UNPROJECTED = {"attention", "exact"}, {"order"}
 # Keys of `loss` that a matching has no use for.
-_UNREAD = {
+UNREAD = {
     "attention": ("inside_tokens",),
     "exact": ("inside_tokens", "attention_value"),
     "mapped": ("attention_value", "teacher_weighting"),
@@ -188,7 +188,7 @@ class LossConfig(Block):
                 f"matching `{self.matching}`; set `variant: mapped`, or it to 0 (found: "
                 f"{self.cosine_weight:g})",
             )
-        for key in _UNREAD[self.matching]:
+        for key in UNREAD[self.matching]:
             given = getattr(self, key)
             if given not in (type(self).model_fields[key].default, "none"):
                 raise about(

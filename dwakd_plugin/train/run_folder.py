@@ -112,7 +112,7 @@ def check_output_folder(recipe: Recipe, *, only_look: bool = False) -> None:
             )
         _check_form(folder, record or {}, recipe)
         if not only_look:
-            _set_incomplete_checkpoints_aside(folder)
+            set_incomplete_checkpoints_aside(folder)
         return
     held = [
         path.name
@@ -194,7 +194,7 @@ def read_run_file(file: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _set_incomplete_checkpoints_aside(folder: Path) -> None:
+def set_incomplete_checkpoints_aside(folder: Path) -> None:
     """Renames checkpoints whose last file was never written, so that none is resumed from.
 
     Removes what a kill left of a student that was being written: safetensors' own partial file.

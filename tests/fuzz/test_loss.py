@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dwakd_plugin.loss import Head, LossTerms, ResponseStates, dwakd_loss
 from dwakd_plugin.models.projectors import Projectors
-from dwakd_plugin.recipe.schema import VARIANTS, Divergence, DWAKDConfig
+from dwakd_plugin.recipe.schema import UNREAD, VARIANTS, Divergence, DWAKDConfig
 from tests.fuzz.cases import cases
 
 
@@ -163,7 +163,9 @@ def test_the_loss_is_finite_and_of_each_sample_alone(
 ) -> None:
     preset = VARIANTS[variant]
     block = {"teacher": "t", "variant": variant}
-    block["loss"] = {k: v for k, v in loss.items() if k not in preset.get("loss", {})}
+    unread = UNREAD[preset.get("loss", {}).get("matching", "attention")]
+    taken = {*preset.get("loss", {}), *unread}
+    block["loss"] = {key: value for key, value in loss.items() if key not in taken}
     block["soft_dtw"] = {k: v for k, v in soft_dtw.items() if k not in preset.get("soft_dtw", {})}
     config = DWAKDConfig.model_validate(block)
     generator = torch.Generator().manual_seed(seed)
