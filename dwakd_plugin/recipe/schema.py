@@ -190,6 +190,7 @@ class LossConfig(Block):
             )
         for key in UNREAD[self.matching]:
             given = getattr(self, key)
+            # `none` turns a weighting off, which then has no effect by intent.
             if given not in (type(self).model_fields[key].default, "none"):
                 raise about(
                     key,

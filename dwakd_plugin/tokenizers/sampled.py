@@ -8,7 +8,7 @@ cuts the text behind the teacher's prompt, as it would have cut it there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 
 from dwakd_plugin.tokenizers.alignment import NO_ENDS, Pairs, TokenAligner, ids_behind
@@ -74,16 +74,15 @@ class SampledText:
         last = takewhile(lambda token: token not in added, reversed(prompt[-_TAIL:]))
         tail = b"".join(reversed([pieces.get(token, b"") for token in last]))
         before = tail.decode(errors="ignore")  # which may begin within a character
+        data, ids = text.encode(), list[int]()
         # A space that the text begins with may be the one that SentencePiece puts there itself.
-        ways = [
-            self._cut_behind(context, said)
-            for context in (before, "")
-            for said in dict.fromkeys((text, text.removeprefix(" ")))
-            if said
-        ]
-        data = text.encode()
-        exact = (ids for ids in ways if b"".join(pieces[token] for token in ids) == data)
-        ids = next(exact, None) or next(filter(None, ways), [])
+        for context, said in product((before, ""), dict.fromkeys((text, text.removeprefix(" ")))):
+            found = self._cut_behind(context, said)
+            exact = b"".join(pieces[token] for token in found) == data
+            if exact or not ids:  # else the first that there is: a normaliser changed the text
+                ids = found
+            if exact:
+                break
         return None if self.teacher_special.intersection(ids) else ids
 
     def _cut_behind(self, before: str, text: str) -> list[int]:

@@ -175,6 +175,25 @@ def test_train_says_that_the_teacher_would_learn_first(
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+def test_what_is_left_of_a_checkpoint_is_no_harm(
+    recipe: Recipe, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come while one is written; axolotl would resume from the latest by its name."""
+    folder, seen = tmp_path / "out-teacher", []
+
+    def train_logged(file: Path, *_: Any) -> None:
+        seen.append(sorted(path.name for path in file.parent.glob("*checkpoint-*")))
+        if len(seen) == 1:
+            (folder / "checkpoint-10").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dwakd_cli.logged_run.train_logged", train_logged)
+    arguments = str(write(recipe({}, val_set_size=8)))
+    for _ in range(2):
+        assert adapt(arguments).exit_code == 130
+    assert seen == [[], ["incomplete-checkpoint-10"]]
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_new_lora_starts_from_the_recipes_seed(seed: int) -> None:
     """axolotl seeds later: two adapters of one recipe had nothing in common."""
