@@ -34,15 +34,18 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
     the export found. Local folders appear by their last name alone.
     """
     student = record.get("identity", {}).get("student")
-    teachers = [public_name(name) for name, _ in _teachers(record)]
+    variant = record.get("settings", {}).get("variant")
+    alone = variant == "sft"  # whose run may have named a teacher, and loaded none
+    teachers = [] if alone else [public_name(name) for name, _ in _teachers(record)]
     header = [
         "---",
         "library_name: peft" if report["kind"] == "adapter" else "library_name: transformers",
     ]
     if student and _is_hub_id(student):
         header.append(f"base_model: {student}")
-    header += ["tags:", "- knowledge-distillation", "- dwakd", "---", ""]
-    taught_by = _cell(", ".join(dict.fromkeys(teachers)) or "not recorded")
+    header += ["tags:", *([] if alone else ["- knowledge-distillation"]), "- dwakd", "---", ""]
+    nobody = "none" if alone else "not recorded"
+    taught_by = _cell(", ".join(dict.fromkeys(teachers)) or nobody)
     names = {
         "student": _cell(public_name(student) if student else "not recorded"),
         "teachers" if len(teachers) > 1 else "teacher": taught_by,
@@ -53,8 +56,7 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
     lines = [
         f"# {public_name(report['destination'])}",
         "",
-        f"**{names['student']}**, taught by **{taught_by}** with cross-tokenizer knowledge "
-        "distillation (DWA-KD, [arXiv 2602.21669](https://arxiv.org/abs/2602.21669)).",
+        f"**{names['student']}**, " + _how(taught_by, variant),
         "",
         *_table(("", ""), names),
         "",
@@ -70,6 +72,16 @@ def model_card(record: dict[str, Any], log: list[dict[str, Any]], report: dict[s
         "",
     ]
     return "\n".join(header + lines)
+
+
+def _how(taught_by: str, variant: str | None) -> str:
+    """By whom and by which method a student was taught; only the paper's form is DWA-KD."""
+    if variant == "sft":
+        return "fine-tuned on its labels alone, without a teacher."
+    method = f"`{variant}` of dwakd" if variant else "dwakd"
+    if variant in ("paper", "full"):
+        method = "DWA-KD, [arXiv 2602.21669](https://arxiv.org/abs/2602.21669)"
+    return f"taught by **{taught_by}** with cross-tokenizer knowledge distillation ({method})."
 
 
 def _teachers(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

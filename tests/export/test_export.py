@@ -422,6 +422,16 @@ def test_a_card_of_a_run_that_recorded_little() -> None:
         assert f"| teacher {line} |" in card
     assert PRIVATE not in card
 
+    cards = {}
+    for variant in ("sft", "mapped", "paper"):
+        cards[variant] = model_card(record | {"settings": {"variant": variant}}, [], report)
+    assert "fine-tuned on its labels alone, without a teacher" in cards["sft"]
+    assert "owner/big" not in cards["sft"] and "knowledge-distillation" not in cards["sft"]
+    assert (
+        "taught by **owner/big** with" in cards["mapped"] and "`mapped` of dwakd" in cards["mapped"]
+    )
+    assert ["DWA-KD" in card for card in cards.values()] == [False, False, True]
+
 
 def test_the_hub_is_asked_at_the_start_and_the_export_survives_it(
     lora_run: Path, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
